@@ -1,0 +1,257 @@
+"""How fast an algorithm samples and updates, in one line of JSON.
+
+    python benchmark/speed.py maml_trpo --peer
+    python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
+
+Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration, in
+the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds, control steps
+and thread pool, actions like the untrained policy's; for analytic tasks the environment's own `step`). `--peer` adds
+iterations of the same algorithm written the usual way (benchmark/peer_<algorithm>.py). Figures are medians.
+
+To add an algorithm: a function in ALGORITHMS that calls its `train()`, and its sampling functions' names in SAMPLING.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import envs as task_envs  # noqa: E402
+from envs import locomotion  # noqa: E402
+
+
+@dataclass
+class Options:
+    algorithm: tyro.conf.Positional[Literal["maml_trpo"]]
+    """file of algos/"""
+    iterations: int = 5
+    """measured iterations, after one that warms up"""
+    torch_threads: int = 0
+    """threads of torch's operators; 0 leaves torch's default"""
+    peer: bool = False
+    """also measure the same algorithm written the usual way"""
+    peer_iterations: int = 1
+    """measured iterations of the peer, after one on a single task that warms up"""
+    peer_tasks: int = 0
+    """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all"""
+
+
+def load(path: Path) -> ModuleType:
+    """Import one file by its path."""
+    spec = importlib.util.spec_from_file_location(f"speed_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class FinishedError(Exception):
+    """Raised to leave train()."""
+
+
+class Stopwatch:
+    """Stands in for the algorithm's `Run`: train() calls `log` after each iteration, where the clocks stop."""
+
+    def __init__(self, options: Options, cuda: bool):
+        self.iterations, self.cuda, self.stopping = options.iterations, cuda, False
+        self.extras = []  # functions that measure something else, called between two iterations
+        self.times = defaultdict(list)  # quantity: one value for each iteration, the warm-up included
+        self.sampled, self.steps = 0.0, 0
+        self.restart()
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def restart(self) -> None:
+        self.sampled, self.cpu, self.since = 0.0, time.process_time(), self.now()
+
+    def around(self, function):
+        """`function`, its time added to the iteration's sampling."""
+
+        def timed(*args, **kwargs):
+            since = self.now()
+            result = function(*args, **kwargs)
+            self.sampled += self.now() - since
+            return result
+
+        return timed
+
+    def log(self, state: dict, stats: dict) -> None:
+        total, cpu = self.now() - self.since, time.process_time() - self.cpu
+        steps, self.steps = state["env_steps"] - self.steps, state["env_steps"]
+        values = {"total": total, "sample": self.sampled, "update": total - self.sampled, "cpu": cpu, "steps": steps}
+        for name, value in values.items():
+            self.times[name].append(value)
+        for extra in self.extras:
+            extra()
+        if len(self.times["total"]) > self.iterations:
+            raise FinishedError
+        self.restart()
+
+    def save(self, state: dict) -> None:
+        pass
+
+    def median(self, name: str) -> float:
+        return median(self.times[name][1:])
+
+
+def physics(envs, horizon: int, watch: Stopwatch):
+    """A function that moves all worlds for one horizon, without policy, reward or observation; and appends its time."""
+    env, generator = envs.unwrapped, torch.Generator().manual_seed(0)
+    low, high = env._low, env._high
+    shape = horizon, env.num_envs, len(low)
+
+    def measure() -> None:
+        noise = torch.randn(shape, generator=generator).to(low) / getattr(envs, "scale", 1.0)
+        action = torch.clamp(low + (noise + 1) / 2 * (high - low), low, high)
+        env.reset(seed=0)
+        if not isinstance(env, locomotion.MujocoTaskVectorEnv):
+            since = watch.now()
+            for action_BA in action:
+                env.step(action_BA)
+            watch.times["physics"].append(watch.now() - since)
+            return
+        control = np.repeat(action.double().cpu().numpy()[:, :, None], env.frame_skip, axis=2)  # [T, B, frame_skip, A]
+        states = np.zeros((env.num_envs, env.frame_skip, env._state.shape[1]))
+        pool = locomotion._thread_pool(env.num_threads, os.getpid())
+        data = locomotion._pool_data(env.model_file, env.num_threads, os.getpid())
+        models, state = env._models(np.arange(env.num_envs)), env._state.copy()
+        since = watch.now()
+        for t in range(horizon):
+            pool.rollout(models, data, state, control[t], skip_checks=True, nstep=env.frame_skip, state=states)
+            state[:] = states[:, -1]
+        watch.times["physics"].append(watch.now() - since)
+
+    return measure
+
+
+def peer(options: Options, args, envs, theta: dict, watch: Stopwatch):
+    """A function that runs one iteration of benchmark/peer_<algorithm>.py, from the same initial policy."""
+    module = load(ROOT / f"benchmark/peer_{options.algorithm}.py")
+    tasks, generator = options.peer_tasks or args.meta_batch_size, torch.Generator().manual_seed(args.seed)
+    single = module.make(args.env_id, args.episodes_per_task, args.action_scale)
+    single.reset(seed=args.seed)
+    theta = {name: value.detach().cpu().clone().requires_grad_() for name, value in theta.items()}
+
+    def measure() -> None:
+        nonlocal theta
+        if len(watch.times["peer_sample"]) == options.peer_iterations:
+            return
+        warm_up = len(watch.times["total"]) == 1
+        tasks_NP = envs.unwrapped.sample_tasks(1 if warm_up else tasks, generator).cpu().numpy()
+        start, cpu = watch.now(), time.process_time()
+        batches = module.sample(single, tasks_NP, theta, args)
+        sampled = watch.now()
+        new_theta, _ = module.trpo_step(theta, batches, args)
+        if warm_up:
+            return
+        theta = new_theta
+        values = {"sample": sampled - start, "update": watch.now() - sampled, "cpu": time.process_time() - cpu}
+        for name, value in values.items():
+            watch.times["peer_" + name].append(value)
+
+    return measure
+
+
+def maml_trpo(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) -> None:
+    """train() of algos/maml_trpo.py, from the state that its main() makes."""
+    generator = torch.Generator().manual_seed(args.seed)
+    state = {"theta": algorithm.init_policy(envs, args.hidden_size, generator), "generator": generator.get_state()}
+    prepare(state["theta"])
+    algorithm.train(envs, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
+
+
+ALGORITHMS = {"maml_trpo": maml_trpo}
+SAMPLING = {"maml_trpo": ["collect"]}
+
+
+def report(options: Options, args, envs, watch: Stopwatch) -> dict:
+    steps, sample, total = watch.median("steps"), watch.median("sample"), watch.median("total")
+    physics_rate = envs.num_envs * args.horizon / median(watch.times["physics"])
+    result = {
+        "physics_steps_per_s": physics_rate,
+        "sampling_steps_per_s": steps / sample,
+        "sampling_over_physics": steps / sample / physics_rate,
+        "end_to_end_steps_per_s": steps / total,
+        "sample_s": sample,
+        "update_s": watch.median("update"),
+        "cpu_s_per_iteration": watch.median("cpu"),
+    }
+    if options.peer:
+        tasks = options.peer_tasks or args.meta_batch_size
+        peer_steps = steps * tasks / args.meta_batch_size
+        sample, update, cpu = (median(watch.times["peer_" + name]) for name in ("sample", "update", "cpu"))
+        result |= {
+            "speedup_end_to_end": (steps / total) / (peer_steps / (sample + update)),
+            "peer_sampling_steps_per_s": peer_steps / sample,
+            "peer_end_to_end_steps_per_s": peer_steps / (sample + update),
+            "peer_sample_s": sample,
+            "peer_update_s": update,
+            "peer_cpu_s_per_iteration": cpu,
+        }
+    return {name: float(f"{value:.5g}") for name, value in result.items()}
+
+
+def describe(options: Options, args, envs) -> dict:
+    """What was measured, and on what."""
+    peer_sizes = {"peer_tasks": options.peer_tasks or args.meta_batch_size, "peer_iterations": options.peer_iterations}
+    harness = ("iterations", "eval_every", "resume", "capture_video", "track", "wandb_mode")  # not what is measured
+    return (peer_sizes if options.peer else {}) | {
+        "args": {name: value for name, value in vars(args).items() if name not in harness},
+        "iterations": options.iterations,
+        "steps_per_batch": envs.num_envs * args.horizon,
+        "torch_threads": torch.get_num_threads(),
+        "physics_threads": getattr(envs.unwrapped, "num_threads", None),
+        "cpus": locomotion.available_cpus(),
+        "omp": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "MKL_"))},
+        "load_at_start": os.getloadavg()[0],
+        "device": torch.cuda.get_device_name() if args.cuda else platform.machine(),
+        "versions": {module.__name__: module.__version__ for module in (torch, mujoco, gym, np)}
+        | {"python": platform.python_version()},
+    }
+
+
+def main() -> None:
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    algorithm = load(ROOT / f"algos/{options.algorithm}.py")
+    args = tyro.cli(algorithm.Args, args=rest, default=algorithm.Args(hidden_size=100))
+    args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
+    algorithm.evaluate = lambda *_: ({}, {})
+    if options.torch_threads:
+        torch.set_num_threads(options.torch_threads)
+    device, worlds = "cuda" if args.cuda else "cpu", args.meta_batch_size * args.episodes_per_task
+    envs = task_envs.make(args.env_id, worlds, args.horizon, device, args.action_scale)
+    about, watch = describe(options, args, envs), Stopwatch(options, args.cuda)
+    for name in SAMPLING[options.algorithm]:
+        setattr(algorithm, name, watch.around(getattr(algorithm, name)))
+
+    def prepare(theta: dict) -> None:
+        watch.extras.append(physics(envs, args.horizon, watch))
+        if options.peer:
+            watch.extras.append(peer(options, args, envs, theta, watch))
+
+    try:
+        ALGORITHMS[options.algorithm](algorithm, envs, args, watch, prepare)
+    except FinishedError:
+        print(json.dumps({"algorithm": options.algorithm} | report(options, args, envs, watch) | about))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Your own Gymnasium environments as a batch of worlds with tasks: every algorithm of this repository runs on them.
+
+The protocol. A single environment with one-dimensional Box observations and actions and two more methods:
+
+    def sample_tasks(self, num_tasks: int, rng: np.random.Generator, split: str) -> array [num_tasks, task_dim]
+        # plain numbers; split is "train" or "test", raise ValueError for another one
+    def set_task(self, task: array [task_dim]) -> None
+        # called before every reset(seed=...); the task must not show in the observation
+
+    envs = AdaptedVectorEnv(lambda: MyEnv(), num_envs=40, max_episode_steps=100, device="cuda")
+
+Wrappers are welcome: the methods are looked for in `env.unwrapped`. `envs/metaworld.py` is a worked example.
+"""
+
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from torch import Generator
+
+from envs.core import TaskVectorEnv
+
+
+class AdaptedVectorEnv(TaskVectorEnv):
+    """`TaskVectorEnv` over single environments, stepped one after the other in the calling process.
+
+    * A world that terminates is not stepped again, and not reset before the batch is.
+    * The horizon is this class's. An environment that truncates before it is an error: make it without a time limit.
+    * Numbers that all environments report in `info` come back as tensors `info[name]` [B] (the last ones reported, for
+      a world that is over); other entries are dropped.
+    * The reward is whatever the environments return, so there is no pure `reward` function here.
+
+    Args:
+        make_env: returns a new environment; called num_envs times.
+        num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`.
+    Raises:
+        TypeError: an environment lacks a method of the protocol, or has spaces that are not one-dimensional boxes.
+    """
+
+    can_terminate = True
+
+    def __init__(
+        self,
+        make_env: Callable[[], gym.Env],
+        num_envs: int,
+        max_episode_steps: int = 200,
+        device="cpu",
+        dtype=torch.float32,
+    ):
+        self.envs = [make_env() for _ in range(num_envs)]
+        first = self.envs[0]
+        for method in ("sample_tasks", "set_task"):
+            if not callable(getattr(first.unwrapped, method, None)):
+                raise TypeError(f"{type(first.unwrapped).__name__} needs a method {method}; see envs/adapter.py")
+        for name in ("observation_space", "action_space"):
+            space = getattr(first, name)
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise TypeError(f"{name} must be a one-dimensional Box, got {space}")
+        self.task_dim = self._draw_tasks(1, 0, "train").shape[1]
+        super().__init__(num_envs, first.observation_space, first.action_space, max_episode_steps, device, dtype)
+
+    def _draw_tasks(self, num_tasks: int, seed: int, split: str) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        tasks = np.asarray(self.envs[0].unwrapped.sample_tasks(num_tasks, rng, split), dtype=np.float64)
+        if tasks.ndim != 2 or len(tasks) != num_tasks:
+            raise ValueError(f"sample_tasks({num_tasks}, ..) must return [{num_tasks}, task_dim], got {tasks.shape}")
+        return tasks
+
+    def sample_tasks(self, num_tasks, generator: Generator, split="train"):
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        return torch.from_numpy(self._draw_tasks(num_tasks, seed, split)).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs, action, next_obs, task):
+        raise NotImplementedError("an adapted environment's reward is not known as a function; use what step returns")
+
+    def _start(self, task, generator):
+        seeds = torch.randint(2**31, (self.num_envs,), generator=generator).tolist()
+        self._infos = [{} for _ in self.envs]
+        self._alive = np.ones(self.num_envs, dtype=bool)
+        self._observations = np.zeros(self.observation_space.shape)
+        for world, (env, vector) in enumerate(zip(self.envs, task.double().cpu().numpy(), strict=True)):
+            env.unwrapped.set_task(vector)
+            self._observations[world], self._infos[world] = env.reset(seed=seeds[world])
+        return self._to_device(self._observations)
+
+    def _to_device(self, array: np.ndarray):
+        return torch.tensor(array, dtype=self.dtype, device=self.device)  # always a copy
+
+    def _advance(self, action):
+        action = action.cpu().numpy().astype(self.single_action_space.dtype)
+        rewards = np.zeros(self.num_envs)
+        for world in np.flatnonzero(self._alive):
+            result = self.envs[world].step(action[world])
+            self._observations[world], rewards[world], terminated, truncated, self._infos[world] = result
+            if truncated and not terminated and self._steps + 1 < self.horizon:
+                raise RuntimeError(
+                    f"environment {world} truncated its episode after {self._steps + 1} of {self.horizon} steps: "
+                    "make it without a time limit, or lower max_episode_steps"
+                )
+            self._alive[world] = not terminated
+        self._rewards = self._to_device(rewards)
+        info = {
+            name: self._to_device(np.array([float(single[name]) for single in self._infos]))
+            for name, value in self._infos[0].items()
+            if all(isinstance(single.get(name), int | float | np.number | np.bool_) for single in self._infos)
+        }
+        return self._to_device(self._observations), torch.tensor(~self._alive, device=self.device), info
+
+    def _transition_reward(self, action, next_obs):
+        return self._rewards
+
+    def render_frame(self, index=0):
+        return self.envs[index].render()
+
+    def close_extras(self, **kwargs):
+        for env in self.envs:
+            env.close()

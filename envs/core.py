@@ -1,0 +1,205 @@
+"""The contract between an algorithm and its environments: a batch of worlds, each with a task, as tensors.
+
+`TaskVectorEnv` is Gymnasium's own `gymnasium.vector.VectorEnv` with three additions: observations, actions and
+rewards are torch tensors on one device; every world carries a task, a plain vector that is never observed; and all
+episodes of a batch start together and end together at the horizon.
+
+    envs = gym.make_vec("HalfCheetahDir-v0", num_envs=N * E, vectorization_mode="vector_entry_point", device="cuda")
+    tasks = envs.unwrapped.sample_tasks(N, generator, split="train")                    # [N, task_dim]
+    obs, info = envs.reset(seed=0, options={"tasks": tasks.repeat_interleave(E, 0)})    # [N * E, obs_dim]
+    obs, reward, terminated, truncated, info = envs.step(action)
+
+* Autoreset is disabled: after `max_episode_steps` steps `truncated` is true for every world, and the next call must
+  be `reset`. The horizon is the only truncation, so `terminated` never means a time-out.
+* An early end is latched: from the step that ends an episode on, `terminated` stays true, and in the later steps the
+  reward is 0 and the observation repeats the last one.
+* Equal seeds give equal first observations whatever the tasks, the device and the number of threads.
+* `reward(obs, action, next_obs, task)` is pure and static, so that model-based algorithms can call it too.
+"""
+
+from abc import abstractmethod
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from torch import Generator, Tensor
+
+HELD_OUT_CELLS = 50  # the range of a task's first coordinate is cut into this many cells ...
+HELD_OUT_EVERY = 5  # ... and every fifth one belongs to the test tasks
+
+
+def held_out_uniform(num_tasks: int, dim: int, generator: Generator, split: str) -> Tensor:
+    """Uniform points of the unit cube [num_tasks, dim] in which "train" and "test" never meet.
+
+    The first coordinate is cut into 50 cells; every fifth cell holds the test tasks, the others the training tasks,
+    so both splits cover the whole range evenly and no test task is ever trained on. ValueError for another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    cells = torch.arange(HELD_OUT_CELLS)
+    is_test = cells % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
+    allowed = cells[is_test if split == "test" else ~is_test]
+    point = torch.rand(num_tasks, dim, generator=generator)
+    cell = allowed[torch.randint(len(allowed), (num_tasks,), generator=generator)]
+    point[:, 0] = (cell + point[:, 0].clamp(1e-4, 1 - 1e-4)) / HELD_OUT_CELLS
+    return point
+
+
+def alternating_signs(num_tasks: int, generator: Generator, split: str) -> Tensor:
+    """Directions +1, -1, +1, .. [num_tasks, 1] from a random first sign: both equally often in every batch."""
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    first = torch.randint(2, (1,), generator=generator)
+    return (1.0 - 2.0 * ((torch.arange(num_tasks) + first) % 2))[:, None]
+
+
+class TaskVectorEnv(gym.vector.VectorEnv):
+    """Base class of the batched task environments; a family implements the five methods marked abstract.
+
+    Args:
+        num_envs: number of worlds B.
+        max_episode_steps: the horizon T.
+        device: where observations, rewards and tasks live.
+        dtype: their floating-point type (float64 in the equivalence tests).
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 20}
+    task_dim: int
+    can_terminate = False  # whether an episode of this family can end before the horizon
+
+    def __init__(self, num_envs, obs_space, action_space, max_episode_steps=200, device="cpu", dtype=torch.float32):
+        if num_envs < 1 or max_episode_steps < 1:
+            raise ValueError(f"num_envs and max_episode_steps must be at least 1, got {num_envs}, {max_episode_steps}")
+        self.num_envs, self.horizon = num_envs, max_episode_steps
+        self.device, self.dtype = torch.device(device), dtype
+        self.single_observation_space, self.single_action_space = obs_space, action_space
+        self.observation_space = batch_space(obs_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self._low = torch.as_tensor(action_space.low, dtype=dtype, device=self.device)
+        self._high = torch.as_tensor(action_space.high, dtype=dtype, device=self.device)
+        self._generator = Generator().manual_seed(0)  # on the CPU, so that all devices start from the same states
+        self._obs = None
+
+    @abstractmethod
+    def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:
+        """Draw tasks [num_tasks, task_dim] on the run's device; "test" tasks are held out where the family allows."""
+
+    @staticmethod
+    @abstractmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        """Rewards [..]; obs [.., O], action [.., A] within its bounds, next_obs [.., O], task [.., task_dim]."""
+
+    @abstractmethod
+    def _start(self, task: Tensor, generator: Generator) -> Tensor:
+        """Put all worlds into start states drawn from `generator` and return the observation [B, O]."""
+
+    @abstractmethod
+    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """Move all worlds by one step: next observation [B, O], ended early [B] (bool), info; `step` latches ends."""
+
+    def _transition_reward(self, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Reward [B] of the current step; only environments that are not ours (envs/adapter.py) do otherwise."""
+        return self.reward(self._obs, action, next_obs, self.tasks)
+
+    def render_frame(self, index: int = 0) -> np.ndarray:
+        """An RGB picture [height, width, 3] (uint8) of one world."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be rendered")
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """Start all episodes: obs [B, O], info. `options={"tasks": [B, task_dim]}` sets the tasks, otherwise fresh
+        training tasks are drawn. Raises ValueError for tasks of another shape or with numbers that are not finite."""
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        tasks = (options or {}).get("tasks")
+        if tasks is None:
+            # A generator of their own: drawing tasks must not change the start states.
+            own = Generator().manual_seed(int(torch.randint(2**62, (1,), generator=self._generator)))
+            tasks = self.sample_tasks(self.num_envs, own)
+        else:
+            torch.randint(2**62, (1,), generator=self._generator)
+        tasks = torch.as_tensor(tasks, dtype=self.dtype, device=self.device)
+        if tasks.shape != (self.num_envs, self.task_dim):
+            raise ValueError(f"tasks must have shape {(self.num_envs, self.task_dim)}, got {tuple(tasks.shape)}")
+        if not torch.isfinite(tasks).all():
+            raise ValueError("non-finite task")
+        self.tasks = tasks
+        self._steps = 0
+        self._over = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self._obs = self._start(tasks, self._generator)
+        return self._obs.clone(), {}
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """Advance all worlds by `action` [B, A], clipped to its bounds: obs [B, O], reward, terminated, truncated [B],
+        info. Raises ResetNeeded after the horizon, ValueError for an action of another shape or not finite."""
+        if self._obs is None or self._steps >= self.horizon:
+            raise gym.error.ResetNeeded("call reset() before the first step and after every horizon")
+        action = torch.as_tensor(action, dtype=self.dtype, device=self.device)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
+        if not torch.isfinite(action).all():
+            raise ValueError(f"non-finite action in step {self._steps}")
+        action = action.clamp(self._low, self._high)
+        next_obs, ended, info = self._advance(action)
+        if self.can_terminate:
+            next_obs = torch.where(self._over[:, None], self._obs, next_obs)
+        reward = self._transition_reward(action, next_obs)
+        if self.can_terminate:
+            reward = torch.where(self._over, 0.0, reward)
+            self._over = self._over | ended
+        self._obs = next_obs
+        self._steps += 1
+        truncated = torch.full_like(self._over, self._steps == self.horizon)
+        return next_obs.clone(), reward, self._over.clone(), truncated, info
+
+
+class SingleTaskEnv(gym.Env):
+    """One world of a batched family as a usual Gymnasium environment: NumPy arrays, rendering, a `TimeLimit`.
+
+    `reset(options={"task": [task_dim]})` sets the task, otherwise a training task is drawn; `info["task"]` names it.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, family: type[TaskVectorEnv], render_mode: str | None = None, **kwargs):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')
+        self.render_mode = render_mode
+        self.batch = family(num_envs=1, max_episode_steps=2**31, **kwargs)
+        self.observation_space = self.batch.single_observation_space
+        self.action_space = self.batch.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        task = (options or {}).get("task")
+        tasks = None if task is None else {"tasks": torch.as_tensor(np.array(task)).reshape(1, -1)}
+        obs, info = self.batch.reset(seed=seed, options=tasks)
+        return obs[0].cpu().numpy(), {**info, "task": self.batch.tasks[0].cpu().numpy()}
+
+    def step(self, action):
+        obs, reward, terminated, _, info = self.batch.step(torch.as_tensor(np.array(action))[None])
+        info = {name: value[0].cpu().numpy() if isinstance(value, Tensor) else value for name, value in info.items()}
+        return obs[0].cpu().numpy(), float(reward[0]), bool(terminated[0]), False, info
+
+    def render(self):
+        return None if self.render_mode is None else self.batch.render_frame(0)
+
+
+class ScaleActions(gym.vector.VectorWrapper):
+    """Maps actions in [-scale, scale] linearly onto the family's bounds; beyond them the family clips, as always.
+
+    A policy of standard deviation 1 then explores with 1 / scale of the range.
+    """
+
+    def __init__(self, envs: TaskVectorEnv, scale: float):
+        super().__init__(envs)
+        space = envs.single_action_space
+        self.scale, self.low, self.range = scale, envs.unwrapped._low, envs.unwrapped._high - envs.unwrapped._low
+        self.single_action_space = gym.spaces.Box(-scale, scale, space.shape, space.dtype)
+        self.action_space = batch_space(self.single_action_space, envs.num_envs)
+
+    def step(self, action: Tensor):
+        return self.env.step(self.low + (action / self.scale + 1) / 2 * self.range)

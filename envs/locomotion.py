@@ -1,0 +1,423 @@
+"""Locomotion task families on MuJoCo: all worlds of a batch move in one `mujoco.rollout` call per control step.
+
+The bodies are Gymnasium's own (HalfCheetah-v5, Ant-v5, ..): same model files, start states, control steps and limits
+of health. Rewards are the meta-RL papers', each a pure function of observation, action and task; what a reward needs
+beyond Gymnasium's observation (the mean velocity over the control step) is appended to the observation.
+"""
+
+import math
+import os
+import threading
+from functools import cache
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from mujoco.rollout import Rollout
+from torch import Tensor
+
+from envs.core import TaskVectorEnv, alternating_signs, held_out_uniform
+
+RENDER_HINT = (
+    "MuJoCo found no way to draw. Without a display set MUJOCO_GL=egl before Python starts (or before mujoco is "
+    "imported); on Debian and Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
+)
+_rollout_lock = threading.Lock()  # the pool's MjData serve one call at a time
+
+
+@cache
+def load_model(file: str, textures: bool = True) -> mujoco.MjModel:
+    """Compile one of Gymnasium's model files, silently; shared, so copy it before changing it.
+
+    `textures=False` shrinks the pictures on the bodies to nothing (20 of 520 KB remain): physics do not need them.
+    half_cheetah.xml asks for `settotalmass`, which current MuJoCo reports as deprecated on the terminal and in a file
+    MUJOCO_LOG.TXT at every load; setting the mass after compilation gives the same numbers without the message.
+    """
+    spec = mujoco.MjSpec.from_file(str(Path(gym.__file__).parent / "envs/mujoco/assets" / file))
+    total_mass, spec.compiler.settotalmass = spec.compiler.settotalmass, -1
+    for texture in spec.textures:
+        if not textures:
+            texture.width = texture.height = 1
+        elif texture.name == "texplane":  # a quieter floor than Gymnasium's black and white
+            texture.rgb1, texture.rgb2 = (0.45, 0.5, 0.55), (0.6, 0.65, 0.7)
+    for material in spec.materials:
+        material.reflectance = 0.0
+    model = spec.compile()
+    if total_mass > 0:
+        mujoco.mj_setTotalmass(model, total_mass)
+        mujoco.mj_setConst(model, mujoco.MjData(model))
+    return model
+
+
+@cache
+def _thread_pool(num_threads: int, process: int) -> Rollout:
+    """The process's one pool of this many threads; 0 is the calling thread. A fork loses threads, hence the key."""
+    if mujoco.get_mju_user_warning() is None:
+        # MuJoCo would print a line and write MUJOCO_LOG.TXT whenever a world diverges; `info["diverged"]` tells it.
+        mujoco.set_mju_user_warning(lambda message: None)
+    return Rollout(nthread=num_threads)
+
+
+@cache
+def _pool_data(file: str, num_threads: int, process: int) -> list[mujoco.MjData]:
+    """One scratch MjData for each thread."""
+    return [mujoco.MjData(load_model(file)) for _ in range(max(1, num_threads))]
+
+
+def available_cpus() -> int:
+    """The cores this process may use (a container's or taskset's limit counts, not the machine's size)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def heading(turn: Tensor) -> Tensor:
+    """Unit vectors [N, 2] for angles given as fractions [N, 1] of a full turn."""
+    angle = 2 * math.pi * turn
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class MujocoTaskVectorEnv(TaskVectorEnv):
+    """Base class of the MuJoCo families: float64 physics on the CPU's threads, tensors on `device`.
+
+    A family names its model and start states (class attributes), builds the observation in `_observe` and, if bodies
+    can fall, tells in `_fallen` which have. Results are bit-identical for any number of threads.
+
+    A world whose physics diverge ends early: `terminated` is latched, its state stays at the last good one, and
+    `info["diverged"]` [B] (bool) stays true for it until the reset. Worlds that are over are not simulated any more.
+
+    Args:
+        num_threads: threads of the shared pool; None is one for each available core.
+        num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`.
+    """
+
+    can_terminate = True  # a world can diverge, even where nothing can fall
+    model_file: str
+    frame_skip: int  # physics steps of one control step
+    start_noise: float  # start positions: the model's own + U(-noise, noise); velocities: see `start_velocity`
+    start_velocity: str  # "normal": noise * N(0, 1), "uniform": U(-noise, noise)
+    camera = {"distance": 4.0, "elevation": -15.0, "azimuth": 90.0}
+
+    def __init__(
+        self, num_envs, max_episode_steps=200, device="cpu", dtype=torch.float32, num_threads: int | None = None
+    ):
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        num_threads = num_threads or available_cpus()
+        self.num_threads = 0 if num_envs == 1 or num_threads == 1 else num_threads
+        self.model = model = load_model(self.model_file)
+        self.step_time = self.frame_skip * model.opt.timestep  # seconds of one control step
+        self._start_state = np.concatenate([[0.0], model.qpos0, np.zeros(model.nv)])  # time, qpos, qvel
+        if mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS) != len(self._start_state):
+            raise NotImplementedError(f"{self.model_file} has states beyond time, qpos and qvel")
+        self._state = np.tile(self._start_state, (num_envs, 1))  # [B, 1 + nq + nv]
+        # `skip_checks` writes nothing, silently, into arrays that are not contiguous float64.
+        self._trajectory = np.zeros((num_envs, self.frame_skip, len(self._start_state)))
+        self._control = np.zeros((num_envs, self.frame_skip, model.nu))
+        self._renderer = None
+
+        obs_dim = self._observe(self._state, self._state).shape[1]
+        low, high = model.actuator_ctrlrange.T.astype(np.float32)
+        obs_space = Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        super().__init__(num_envs, obs_space, Box(low, high, dtype=np.float32), max_episode_steps, device, dtype)
+
+    def _observe(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Observation [B, O] (float64) from the states [B, 1 + nq + nv] around a control step (at a reset: equal)."""
+        raise NotImplementedError
+
+    def _fallen(self, state: np.ndarray) -> np.ndarray | bool:
+        """Which worlds [B] (bool) have left the healthy states."""
+        return False
+
+    def _models(self, worlds: np.ndarray) -> list[mujoco.MjModel]:
+        """The model of each of these worlds."""
+        return [self.model] * len(worlds)
+
+    def qpos(self, state: np.ndarray) -> np.ndarray:
+        return state[:, 1 : 1 + self.model.nq]
+
+    def qvel(self, state: np.ndarray) -> np.ndarray:
+        return state[:, 1 + self.model.nq :]
+
+    def _mean_velocity(self, before: np.ndarray, after: np.ndarray, axes: int) -> np.ndarray:
+        """Displacement [B, axes] of the first position coordinates over the control step, divided by its duration."""
+        return (after[:, 1 : 1 + axes] - before[:, 1 : 1 + axes]) / self.step_time
+
+    def _start(self, task, generator):
+        model, noise = self.model, self.start_noise
+        uniform = torch.rand(self.num_envs, model.nq, generator=generator, dtype=torch.float64)
+        draw = torch.randn if self.start_velocity == "normal" else torch.rand
+        velocity = draw(self.num_envs, model.nv, generator=generator, dtype=torch.float64)
+        if self.start_velocity == "uniform":
+            velocity = 2 * velocity - 1
+        self._state = np.tile(self._start_state, (self.num_envs, 1))
+        self._state[:, 1:] += noise * torch.cat([2 * uniform - 1, velocity], dim=1).numpy()
+        self._alive = np.ones(self.num_envs, dtype=bool)
+        self._never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self._diverged = self._never
+        return self._to_device(self._observe(self._state, self._state))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.dtype).to(self.device)
+
+    def _advance(self, action):
+        before, worlds = self._state, np.flatnonzero(self._alive)
+        after, good = self._simulate(before, worlds, action.cpu().numpy())
+        fallen = self._fallen(after) & self._alive
+        ended = self._never
+        if not good.all():
+            diverged = np.zeros(self.num_envs, dtype=bool)
+            diverged[worlds[~good]] = True
+            self._diverged = self._diverged | torch.from_numpy(diverged).to(self.device)
+            fallen = fallen | diverged
+        if np.any(fallen):
+            self._alive = self._alive & ~fallen
+            ended = torch.from_numpy(fallen).to(self.device)
+        self._state = after
+        return self._to_device(self._observe(before, after)), ended, {"diverged": self._diverged.clone()}
+
+    def _simulate(self, state: np.ndarray, worlds: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States [B, ..] after a control step of the given worlds, and which of those [len(worlds)] did not diverge."""
+        after = state.copy()
+        if len(worlds) == 0:
+            return after, np.ones(0, dtype=bool)
+        initial = state[worlds]
+        control, trajectory = self._control[: len(worlds)], self._trajectory[: len(worlds)]
+        control[:] = action[worlds, None]
+        process = os.getpid()
+        with _rollout_lock:
+            _thread_pool(self.num_threads, process).rollout(
+                self._models(worlds),
+                _pool_data(self.model_file, self.num_threads, process),
+                initial,
+                control,
+                skip_checks=True,
+                nstep=self.frame_skip,
+                state=trajectory,
+            )
+        final = trajectory[:, -1]
+        # MuJoCo resets a diverging world and goes on with finite numbers: only its clock tells.
+        clock_error = np.abs(final[:, 0] - initial[:, 0] - self.step_time)
+        good = (clock_error < 0.5 * self.model.opt.timestep) & np.isfinite(final).all(axis=1)
+        after[worlds] = np.where(good[:, None], final, initial)
+        return after, good
+
+    def render_frame(self, index=0, height=240, width=320):
+        """An RGB picture [height, width, 3] (uint8) of one world; the camera follows the torso."""
+        if self._renderer is None:
+            try:
+                self._renderer = mujoco.Renderer(self.model, height, width)
+            except Exception as error:  # the type depends on which OpenGL library is missing
+                raise RuntimeError(RENDER_HINT) from error
+        data = mujoco.MjData(self.model)
+        data.qpos[:] = self.qpos(self._state)[index]
+        mujoco.mj_forward(self.model, data)
+        camera = mujoco.MjvCamera()
+        camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+        camera.lookat[:] = data.subtree_com[1]
+        for name, value in self.camera.items():
+            setattr(camera, name, value)
+        self._renderer.update_scene(data, camera)
+        return self._renderer.render()
+
+    def close_extras(self, **kwargs):
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+class HalfCheetahDir(MujocoTaskVectorEnv):
+    """A planar cheetah runs forward or backward, whichever is asked (and not told).
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv:1703.03400), section 5.3.2; cbfinn/maml_rl
+    `half_cheetah_env_rand_direc.py`; body: Gymnasium's HalfCheetah-v5.
+    Observation: [18] = Gymnasium's 17 (positions without x, velocities), then the mean forward velocity over the last
+    control step in m/s (0 at the start). Action: 6 torques in +-1.
+    Reward: direction * mean forward velocity - 0.05 |action|^2.
+    Tasks: the direction [1], +1 or -1, each in half of a batch; train and test are the same two tasks, as in the paper.
+    Horizon: 200 (MAML paper, PEARL; pytorch-maml-rl, ProMP and garage use 100).
+    Differs: rllab's model stepped 0.01 s, and measured the torso's instantaneous velocity; Gymnasium's control step
+    is 0.05 s. Old codes observe the torso's position too (20 numbers).
+    """
+
+    task_dim = 1
+    model_file = "half_cheetah.xml"
+    frame_skip = 5
+    start_noise, start_velocity = 0.1, "normal"
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return alternating_signs(num_tasks, generator, split).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return task[..., 0] * next_obs[..., 17] - 0.05 * action.square().sum(-1)
+
+    def _observe(self, before, after):
+        return np.concatenate([after[:, 2:], self._mean_velocity(before, after, 1)], axis=1)
+
+
+class HalfCheetahVel(HalfCheetahDir):
+    """A planar cheetah runs at a hidden speed.
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv:1703.03400), section 5.3.2; cbfinn/maml_rl `half_cheetah_env_rand.py`;
+    PEARL's katerakelly/oyster `half_cheetah_vel.py`; body: Gymnasium's HalfCheetah-v5.
+    Observation, action, horizon: as `HalfCheetahDir`.
+    Reward: -|mean forward velocity - target| - 0.05 |action|^2.
+    Tasks: the target speed [1] in m/s, uniform in [0, max_velocity]: 2 in MAML (default), 3 in PEARL, ProMP and
+    VariBAD. Test targets lie in intervals that training never sees.
+    Differs: as `HalfCheetahDir`; PEARL trains on 100 fixed targets, here each draw is new.
+    """
+
+    def __init__(self, num_envs, *args, max_velocity: float = 2.0, **kwargs):
+        super().__init__(num_envs, *args, **kwargs)
+        self.max_velocity = max_velocity
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return (self.max_velocity * held_out_uniform(num_tasks, 1, generator, split)).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return -(next_obs[..., 17] - task[..., 0]).abs() - 0.05 * action.square().sum(-1)
+
+
+class AntDir(MujocoTaskVectorEnv):
+    """A four-legged ant walks forward or backward.
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv:1703.03400), section 5.3.2; cbfinn/maml_rl `ant_env_rand_direc.py`, ProMP
+    `ant_rand_direc.py`; body: Gymnasium's Ant-v5.
+    Observation: [29] = positions without x and y (13), velocities (14), then the torso's mean x and y velocity over
+    the last control step in m/s (0 at the start). Action: 8 torques in +-1.
+    Reward: direction * mean x velocity - 0.5 |action|^2 + 1 (the bonus for surviving). An episode ends when the torso's
+    height leaves [0.2, 1].
+    Tasks: the direction [1], +1 or -1, each in half of a batch; train and test are the same two tasks, as in papers.
+    Horizon: 200.
+    Differs: contact forces are neither observed nor a cost. Weights as ProMP and Gymnasium; MAML's code has 0.005
+    |action|^2 and a bonus of 0.05. Beware when reading returns: standing still earns +1 a step.
+    """
+
+    task_dim = 1
+    model_file = "ant.xml"
+    frame_skip = 5
+    start_noise, start_velocity = 0.1, "normal"
+    camera = {"distance": 4.0, "elevation": -30.0, "azimuth": 90.0}
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return alternating_signs(num_tasks, generator, split).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return task[..., 0] * next_obs[..., 27] - 0.5 * action.square().sum(-1) + 1
+
+    def _observe(self, before, after):
+        return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
+
+    def _fallen(self, state):
+        height = self.qpos(state)[:, 2]
+        return (height < 0.2) | (height > 1.0)
+
+
+class AntDir2D(AntDir):
+    """A four-legged ant walks in a hidden direction of the plane.
+
+    Source: Rothfuss et al. 2019 (ProMP, arXiv:1810.06784), `ant_rand_direc_2d.py`; Rakelly et al. 2019 (PEARL,
+    arXiv:1903.08254), katerakelly/oyster `ant_dir.py`; body: Gymnasium's Ant-v5.
+    Observation, action, early end, horizon: as `AntDir`.
+    Reward: direction . mean velocity - 0.5 |action|^2 + 1.
+    Tasks: the direction [2] = (cos a, sin a), a uniform in [0, 2 pi]; test angles lie in arcs that training never sees.
+    Differs: as `AntDir`; PEARL's published setting draws two headings only.
+    """
+
+    task_dim = 2
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return heading(held_out_uniform(num_tasks, 1, generator, split)).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return (task * next_obs[..., 27:]).sum(-1) - 0.5 * action.square().sum(-1) + 1
+
+
+class AntVel(AntDir):
+    """A four-legged ant walks at a hidden speed.
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv:1703.03400), section 5.3.2; cbfinn/maml_rl `ant_env_rand.py`; body:
+    Gymnasium's Ant-v5.
+    Observation, action, early end, horizon: as `AntDir`.
+    Reward: -|mean x velocity - target| + 1 - 0.005 |action|^2 + 0.05, as MAML's code.
+    Tasks: the target speed [1] in m/s, uniform in [0, 3]; test targets lie in intervals that training never sees.
+    Differs: contact forces are neither observed nor a cost; Gymnasium's body and control step (0.05 s).
+    """
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return (3 * held_out_uniform(num_tasks, 1, generator, split)).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return 1.05 - (next_obs[..., 27] - task[..., 0]).abs() - 0.005 * action.square().sum(-1)
+
+
+class AntGoal(AntDir):
+    """A four-legged ant walks to a hidden place.
+
+    Source: Rothfuss et al. 2019 (ProMP, arXiv:1810.06784), `ant_rand_goal.py`; Rakelly et al. 2019 (PEARL,
+    arXiv:1903.08254), katerakelly/oyster `ant_goal.py`; body: Gymnasium's Ant-v5.
+    Observation: [29] = all positions (15, x and y first), velocities (14). Action: 8 torques in +-1.
+    Reward: -|x - goal x| - |y - goal y| - 0.1 |action|^2, at the position after the step. No early end.
+    Tasks: the goal [2] in m, uniform in a disc of radius 3: 3 sqrt(u) (cos a, sin a); test goals lie in sectors that
+    training never sees.
+    Horizon: 200.
+    Differs: contact forces are neither observed nor a cost. MAML's variant draws from a square of +-3, adds 4 and ends
+    when the ant falls.
+    """
+
+    task_dim = 2
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        point = held_out_uniform(num_tasks, 2, generator, split)
+        return (3 * point[:, 1:].sqrt() * heading(point[:, :1])).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return -(next_obs[..., :2] - task).abs().sum(-1) - 0.1 * action.square().sum(-1)
+
+    def _observe(self, before, after):
+        return after[:, 1:].copy()
+
+    def _fallen(self, state):
+        return False
+
+
+class HumanoidDir(MujocoTaskVectorEnv):
+    """A humanoid walks in a hidden direction of the plane.
+
+    Source: Rakelly et al. 2019 (PEARL, arXiv:1903.08254), katerakelly/oyster `humanoid_dir.py`; body: Gymnasium's
+    Humanoid-v5.
+    Observation: [47] = positions without x and y (22), velocities (23), then the torso's mean x and y velocity over the
+    last control step in m/s (0 at the start). Action: 17 torques in +-0.4.
+    Reward: 1.25 direction . mean velocity - 0.1 |action|^2 + 5. An episode ends when the torso's height leaves [1, 2].
+    Tasks: the direction [2] = (cos a, sin a), a uniform in [0, 2 pi]; test angles lie in arcs that training never sees.
+    Horizon: 200.
+    Differs: the velocity is the torso's, the original's the centre of mass's; 1.25 is the original's 0.25 over its
+    physics step (0.003 s) per control step (0.015 s). Inertias, actuator and contact forces are not observed, contact
+    is no cost. PEARL trains on 100 fixed directions, here each draw is new.
+    """
+
+    task_dim = 2
+    model_file = "humanoid.xml"
+    frame_skip = 5
+    start_noise, start_velocity = 0.01, "uniform"
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return heading(held_out_uniform(num_tasks, 1, generator, split)).to(self.device, self.dtype)
+
+    @staticmethod
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return 1.25 * (task * next_obs[..., 45:]).sum(-1) - 0.1 * action.square().sum(-1) + 5
+
+    def _observe(self, before, after):
+        return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
+
+    def _fallen(self, state):
+        height = self.qpos(state)[:, 2]
+        return (height < 1.0) | (height > 2.0)

@@ -1,0 +1,698 @@
+"""The environment contract on every registered family, and the physics against Gymnasium's own environments."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import envs
+from envs import locomotion
+from envs.core import ScaleActions
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = {family.__name__: family for family in envs.HORIZONS}
+MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomotion.MujocoTaskVectorEnv)]
+SAME_TASKS = {"HalfCheetahDir", "AntDir"}  # train and test are the same two directions
+every_family = pytest.mark.parametrize("name", FAMILIES)
+every_mujoco = pytest.mark.parametrize("name", MUJOCO)
+
+
+def make(name, num_envs, horizon=None, **kwargs):
+    if horizon is not None:
+        kwargs["max_episode_steps"] = horizon
+    return gym.make_vec(f"{name}-v0", num_envs, vectorization_mode="vector_entry_point", **kwargs).unwrapped
+
+
+def random_actions(venv, steps, seed=0):
+    """Uniform within the bounds [T, B, A]."""
+    unit = torch.rand(steps, *venv.action_space.shape, generator=seeded(seed), dtype=venv.dtype)
+    return (venv._low + unit.to(venv.device) * (venv._high - venv._low)).to(venv.dtype)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def play(venv, actions, tasks, seed=0):
+    """Observations [T + 1, B, O], rewards, terminated, truncated [T, B]."""
+    obs, _ = venv.reset(seed=seed, options={"tasks": tasks})
+    record = [venv.step(action)[:4] for action in actions]
+    columns = [torch.stack(column) for column in zip(*record, strict=True)]
+    return torch.cat([obs[None], columns[0]]), *columns[1:]
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@every_family
+def test_spaces_dtypes_and_metadata(name):
+    for dtype in (torch.float32, torch.float64):
+        venv = make(name, 3, dtype=dtype)
+        assert venv.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+        assert venv.horizon == envs.HORIZONS[FAMILIES[name]]
+        obs, info = venv.reset(seed=0)
+        assert obs.shape == venv.observation_space.shape == (3, *venv.single_observation_space.shape)
+        assert venv.tasks.shape == (3, venv.task_dim)
+        assert info == {}
+        action = random_actions(venv, 1)[0]
+        assert venv.action_space.contains(action.float().numpy())
+        obs, reward, terminated, truncated, _ = venv.step(action)
+        assert obs.dtype == reward.dtype == venv.tasks.dtype == dtype
+        assert terminated.dtype == truncated.dtype == torch.bool
+        assert reward.shape == terminated.shape == truncated.shape == (3,)
+        assert venv.observation_space.contains(obs.float().numpy())
+
+
+@every_family
+def test_seeds_decide_everything(name):
+    venv, other = make(name, 4), make(name, 4)
+    torch.manual_seed(1)
+    first = venv.reset(seed=5)[0]
+    torch.manual_seed(2)
+    np.random.seed(3)
+    assert torch.equal(first, other.reset(seed=5)[0])
+    assert torch.equal(venv.tasks, other.tasks)
+    assert torch.equal(venv.reset()[0], other.reset()[0])  # the second episodes, unseeded, follow from the first seed
+    assert torch.equal(venv.tasks, other.tasks)
+    assert not torch.equal(venv.tasks, make(name, 4).sample_tasks(4, seeded(99))) or name in SAME_TASKS
+    if name in MUJOCO:
+        assert not torch.equal(first, venv.reset(seed=6)[0])
+
+
+@every_family
+def test_the_task_is_never_in_the_observation(name):
+    venv = make(name, 4)
+    tasks = venv.sample_tasks(8, seeded(0))
+    first = venv.reset(seed=1, options={"tasks": tasks[:4]})[0]
+    assert torch.equal(first, venv.reset(seed=1, options={"tasks": tasks[4:]})[0])
+    assert torch.equal(first, venv.reset(seed=1)[0])  # tasks drawn by reset do not disturb the start states
+
+
+@every_family
+def test_returned_tensors_are_not_reused(name):
+    venv = make(name, 3)
+    action = random_actions(venv, 1)[0]
+    kept = [venv.reset(seed=0)[0]]
+    for _ in range(3):
+        *tensors, info = venv.step(action)
+        kept += [*tensors, *info.values()]
+    copies = [tensor.clone() for tensor in kept]
+    venv.step(action)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept, copies, strict=True))
+    # Nor does the environment read them again: what a caller does to them changes nothing.
+    undisturbed = venv.step(action)
+    venv.reset(seed=0)[0].zero_()
+    for _ in range(4):
+        *tensors, info = venv.step(action)
+        for tensor in (*tensors, *info.values()):
+            tensor.fill_(1)
+    again = venv.step(action)
+    assert all(torch.equal(a, b) for a, b in zip(undisturbed[:4], again[:4], strict=True))
+
+
+@every_family
+def test_horizon_is_the_only_truncation(name):
+    venv = make(name, 2, horizon=3)
+    with pytest.raises(gym.error.ResetNeeded):
+        venv.step(random_actions(venv, 1)[0])
+    for _ in range(2):
+        venv.reset(seed=0)
+        flags = [venv.step(action)[3].tolist() for action in random_actions(venv, 3)]
+        assert flags == [[False, False], [False, False], [True, True]]
+        with pytest.raises(gym.error.ResetNeeded):
+            venv.step(random_actions(venv, 1)[0])
+
+
+@every_family
+def test_an_early_end_is_latched_and_pays_nothing(name):
+    venv = make(name, 24, horizon=60, dtype=torch.float64)
+    obs, reward, terminated, truncated = play(venv, random_actions(venv, 60), venv.sample_tasks(24, seeded(0)))
+    falls = name in ("AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams")
+    assert bool(terminated.any()) == falls
+    assert not truncated[:-1].any()
+    for world in range(24):
+        ends = terminated[:, world].nonzero()
+        if len(ends):
+            end = int(ends[0])
+            assert terminated[end:, world].all()
+            assert reward[end, world] != 0  # the step that ends an episode is paid
+            assert (reward[end + 1 :, world] == 0).all()
+            assert (obs[end + 1 :, world] == obs[end + 1, world]).all()
+
+
+@every_family
+def test_reward_is_the_pure_function(name):
+    venv = make(name, 4, horizon=19, dtype=torch.float64)
+    tasks = venv.sample_tasks(4, seeded(3))
+    actions = random_actions(venv, 19)
+    obs, reward, terminated, _ = play(venv, actions, tasks)
+    pure = FAMILIES[name].reward(obs[:-1], actions, obs[1:], tasks.expand(19, *tasks.shape))
+    paid = torch.cat([torch.zeros_like(terminated[:1]), terminated[:-1]]).logical_not()
+    torch.testing.assert_close(reward, pure * paid, rtol=0, atol=0)
+
+
+@every_family
+def test_a_world_does_not_depend_on_its_neighbours(name):
+    """World 2 of a batch is, bit for bit, the one world of a batch of one that starts in the same state."""
+    venv, alone = make(name, 4, horizon=19, dtype=torch.float64), make(name, 1, horizon=19, dtype=torch.float64)
+    tasks, actions = venv.sample_tasks(4, seeded(0)), random_actions(venv, 19)
+    venv.reset(seed=0, options={"tasks": tasks})
+    start = venv._state[2].copy() if name in MUJOCO else None
+    batch = play(venv, actions, tasks)
+    alone.reset(seed=0, options={"tasks": tasks[2:3]})
+    if start is not None:
+        alone._state[0] = start
+        alone._obs = batch[0][0, 2:3]
+    for step in range(19):
+        obs, reward, terminated, _, _ = alone.step(actions[step, 2:3])
+        assert torch.equal(obs[0], batch[0][step + 1, 2])
+        assert reward[0] == batch[1][step, 2]
+        assert terminated[0] == batch[2][step, 2]
+
+
+@every_family
+def test_single_environment_equals_the_batch(name):
+    venv = make(name, 1, horizon=15)
+    single = gym.make(f"{name}-v0", max_episode_steps=15)
+    task, actions = venv.sample_tasks(1, seeded(0)), random_actions(venv, 15)
+    obs, reward, terminated, _ = play(venv, actions, task, seed=4)
+    first, info = single.reset(seed=4, options={"task": task[0].numpy()})
+    np.testing.assert_array_equal(first, obs[0, 0].numpy())
+    np.testing.assert_array_equal(info["task"], task[0].numpy())
+    for step in range(15):
+        single_obs, single_reward, single_terminated, truncated, _ = single.step(actions[step, 0].numpy())
+        np.testing.assert_array_equal(single_obs, obs[step + 1, 0].numpy())
+        assert single_reward == float(reward[step, 0])
+        assert single_terminated == bool(terminated[step, 0])
+        assert truncated == (step == 14)
+
+
+@every_family
+@pytest.mark.filterwarnings("ignore:.*Box observation space (minimum|maximum) value is.*infinity")
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized")
+@pytest.mark.filterwarnings("ignore:.*not having a spec")
+def test_gymnasium_checks_the_single_environment(name):
+    check_env(gym.make(f"{name}-v0").unwrapped, skip_render_check=True)
+
+
+@every_family
+def test_test_tasks_are_held_out(name):
+    venv = make(name, 1, dtype=torch.float64)
+    train, test = (venv.sample_tasks(3000, seeded(seed), split) for seed, split in ((0, "train"), (1, "test")))
+    if name in SAME_TASKS:
+        assert {*train.flatten().tolist()} == {*test.flatten().tolist()} == {1.0, -1.0}
+        assert train.sum() == 0
+        return
+    if name in ("SparseNavigation2D", "AntDir2D", "AntGoal", "HumanoidDir"):
+        turns = [torch.atan2(tasks[:, 1], tasks[:, 0]) for tasks in (train, test)]
+        span = 1.0 if name == "SparseNavigation2D" else 2.0
+        train_part, test_part = ((turn / (span * torch.pi)) % 1 for turn in turns)
+    else:
+        low, high = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "AntVel": (0, 3)}.get(name, (-3, 3))
+        train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
+    # In fiftieths of the range, no interval holds tasks of both kinds, and together they cover all of it.
+    train_cells, test_cells = ({*(50 * part).floor().int().tolist()} for part in (train_part, test_part))
+    assert not train_cells & test_cells
+    assert train_cells | test_cells == set(range(50))
+    assert len(test_cells) == 10
+
+
+def test_task_distributions():
+    """Means and extremes of what the papers draw from."""
+    draw = {name: make(name, 1).sample_tasks(4000, seeded(0)) for name in FAMILIES}
+    assert draw["AntGoal"].norm(dim=1).max() <= 3
+    assert draw["AntGoal"].norm(dim=1).mean() == pytest.approx(2, abs=0.05)  # 2/3 of the radius, uniform in the disc
+    assert draw["HumanoidDir"].norm(dim=1).sub(1).abs().max() < 1e-6
+    assert draw["HumanoidDir"].mean(0).abs().max() < 0.05
+    assert draw["SparseNavigation2D"][:, 1].min() >= 0
+    assert draw["SparseNavigation2D"][:, 1].mean() == pytest.approx(2 / np.pi, abs=0.03)
+    assert draw["HalfCheetahVel"].mean() == pytest.approx(1, abs=0.05)
+    wide = locomotion.HalfCheetahVel(1, max_velocity=3.0).sample_tasks(4000, seeded(0))
+    assert wide.max() > 2.9
+    for name in ("HopperRandParams", "WalkerRandParams"):
+        assert draw[name].mean(0).abs().max() < 0.15
+        assert draw[name].std(0).sub(6 / 12**0.5).abs().max() < 0.1
+
+
+@every_family
+def test_bad_input_is_refused(name):
+    venv = make(name, 2)
+    good = venv.sample_tasks(2, seeded(0))
+    with pytest.raises(ValueError, match="split must be"):
+        venv.sample_tasks(2, seeded(0), "validation")
+    with pytest.raises(ValueError, match="tasks must have shape"):
+        venv.reset(options={"tasks": good[:1]})
+    with pytest.raises(ValueError, match="non-finite task"):
+        venv.reset(options={"tasks": good * float("nan")})
+    venv.reset(seed=0)
+    actions = random_actions(venv, 1)[0]
+    with pytest.raises(ValueError, match="action must have shape"):
+        venv.step(actions[:1])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="non-finite action"):
+            venv.step(torch.full_like(actions, bad))
+    with pytest.raises(ValueError, match="num_envs and max_episode_steps"):
+        make(name, 2, horizon=0)
+
+
+@every_family
+def test_actions_are_clipped_to_their_bounds(name):
+    venv = make(name, 3, horizon=5)
+    tasks = venv.sample_tasks(3, seeded(0))
+    actions = random_actions(venv, 5)
+    outside = 50 * actions
+    clipped = torch.minimum(torch.maximum(outside, venv._low), venv._high)
+    assert all(torch.equal(a, b) for a, b in zip(play(venv, outside, tasks), play(venv, clipped, tasks), strict=True))
+
+
+def test_scaled_actions_span_the_bounds():
+    scaled = ScaleActions(make("HumanoidDir", 2, dtype=torch.float64), 10.0)
+    plain = make("HumanoidDir", 2, dtype=torch.float64)
+    assert scaled.single_action_space.high.tolist() == [10.0] * 17
+    for environment in (scaled, plain):
+        environment.reset(seed=0)
+    action = 20 * torch.rand(2, 17, generator=seeded(0), dtype=torch.float64) - 10
+    torch.testing.assert_close(scaled.step(action)[0], plain.step(action * plain._high / 10)[0], rtol=0, atol=1e-9)
+
+
+@every_family
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_sees_the_same_worlds(name):
+    on_cpu, on_gpu = make(name, 4, horizon=15), make(name, 4, horizon=15, device="cuda")
+    tasks, actions = on_cpu.sample_tasks(4, seeded(0)), random_actions(on_cpu, 15)
+    assert torch.equal(on_gpu.sample_tasks(4, seeded(0)).cpu(), tasks)
+    for ours, theirs in zip(play(on_cpu, actions, tasks), play(on_gpu, actions.cuda(), tasks), strict=True):
+        assert theirs.is_cuda
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- navigation
+
+
+@pytest.mark.parametrize("name", ["Navigation2D", "SparseNavigation2D"])
+def test_navigation_against_numpy(name):
+    venv = make(name, 5, horizon=20, dtype=torch.float64)
+    tasks = venv.sample_tasks(5, seeded(0))
+    actions = 0.1 * tasks + 0.03 * torch.randn(20, 5, 2, generator=seeded(1), dtype=torch.float64)
+    obs, reward, _, _ = play(venv, actions, tasks)
+    position, goal = np.zeros((5, 2)), tasks.numpy()
+    paid = 0
+    for step in range(20):
+        position = position + np.clip(actions[step].numpy(), -0.1, 0.1)
+        distance = np.sqrt(((position - goal) ** 2).sum(1))
+        expected = -distance if name == "Navigation2D" else np.where(distance <= 0.2, 1 - distance, 0)
+        paid += (expected != 0).sum()
+        # The bounds are float32 numbers: 0.1 is only known to 1e-9 there.
+        np.testing.assert_allclose(obs[step + 1].numpy(), position, atol=1e-7)
+        np.testing.assert_allclose(reward[step].numpy(), expected, atol=1e-7)
+    assert paid > 0
+
+
+# ---------------------------------------------------------------- MuJoCo against Gymnasium
+
+ORIGINAL = {
+    "HalfCheetahDir": "HalfCheetah-v5",
+    "HalfCheetahVel": "HalfCheetah-v5",
+    "AntDir": "Ant-v5",
+    "AntDir2D": "Ant-v5",
+    "AntVel": "Ant-v5",
+    "AntGoal": "Ant-v5",
+    "HumanoidDir": "Humanoid-v5",
+    "HopperRandParams": "Hopper-v5",
+    "WalkerRandParams": "Walker2d-v5",
+}
+
+
+def expected_reward(name, before, after, dt, action, task):
+    """The formulas of the docstrings, from Gymnasium's positions before and after."""
+    velocity, cost = (after - before)[:2] / dt, (action**2).sum()
+    match name:
+        case "HalfCheetahDir":
+            return task[0] * velocity[0] - 0.05 * cost
+        case "HalfCheetahVel":
+            return -abs(velocity[0] - task[0]) - 0.05 * cost
+        case "AntDir":
+            return task[0] * velocity[0] - 0.5 * cost + 1
+        case "AntDir2D":
+            return velocity @ task - 0.5 * cost + 1
+        case "AntVel":
+            return -abs(velocity[0] - task[0]) + 1 - 0.005 * cost + 0.05
+        case "AntGoal":
+            return -abs(after[0] - task[0]) - abs(after[1] - task[1]) - 0.1 * cost
+        case "HumanoidDir":
+            return 1.25 * velocity @ task - 0.1 * cost + 5
+        case _:
+            return velocity[0] + 1 - 1e-3 * cost
+
+
+def expected_obs(name, before, after, velocity_after, dt):
+    velocity = (after - before)[:2] / dt
+    if name == "AntGoal":
+        return np.concatenate([after, velocity_after])
+    if name.endswith("RandParams"):
+        return np.concatenate([after[1:], np.clip(velocity_after, -10, 10), velocity[:1]])
+    if name.startswith("HalfCheetah"):
+        return np.concatenate([after[1:], velocity_after, velocity[:1]])
+    return np.concatenate([after[2:], velocity_after, velocity])
+
+
+def original(name):
+    # Without the wrappers: Gymnasium's checkers and time limit play no part.
+    return gym.make(ORIGINAL[name]).unwrapped
+
+
+def compare(name, single, venv, tasks, actions, atol=1e-8, warm_start=True, start=None):
+    """Play one world and Gymnasium's environment side by side; returns the step in which the world ended, or None.
+
+    `warm_start=False` makes Gymnasium's contact solver begin from nothing in every control step, as ours does.
+    """
+    obs, _ = venv.reset(seed=2, options={"tasks": tasks})
+    nq = single.model.nq
+    if start is not None:
+        venv._state[0, 1:] = start
+        obs = torch.as_tensor(venv._observe(venv._state, venv._state))
+    single.reset(seed=0)
+    single.set_state(venv._state[0, 1 : 1 + nq], venv._state[0, 1 + nq :])
+    task = tasks[0].numpy()
+    dt = single.dt
+    before = single.data.qpos.copy()
+    np.testing.assert_allclose(obs[0], expected_obs(name, before, before, single.data.qvel, dt), rtol=0, atol=1e-12)
+    for step, action in enumerate(actions):
+        before = single.data.qpos.copy()
+        if not warm_start:
+            single.data.qacc_warmstart[:] = 0
+        single_terminated = single.step(action[0].numpy())[2]
+        obs, reward, terminated, _, info = venv.step(action)
+        np.testing.assert_allclose(venv._state[0, 1 : 1 + nq], single.data.qpos, rtol=0, atol=atol)
+        np.testing.assert_allclose(venv._state[0, 1 + nq :], single.data.qvel, rtol=0, atol=atol)
+        after = single.data.qpos.copy()
+        np.testing.assert_allclose(
+            obs[0], expected_obs(name, before, after, single.data.qvel, dt), rtol=0, atol=atol / dt
+        )
+        expected = expected_reward(name, before, after, dt, action[0].numpy(), task)
+        assert float(reward[0]) == pytest.approx(expected, abs=atol / dt)
+        assert not info["diverged"].any()
+        if name != "AntGoal":  # which never ends
+            assert bool(terminated[0]) == single_terminated
+        if terminated[0]:
+            return step
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _outside_the_repository(tmp_path, monkeypatch):
+    """MuJoCo's deprecation warning (Gymnasium's own loading) writes MUJOCO_LOG.TXT into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@every_mujoco
+@pytest.mark.parametrize("seed", [0, 1])
+def test_physics_equal_gymnasium(name, seed):
+    venv = make(name, 1, horizon=20, dtype=torch.float64)
+    tasks = venv.sample_tasks(1, seeded(seed))
+    if name.endswith("RandParams"):
+        tasks = torch.zeros(1, venv.task_dim, dtype=torch.float64)  # 1.5 ** 0 = 1: Gymnasium's own body
+    actions = random_actions(venv, 20, seed)
+    compare(name, original(name), venv, tasks, actions, atol=1e-10, warm_start=False)
+    # Gymnasium's solver continues from its last solution. The humanoid's (projected Gauss-Seidel, 50 iterations) stops
+    # short of convergence, so there the beginning shows in the seventh digit.
+    compare(name, original(name), venv, tasks, actions, atol=1e-5 if name == "HumanoidDir" else 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "coordinate", "value", "speed"),
+    [
+        ("AntDir", 2, 0.85, 2.2),
+        ("HumanoidDir", 2, 1.96, 1.0),
+        ("HopperRandParams", 2, 0.19, 0.5),
+        ("WalkerRandParams", 2, -0.99, -1.0),
+    ],
+)
+def test_falls_end_episodes_when_gymnasiums_do(name, coordinate, value, speed):
+    """Bodies started on their way across a limit of health."""
+    venv, single = make(name, 1, horizon=20, dtype=torch.float64), original(name)
+    tasks = torch.zeros(1, venv.task_dim, dtype=torch.float64)
+    position, velocity = single.init_qpos.copy(), single.init_qvel.copy()
+    position[coordinate], velocity[coordinate] = value, speed
+    start = np.concatenate([position, velocity])
+    assert compare(name, single, venv, tasks, random_actions(venv, 20), warm_start=False, start=start) in range(1, 19)
+
+
+@pytest.mark.parametrize("name", ["AntDir", "HumanoidDir", "HopperRandParams", "WalkerRandParams"])
+def test_early_ends_equal_gymnasium(name):
+    """States put on either side of each limit of health."""
+    single = original(name)
+    venv = make(name, 2)
+    venv.reset(seed=0)
+    limits = {"AntDir": (0.2, 1.0), "HumanoidDir": (1.0, 2.0), "HopperRandParams": (0.7,), "WalkerRandParams": (0.8, 2)}
+    height = {"AntDir": 2, "HumanoidDir": 2}.get(name, 1)
+    cases = [(height, limit + side) for limit in limits[name] for side in (-1e-3, 1e-3)]
+    if height == 1:
+        limit = 0.2 if name == "HopperRandParams" else 1.0
+        cases += [(2, sign * (limit + side)) for sign in (1, -1) for side in (-1e-3, 1e-3)]
+        cases += [(len(single.init_qpos) + 3, speed) for speed in (-101.0, 99.0, 101.0)]
+    seen = set()
+    for coordinate, value in cases:
+        state = np.concatenate([single.init_qpos, single.init_qvel])
+        state[coordinate] = value
+        single.set_state(state[: single.model.nq], state[single.model.nq :])
+        healthy = bool(single.is_healthy)
+        assert bool(venv._fallen(np.concatenate([[0.0], state])[None])[0]) != healthy, (coordinate, value)
+        seen.add(healthy)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["HopperRandParams", "WalkerRandParams"])
+def test_random_bodies_equal_gymnasium_edited_by_hand(name):
+    venv = make(name, 1, horizon=20, dtype=torch.float64)
+    for seed in (0, 1):
+        tasks = venv.sample_tasks(1, seeded(seed))
+        single = original(name)
+        model, exponent = single.model, iter(tasks[0].tolist())
+        for body in range(1, model.nbody):
+            model.body_mass[body] *= 1.5 ** next(exponent)
+        for body in range(1, model.nbody):
+            for axis in range(3):
+                model.body_inertia[body, axis] *= 1.5 ** next(exponent)
+        for dof in range(model.nv):
+            model.dof_damping[dof] *= 1.3 ** next(exponent)
+        for geom in range(model.ngeom):
+            for kind in range(3):
+                model.geom_friction[geom, kind] *= 1.5 ** next(exponent)
+        assert next(exponent, None) is None
+        mujoco.mj_setConst(model, single.data)
+        actions = random_actions(venv, 20, seed)
+        compare(name, single, venv, tasks, actions)
+        with pytest.raises(AssertionError):  # and Gymnasium's own body moves otherwise
+            compare(name, original(name), venv, tasks, actions)
+
+
+def test_one_model_per_task():
+    venv = make("HopperRandParams", 6)
+    tasks = venv.sample_tasks(2, seeded(0)).repeat_interleave(3, 0)
+    venv.reset(options={"tasks": tasks})
+    models = venv._models(np.arange(6))
+    assert len({id(model) for model in models}) == 2
+    assert models[0] is models[2]
+    assert models[3] is models[5]
+    venv.reset(options={"tasks": tasks.flip(0)})
+    assert venv._models(np.arange(6))[0] is models[3]  # tasks seen in the last episode are not compiled again
+
+
+@every_mujoco
+def test_threads_do_not_change_results(name):
+    results = []
+    for num_threads in (1, 2, 3):
+        venv = make(name, 7, horizon=15, num_threads=num_threads)
+        results.append(play(venv, random_actions(venv, 15), venv.sample_tasks(7, seeded(0))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_instances_share_one_pool():
+    for number in range(3):
+        venv = make("HalfCheetahDir", 4 + number, num_threads=3)
+        venv.reset(seed=0)
+        venv.step(torch.zeros(4 + number, 6))
+    if Path("/proc/self/task").exists():
+        before = len(os.listdir("/proc/self/task"))
+        venvs = [make("HalfCheetahDir", 5, num_threads=3) for _ in range(5)]
+        for venv in venvs:
+            venv.reset(seed=0)
+            venv.step(torch.zeros(5, 6))
+        assert len(os.listdir("/proc/self/task")) == before
+
+
+@every_mujoco
+def test_start_states_have_gymnasiums_distribution(name):
+    venv = make(name, 2000, dtype=torch.float64)
+    venv.reset(seed=0)
+    single = original(name)
+    starts = []
+    for seed in range(300):
+        single.reset(seed=seed)
+        starts.append(single.state_vector())
+    starts, ours = np.array(starts), venv._state[:, 1:]
+    nq = single.model.nq
+    scale = starts.std(0).max()
+    for part in (slice(0, nq), slice(nq, None)):
+        np.testing.assert_allclose(ours[:, part].mean(0), starts[:, part].mean(0), atol=0.25 * scale)
+        # Width of the middle 80 % pooled over coordinates tells uniform from normal; 300 x nq draws are plenty.
+        centred = [states[:, part] - states[:, part].mean(0) for states in (ours, starts)]
+        for quantile in (0.1, 0.9, 0.99):
+            expected = np.quantile(centred[1], quantile)
+            assert np.quantile(centred[0], quantile) == pytest.approx(expected, rel=0.08)
+
+
+@every_mujoco
+def test_divergence_ends_a_world_and_is_told(name):
+    venv = make(name, 5, horizon=6)
+    tasks, actions = venv.sample_tasks(5, seeded(0)), random_actions(venv, 6)
+    healthy = play(venv, actions, tasks)
+    venv.reset(seed=0, options={"tasks": tasks})
+    diverged = []
+    for step, action in enumerate(actions):
+        if step == 2:
+            venv._state[1, -venv.model.nv :] = 1e12
+        obs, reward, terminated, truncated, info = venv.step(action)
+        diverged.append(info["diverged"].tolist())
+        assert torch.isfinite(obs).all()
+        assert torch.isfinite(reward).all()
+        assert bool(terminated[1]) == (step >= 2)
+        assert truncated.all() == (step == 5)
+        for world in (0, 2, 3, 4):  # the neighbours do not notice
+            assert torch.equal(obs[world], healthy[0][step + 1, world])
+        if step > 2:
+            assert reward[1] == 0
+    assert diverged == [[False] * 5] * 2 + [[False, True, False, False, False]] * 4
+    venv.reset(seed=0, options={"tasks": tasks})
+    obs, *_, info = venv.step(actions[0])
+    assert not info["diverged"].any()
+    assert torch.equal(obs, healthy[0][1])
+
+
+def test_worlds_that_are_over_are_not_simulated():
+    venv = make("HopperRandParams", 12, horizon=60)
+    venv.reset(seed=0)
+    actions = random_actions(venv, 60)
+    for action in actions[:30]:
+        over = venv.step(action)[2].numpy()
+    assert 0 < over.sum() < 12
+    before = venv._state.copy()
+    for action in actions[30:]:
+        venv.step(action)
+    assert (venv._state[over] == before[over]).all()
+    assert (venv._state[~over] != before[~over]).any(axis=1).all()
+
+
+def test_silence(tmp_path):
+    """Nothing is printed and no MUJOCO_LOG.TXT is written: when loading, at a divergence, at the end."""
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import envs, gymnasium as gym, torch
+for family in envs.HORIZONS:
+    venv = gym.make_vec(f"{{family.__name__}}-v0", 4, vectorization_mode="vector_entry_point").unwrapped
+    venv.reset(seed=0)
+    if hasattr(venv, "model"):
+        venv._state[0, -venv.model.nv:] = 1e12
+    info = venv.step(torch.zeros(venv.action_space.shape))[4]
+    assert not hasattr(venv, "model") or info["diverged"][0]
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_has_no_side_effects_on_torch(tmp_path):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch; torch.manual_seed(0); state = torch.get_rng_state()
+import envs
+assert torch.equal(state, torch.get_rng_state()) and "metaworld" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, timeout=60).returncode == 0
+
+
+# ---------------------------------------------------------------- pictures
+
+DRAWS = """
+import sys; sys.path.insert(0, {root!r})
+import gymnasium as gym, numpy as np, torch, envs
+from envs.render import adaptation_gif
+for family in envs.HORIZONS:
+    single = gym.make(f"{{family.__name__}}-v0", render_mode="rgb_array")
+    single.reset(seed=0)
+    first = single.render()
+    assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3 and first.std() > 5, family
+    for _ in range(5):
+        single.step(single.action_space.high)
+    assert not np.array_equal(first, single.render()), family
+    single.close()
+still, push = lambda obs: torch.zeros(1, 6), lambda obs: torch.ones(1, 6) * obs.sum().sign()
+adaptation_gif("a.gif", "HalfCheetahDir-v0", torch.ones(1), {{"before": still, "after": push}}, max_episode_steps=12)
+walk = lambda obs: torch.full((1, 2), 0.1)
+adaptation_gif("b.gif", "Navigation2D-v0", torch.ones(2) / 2, {{"x": walk}}, max_episode_steps=7, every=1)
+"""
+
+
+def egl_works(tmp_path):
+    program = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).close()"
+    environment = {**os.environ, "MUJOCO_GL": "egl"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True)
+    return result.returncode == 0
+
+
+def test_rendering(tmp_path):
+    from PIL import Image
+
+    if not egl_works(tmp_path):
+        pytest.skip("EGL cannot be initialised here: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri")
+    environment = {**os.environ, "MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRAWS.format(root=str(ROOT))]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 7  # steps 0, 2, .., 12
+        assert gif.size == (640, 264)
+        assert gif.info["duration"] == 100
+    with Image.open(tmp_path / "b.gif") as gif:
+        assert gif.n_frames == 8
+        assert gif.size == (240, 264)
+
+
+def test_rendering_without_opengl_gives_a_hint(tmp_path):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import gymnasium as gym, envs
+single = gym.make("HalfCheetahDir-v0", render_mode="rgb_array")
+single.reset(seed=0)
+try:
+    single.render()
+except RuntimeError as error:
+    assert "MUJOCO_GL=egl" in str(error) and "libegl1" in str(error)
+else:
+    raise SystemExit("rendering should have failed")
+"""
+    environment = {**os.environ, "MUJOCO_GL": "disable"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr + result.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is not None, reason="Meta-World is installed")
+def test_metaworld_missing_gives_a_hint():
+    from envs.metaworld import make_metaworld
+
+    with pytest.raises(ImportError, match=r"requirements-metaworld\.txt"):
+        make_metaworld("ML10", num_envs=2)
