@@ -15,10 +15,9 @@ Algorithm:
     [8]     d = F^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i(theta))
     [9]     theta <- theta + the longest backtracked step along d with mean KL <= delta and a better J
     [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha halves after the first)
-Symbols: theta = theta, theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, lambda = gae_lambda.
-Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
-    O observation, A action, P task vector, F baseline features, W all of theta as one vector. Entries of parameter
-    dicts have a leading N after adaptation only and carry no suffix.
+Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, gamma and lambda of [3] = gae_lambda.
+Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples, O
+    observation, A action, P task vector, F features, W all of theta. Entries of parameter dicts gain N by adaptation.
 Differs from the paper: `lvc` for the plain score-function surrogate in the inner step (`--estimator score`), two tanh
     layers of 64 (ReLU, 100), `--action-scale`, exact Fisher products on a share of the episodes (its code: finite
     differences). As there, the horizon is part of the task: the baseline sees t, nothing is bootstrapped behind T.
@@ -99,8 +98,7 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = {"seed": (0, 2**31), "cg_damping": (0, 1e3), "fisher_fraction": (1e-9, 1)}
-        ranges |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+        ranges = dict.fromkeys(("gamma", "gae_lambda", "fisher_fraction", "cg_damping"), (0, 1)) | {"seed": (0, 2**31)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
@@ -145,7 +143,7 @@ def unflatten(vector_W: Tensor, like: Params) -> Params:
 
 
 def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (arXiv:1506.02438): behind the last step all is 0. Discounted return: value 0."""
+    """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
     delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
     tails = [torch.zeros_like(delta_NET[..., 0])]
     for delta_NE in reversed(delta_NET.unbind(-1)):
@@ -171,7 +169,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     seed = int(torch.randint(2**31, (1,), generator=generator))
     noise_TNEA = torch.randn(T, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps = torch.ones(N, E).to(tasks_NP), []
+    mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
+    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
         obs_NEO = obs.view(N, E, -1)
         mean_NEA, std_N1A = policy(params, obs_NEO)
@@ -180,9 +179,9 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
         log_prob_NE = Normal(mean_NEA, std_N1A, False).log_prob(action_NEA).sum(-1)
         steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
         mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
+    torch.set_num_threads(threads)
     obs_NETO, action_NETA, log_prob_NET, mask_NET, reward_NET = (torch.stack(x, 2) for x in zip(*steps, strict=True))
-    return_NET = gae(reward_NET, torch.zeros_like(reward_NET), args.gamma, 1.0)
-    value_NET = linear_baseline(obs_NETO, return_NET, mask_NET)  # [3]
+    value_NET = linear_baseline(obs_NETO, gae(reward_NET, 0 * reward_NET, args.gamma, 1.0), mask_NET)  # [3]
     advantage_NET = gae(reward_NET, value_NET, args.gamma, args.gae_lambda)
     count_N11 = mask_NET.sum((1, 2), keepdim=True)
     mean_N11 = (advantage_NET * mask_NET).sum((1, 2), keepdim=True) / count_N11
@@ -200,16 +199,13 @@ def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
 
 
 def inner_objective(log_prob_ET: Tensor, batch: Episodes, estimator: str) -> Tensor:
-    """Surrogate [E] per episode: its gradient is the policy gradient, its second derivative is where estimators differ:
-
-    score drops what stems from the sampling distribution, lvc keeps the low-variance part of it, dice and loaded all.
-    """
-    if estimator in ("score", "e_maml"):
+    """Surrogate [E] per episode; its gradient is the policy gradient, its second derivative differs by estimator."""
+    if estimator in ("score", "e_maml"):  # misses all curvature that stems from the sampling distribution
         return (log_prob_ET * batch.advantage * batch.mask).sum(-1)
     log_ratio_ET = (log_prob_ET - batch.log_prob) * batch.mask
-    if estimator == "lvc":
+    if estimator == "lvc":  # keeps the low-variance part of it
         return (log_ratio_ET.exp() * batch.advantage).sum(-1)
-    past_ET = log_ratio_ET.cumsum(-1)  # a reward depends on all actions before it
+    past_ET = log_ratio_ET.cumsum(-1)  # keeps all of it: a reward depends on every action before it
     if estimator == "dice":
         return (past_ET.exp() * batch.reward + (1 - log_ratio_ET.exp()) * batch.value).sum(-1)
     return ((past_ET.exp() - (past_ET - log_ratio_ET).exp()) * batch.advantage).sum(-1)
@@ -223,12 +219,11 @@ def adapt(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> 
     def loss(weights: Params, batch: Episodes) -> Tensor:
         return -inner_objective(batch_log_prob(weights, batch), batch, args.estimator).sum() / batch.mask.sum()
 
-    axis = 0 if weights["b0"].ndim == 2 else None
-    gradient = vmap(grad(loss), (axis, 0))(weights, support)
+    gradient = vmap(grad(loss), (0 if weights["b0"].ndim == 2 else None, 0))(weights, support)
     if args.first_order:
         gradient = {name: value.detach() for name, value in gradient.items()}
-    step_sizes = {name: scale * alpha.get("alpha." + name, args.inner_lr) for name in weights}
-    return {name: weights[name] - step_sizes[name] * gradient[name] for name in weights} | alpha  # [4]
+    lr = {name: scale * alpha.get("alpha." + name, args.inner_lr) for name in weights}
+    return {name: value - lr[name] * gradient[name] for name, value in weights.items()} | alpha  # [4]
 
 
 def adapted_policies(theta: Params, supports: list[Episodes], query: Episodes, args: Args):
@@ -259,10 +254,7 @@ def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
 
 
 def fisher_product(vector_W: Tensor, like: Params, supports: list[Episodes], query: Episodes, args: Args):
-    """v -> F v + damping v on a share of the episodes, F the exact Hessian of the KL at theta, linearised once.
-
-    F = J^T M J: J the Jacobian of the adapted means and stds, M their Fisher matrix: 1 / std^2 and 2 / std^2.
-    """
+    """v -> F v + damping v on a share of the episodes: F, the KL's Hessian at theta, as J^T M J, linearised once."""
     keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
     *supports, query = (Episodes(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
     weight_NB1 = (query.mask / query.mask.sum((1, 2), keepdim=True)).flatten(1)[..., None] / len(query.mask)
@@ -271,6 +263,7 @@ def fisher_product(vector_W: Tensor, like: Params, supports: list[Episodes], que
 
     def product(v_W: Tensor) -> Tensor:
         mean_NBA, std_N1A = jacobian(v_W)[0]
+        # M, the Fisher matrix of a Gaussian, has 1 / std^2 for the mean and 2 / std^2 for the standard deviation.
         metric = weight_NB1 * mean_NBA / outputs[1] ** 2, 2 / len(query.mask) * std_N1A / outputs[1] ** 2
         return transposed(metric)[0] + args.cg_damping * v_W
 
@@ -301,13 +294,13 @@ def trpo_step(theta: Params, supports: list[Episodes], query: Episodes, args: Ar
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Adapt to held-out tasks, the same with the same noise in every evaluation: metrics, adapted policies."""
+    """Adapt to held-out tasks, with the same tasks and noise in every evaluation: metrics and the adapted policies."""
     generator, params, returns = Generator().manual_seed(args.seed + 1), theta, []
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     for k in range(args.eval_steps + 1):
-        params = adapt(params, batch, args, 0.5 if k > 1 else 1.0) if k else theta  # noqa: F821
         batch = collect(envs, tasks_NP, params, args, generator)
         returns.append(batch.total.mean(1))  # [10]
+        params = adapt(params, batch, args, 0.5 if k else 1.0) if k < args.eval_steps else params
     ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
     return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}, params
 
@@ -344,7 +337,8 @@ class Run:
         from tqdm import tqdm
 
         name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.args, self.folder, self.stopping, self.shown = args, Path(args.resume or f"runs/{name}"), False, {}
+        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
+        self.stopping, self.shown = False, {}
         if args.track:
             import wandb
 
@@ -355,10 +349,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        lines = self.metrics.read_text().splitlines(keepends=True)[:iteration] if iteration else []
-        self.metrics.write_text("".join(lines))
+        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
         self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
-        self.since = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -371,8 +363,8 @@ class Run:
         now = time.time()
         state["seconds"], self.since = round(state["seconds"] + now - self.since, 3), now
         record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := [name for name, value in record.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"{bad[0]} is {record[bad[0]]}")
+        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
+            raise FloatingPointError(f"not finite: {bad}")
         with open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.args.track:
@@ -392,17 +384,19 @@ class Run:
         """curve.png: the return on held-out tasks while learning, and at the end over units of adaptation."""
         from matplotlib.figure import Figure
 
-        rows = [row for row in map(json.loads, open(self.metrics)) if "test/return_k0" in row]
-        keys = [name for name in rows[-1] if name.startswith("test/return_k")]
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "test/return_k0" in line]
+        final = [value for name, value in rows[-1].items() if name.startswith("test/return_k")]
         left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        for key, label in ((keys[0], "unadapted"), (keys[-1], "adapted")):
-            left.plot([row["env_steps"] for row in rows], [row[key] for row in rows], label=label)
-        right.axhline(rows[-1][keys[0]])
-        right.plot(range(len(keys)), [rows[-1][key] for key in keys], "o-", color="C1")
+        for k, label in ((0, "unadapted"), (len(final) - 1, f"after adaptation ({len(final) - 1})")):
+            left.plot([row["env_steps"] for row in rows], [row[f"test/return_k{k}"] for row in rows], label=label)
         left.set(xlabel="environment steps", ylabel="return on held-out tasks", title=self.folder.name)
+        right.plot(final, "o-", color="C1")
+        right.axhline(final[0])
         right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
         left.legend()
         figure.savefig(self.folder / "curve.png", dpi=120)
+        gain = f"gain {final[-1] - final[0]:.1f} +- {rows[-1]['test/gain_ci95']:.1f} (95 % interval over tasks)"
+        print(f"held-out return unadapted {final[0]:.1f}, adapted {final[-1]:.1f}, {gain}: {self.folder}/curve.png")
 
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
@@ -413,9 +407,9 @@ def load_checkpoint(folder: str, algorithm: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["algorithm"] != algorithm:
             raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
+        return state
     except Exception as error:
         raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
-    return state
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -426,39 +420,29 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
     args = tyro.cli(Args, args=argv, default=Args(**saved["args"])) if saved else args
-    if args.cuda and not torch.cuda.is_available():
-        raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
-    from envs import make
+    from envs import adaptation_gif, make
 
-    device = "cuda" if args.cuda else "cpu"
-    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, device, args.action_scale)
+    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
-    if args.learn_inner_lr:
-        theta |= {"alpha." + name: torch.full_like(value, args.inner_lr) for name, value in theta.items()}
+    theta |= {"alpha." + k: torch.full_like(x, args.inner_lr) for k, x in theta.items() if args.learn_inner_lr}
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
     if shapes != expected:
-        raise SystemExit(
-            f"--resume {args.resume}: its parameters {shapes} do not fit the flags, which ask for {expected}"
-        )
+        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
     run = Run(args, algorithm, state["iteration"])
     try:
         train(envs, args, run, state)
     except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"iteration {state['iteration'] + 1}: {error}; in {run.folder}: the last checkpoint") from None
+        raise SystemExit(f"iteration {state['iteration'] + 1}: {error}; last checkpoint in {run.folder}") from None
     run.draw()
-    stats, params = evaluate(envs, state["theta"], args)
-    returns = ", ".join(f"{value:.1f}" for name, value in stats.items() if "/return" in name)
-    gain = stats[f"test/return_k{args.eval_steps}"] - stats["test/return_k0"]
-    print(
-        f"held-out tasks, return after 0, 1, .. inner steps: {returns}; gain {gain:.1f} +- {stats['test/gain_ci95']:.1f}"
-    )
     if args.capture_video:
-        ...
+        params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
+        actors = {"before": lambda obs: policy(state["theta"], obs)[0], "after": lambda obs: policy(params, obs)[0]}
+        adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
 
 
 if __name__ == "__main__":

@@ -236,8 +236,8 @@ def main() -> None:
     algorithm.evaluate = lambda *_: ({}, {})
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
-    device, worlds = "cuda" if args.cuda else "cpu", args.meta_batch_size * args.episodes_per_task
-    envs = task_envs.make(args.env_id, worlds, args.horizon, device, args.action_scale)
+    worlds = args.meta_batch_size * args.episodes_per_task
+    envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
     about, watch = describe(options, args, envs), Stopwatch(options, args.cuda)
     for name in SAMPLING[options.algorithm]:
         setattr(algorithm, name, watch.around(getattr(algorithm, name)))

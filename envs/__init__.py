@@ -1,11 +1,13 @@
 """Task environments, registered with Gymnasium: `gym.make_vec(id, ...)` for batches, `gym.make(id)` for one world."""
 
 import gymnasium as gym
+import torch
 
 from envs.core import ScaleActions, SingleTaskEnv, TaskVectorEnv, held_out_uniform
 from envs.locomotion import AntDir, AntDir2D, AntGoal, AntVel, HalfCheetahDir, HalfCheetahVel, HumanoidDir
 from envs.navigation import Navigation2D, SparseNavigation2D
 from envs.random_params import HopperRandParams, WalkerRandParams
+from envs.render import adaptation_gif
 
 HORIZONS = {
     Navigation2D: 100,
@@ -21,7 +23,7 @@ HORIZONS = {
     WalkerRandParams: 200,
 }
 
-__all__ = ["HORIZONS", "SingleTaskEnv", "TaskVectorEnv", "held_out_uniform"]
+__all__ = ["HORIZONS", "ScaleActions", "SingleTaskEnv", "TaskVectorEnv", "adaptation_gif", "held_out_uniform", "make"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -37,11 +39,13 @@ for _family, _horizon in HORIZONS.items():
     _register(_family, _horizon)
 
 
-def make(env_id: str, num_envs: int, horizon: int, device: str = "cpu", action_scale: float = 1.0) -> ScaleActions:
-    """A batch of worlds in which an action of +-action_scale spans the bounds; an unknown id is one clear line."""
+def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0) -> ScaleActions:
+    """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line."""
     known = [f"{family.__name__}-v0" for family in HORIZONS]
-    if env_id not in gym.registry:
-        raise SystemExit(f"--env-id {env_id} is not registered; allowed is one of {', '.join(known)}")
-    mode = "vector_entry_point"
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode=mode, max_episode_steps=horizon, device=device)
+    if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
+        raise SystemExit(f"--env-id {env_id} is not a batched task environment; allowed is one of {', '.join(known)}")
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
+    options = {"max_episode_steps": horizon, "device": "cuda" if cuda else "cpu"}
+    envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
     return ScaleActions(envs, action_scale)

@@ -139,7 +139,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if action.shape != self.action_space.shape:
             raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
         if not torch.isfinite(action).all():
-            raise ValueError(f"non-finite action in step {self._steps}")
+            raise FloatingPointError(f"non-finite action in step {self._steps} of an episode")
         action = action.clamp(self._low, self._high)
         next_obs, ended, info = self._advance(action)
         if self.can_terminate:
@@ -203,3 +203,11 @@ class ScaleActions(gym.vector.VectorWrapper):
 
     def step(self, action: Tensor):
         return self.env.step(self.low + (action / self.scale + 1) / 2 * self.range)
+
+    def single_world(self) -> "ScaleActions":
+        """One world of the same family, horizon, device and action scale, for pictures."""
+        inner = self.unwrapped
+        family = type(inner)
+        return ScaleActions(
+            family(1, max_episode_steps=inner.horizon, device=inner.device, dtype=inner.dtype), self.scale
+        )

@@ -1,0 +1,30 @@
+# Every target sets up .venv by itself; all it needs is Python 3.11 or later with venv (choose one: make PYTHON=python3.12).
+PYTHON ?= python3
+.PHONY: train test lint sync speed clean
+# Idle OpenMP threads that spin take the cores from the physics (docs/maml_trpo.md, "Speed").
+export OMP_WAIT_POLICY ?= passive
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cleanmeta needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+train: .venv/.installed  ## MAML-TRPO on HalfCheetahDir, under 10 minutes on 2 cores
+	.venv/bin/python algos/maml_trpo.py --env-id HalfCheetahDir-v0 --meta-batch-size 20 --episodes-per-task 10 --iterations 150
+
+test: .venv/.installed lint  ## the whole suite
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+sync: .venv/.installed  ## copy the shared functions of FILE into the other files of algos/ (make sync FILE=algos/maml_trpo.py)
+	.venv/bin/python tools/sync.py $(FILE)
+
+speed: .venv/.installed  ## throughput beside the usual way of writing it, one JSON line
+	.venv/bin/python benchmark/speed.py maml_trpo --peer
+
+clean:
+	rm -rf .venv
