@@ -5,6 +5,7 @@ import torch
 
 from envs.core import ScaleActions, SingleTaskEnv, TaskVectorEnv, held_out_uniform
 from envs.locomotion import AntDir, AntDir2D, AntGoal, AntVel, HalfCheetahDir, HalfCheetahVel, HumanoidDir
+from envs.metaworld import make_metaworld
 from envs.navigation import Navigation2D, SparseNavigation2D
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.render import adaptation_gif
@@ -40,12 +41,20 @@ for _family, _horizon in HORIZONS.items():
 
 
 def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0) -> ScaleActions:
-    """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line."""
-    known = [f"{family.__name__}-v0" for family in HORIZONS]
-    if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
-        raise SystemExit(f"--env-id {env_id} is not a batched task environment; allowed is one of {', '.join(known)}")
+    """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
+
+    `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
+    """
     if cuda and not torch.cuda.is_available():
         raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
     options = {"max_episode_steps": horizon, "device": "cuda" if cuda else "cpu"}
+    if env_id.startswith("Meta-World/"):
+        try:
+            return ScaleActions(make_metaworld(env_id.removeprefix("Meta-World/"), num_envs, **options), action_scale)
+        except (ImportError, ValueError) as error:
+            raise SystemExit(f"--env-id {env_id}: {error}") from None
+    if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
+        known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
+        raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
     envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
     return ScaleActions(envs, action_scale)

@@ -1,6 +1,6 @@
 """Same name, same source: copy a file's top-level functions and classes over those of the same name in its siblings.
 
-    python tools/sync.py algos/maml_trpo.py        (or: make sync FILE=algos/maml_trpo.py)
+python tools/sync.py algos/maml_trpo.py        (or: make sync FILE=algos/maml_trpo.py)
 """
 
 import ast
