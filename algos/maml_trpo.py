@@ -173,10 +173,10 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
         obs_NEO = obs.view(N, E, -1)
-        mean_NEA, std_N1A = policy(params, obs_NEO)
-        action_NEA = mean_NEA + std_N1A * noise_NEA
+        mean_NEA, std = policy(params, obs_NEO)
+        action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        log_prob_NE = Normal(mean_NEA, std_N1A, False).log_prob(action_NEA).sum(-1)
+        log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
         steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
         mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
     torch.set_num_threads(threads)
@@ -311,6 +311,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     generator = Generator()
     generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
+        state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
         params, batches = theta, []
         for _ in range(args.inner_steps):
@@ -319,7 +320,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         batches.append(collect(envs, tasks_NP, params, args, generator))  # [5]
         theta, stats = trpo_step(theta, batches[:-1], batches[-1], args)
         state["env_steps"] += int(sum(batch.mask.sum() for batch in batches))
-        state |= {"iteration": iteration, "theta": theta, "generator": generator.get_state()}
+        state |= {"theta": theta, "generator": generator.get_state()}
         stats |= {f"train/return_{name}": float(batches[i].total.mean()) for i, name in ((0, "pre"), (-1, "post"))}
         save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
         stats |= evaluate(envs, theta, args)[0] if save or iteration == 1 else {}
@@ -360,8 +361,7 @@ class Run:
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
     def log(self, state: dict, stats: dict) -> None:
-        now = time.time()
-        state["seconds"], self.since = round(state["seconds"] + now - self.since, 3), now
+        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
         record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
         if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
             raise FloatingPointError(f"not finite: {bad}")
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(envs, args, run, state)
     except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"iteration {state['iteration'] + 1}: {error}; last checkpoint in {run.folder}") from None
+        raise SystemExit(f"\niteration {state['iteration']}: {error}; last checkpoint in {run.folder}") from None
     run.draw()
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}

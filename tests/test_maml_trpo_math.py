@@ -72,7 +72,7 @@ class Cliff(Navigation2D):
 
 
 def make_args(**kwargs):
-    small = {"meta_batch_size": N, "episodes_per_task": E, "horizon": T, "hidden_size": 3, "fisher_fraction": 1.0}
+    small = {"meta_batch_size": N, "episodes_per_task": E, "horizon": T, "hidden_size": 2, "fisher_fraction": 1.0}
     return ours.Args(**{**small, "inner_lr": 1.0, "gamma": 0.9, "gae_lambda": 0.9, **kwargs})
 
 
@@ -212,8 +212,7 @@ def meta_gradient(theta, supports, query, args, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learn_inner_lr", [False, True], ids=["fixed", "learned"])
-@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize(("inner_steps", "learn_inner_lr"), [(1, False), (1, True), (2, True)])
 @every_estimator
 def test_meta_gradient_against_central_differences(estimator, inner_steps, learn_inner_lr, monkeypatch):
     args = make_args(estimator=estimator, inner_steps=inner_steps, learn_inner_lr=learn_inner_lr)
@@ -764,19 +763,18 @@ def test_at_the_old_theta_all_ratios_are_one(estimator, inner_steps):
 
 @every_estimator
 def test_nothing_behind_an_early_end_matters(estimator):
-    """Other observations and actions there, so improbable that a ratio would overflow, change no result."""
+    """Other observations and actions there, so improbable when drawn that a ratio would overflow, change no result."""
     args = make_args(estimator=estimator, fisher_fraction=0.5)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
     away = flat(theta) + 0.05 * torch.randn(len(flat(theta)), generator=seeded(2))
     results = []
-    for shift in (0.0, 100.0):
-        behind = [shift * (1 - batch.mask) for batch in (*supports, query)]
+    for size in (0.0, 1.0):
         *s, q = (
             batch._replace(
-                obs=batch.obs + x[..., None], action=batch.action + x[..., None], log_prob=batch.log_prob - 9 * x
+                obs=batch.obs + x[..., None], action=batch.action + x[..., None], log_prob=batch.log_prob - 1000 * x
             )
-            for batch, x in zip((*supports, query), behind, strict=True)
+            for batch, x in ((batch, size * (1 - batch.mask)) for batch in (*supports, query))
         )
         J = ours.adapted_policies(ours.unflatten(away, theta), s, q, args)[0]
         fisher = ours.fisher_product(flat(theta), theta, s, q, args)(away)

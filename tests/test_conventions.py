@@ -1,0 +1,206 @@
+"""The house rules of DESIGN, checked on every file of algos/."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.sync import definitions, source, sync
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "algos").glob("*.py"))
+RECORDS = ("Run", "load_checkpoint")  # the block that every file repeats
+HEADINGS = ("Paper", "Run", "Result", "Algorithm", "Symbols", "Shapes", "Differs")
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def tags(text: str) -> tuple[set, set]:
+    """Tags of the pseudo-code in the module docstring, and of the comments in the code."""
+    doc = ast.get_docstring(ast.parse(text))
+    code = text[text.index(doc.splitlines()[-1]) :]
+    return set(re.findall(r"^ *\[(\d+)\]", doc, re.MULTILINE)), set(re.findall(r"#.*?\[(\d+)\]", code))
+
+
+@each_file
+def test_tags_match_both_ways(path):
+    written, used = tags(path.read_text())
+    assert written == used != set()
+    assert written == {str(k + 1) for k in range(len(written))}
+
+
+def test_the_tag_checker_can_fail():
+    text = FILES[0].read_text()
+    written, used = tags(text.replace("# [4]", "# [44]"))
+    assert written != used
+
+
+@each_file
+def test_sizes(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 450
+    longest = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(parse(path))
+        if hasattr(node, "args") and hasattr(node, "name")
+    }
+    assert max(longest.values()) <= 50, longest
+    nodes = [node for node in parse(path).body if getattr(node, "name", None) in RECORDS]
+    assert max(node.end_lineno for node in nodes) - min(node.lineno for node in nodes) + 1 < 90
+
+
+@each_file
+def test_headings(path):
+    doc = ast.get_docstring(parse(path))
+    found = [re.search(rf"^{heading}\b", doc, re.MULTILINE) for heading in HEADINGS]
+    assert all(found), HEADINGS
+    assert [match.start() for match in found] == sorted(match.start() for match in found)
+    assert 20 <= len(doc.splitlines()) <= 50
+
+
+@each_file
+def test_every_argument_is_documented(path):
+    (args,) = (node for node in parse(path).body if getattr(node, "name", "") == "Args")
+    body = [node for node in args.body if not isinstance(node, ast.FunctionDef)]
+    assert len(body) % 2 == 0
+    for field, doc in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert isinstance(doc, ast.Expr), field.target.id
+        assert isinstance(doc.value.value, str)
+        assert field.value is not None
+
+
+@each_file
+def test_imports(path):
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy"}
+    for node in parse(path).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.split(".")[0] for name in names} <= allowed
+    assert not re.search(r"^\s*(from|import) algos", path.read_text(), re.MULTILINE)
+
+
+@each_file
+def test_nothing_happens_at_import(path, tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(path.parent)!r}); import torch; state = torch.get_rng_state(); "
+    program += f"import {path.stem}; assert torch.equal(state, torch.get_rng_state()); "
+    program += "assert not {'wandb', 'envs', 'gymnasium', 'mujoco', 'matplotlib'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def differing(paths: list[Path]) -> list[str]:
+    """Names that two files define differently."""
+    texts = {path: path.read_text() for path in paths}
+    names = {name for text in texts.values() for name in definitions(text)}
+    sources = {name: {source(text, name) for text in texts.values() if name in definitions(text)} for name in names}
+    return sorted(name for name, versions in sources.items() if len(versions) > 1)
+
+
+def test_same_name_same_source():
+    assert differing(FILES) == []
+
+
+def test_sync_repairs_what_differs_and_nothing_else(tmp_path):
+    good, other = tmp_path / "a.py", tmp_path / "b.py"
+    good.write_text('"""A."""\n\n\n@cache\ndef f(x):\n    return x\n\n\ndef train():\n    return 1\n')
+    other.write_text(
+        '"""B."""\n# kept\n\n\ndef f(x):\n    return -x\n\n\ndef train():\n    return 2\n\n\ndef own(): ...\n'
+    )
+    assert differing([good, other]) == ["f"]
+    assert sync(good) == ["b.py: f"]
+    assert differing([good, other]) == []
+    assert (
+        other.read_text()
+        == '"""B."""\n# kept\n\n\n@cache\ndef f(x):\n    return x\n\n\ndef train():\n    return 2\n\n\ndef own(): ...\n'
+    )
+    assert sync(good) == []
+
+
+def test_flags_named_in_the_documentation_exist():
+    known = {"--help", "--no-deps"}
+    for path in [*FILES, *(ROOT / "benchmark").glob("*.py")]:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef) and node.name in ("Args", "Options"):
+                fields = (field.target.id for field in node.body if isinstance(field, ast.AnnAssign))
+                known |= {"--" + name.replace("_", "-") for name in fields}
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text()))
+        assert named <= known, path.name
+
+
+def test_functions_named_in_the_documentation_exist():
+    code = "".join(
+        path.read_text() for folder in ("algos", "envs", "benchmark") for path in (ROOT / folder).glob("*.py")
+    )
+    for path in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"`([a-z_]+_[a-z_]+)`", path.read_text()):
+            assert re.search(rf"\b{name}\b", code), f"{path.name} names {name}"
+
+
+# ---------------------------------------------------------------- shapes
+
+SIZES = {"N": 5, "E": 3, "T": 7, "O": 2, "A": 2, "P": 2, "B": 21, "F": 8, "1": 1}
+
+
+def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
+    """Run the algorithm on sizes that tell axes apart: (names whose suffix is false, all names checked)."""
+    from envs import make
+
+    file = tmp_path / "traced.py"
+    file.write_text(text)
+    module = {"__name__": "traced", "__file__": str(file)}
+    sys.modules["traced"] = type(sys)("traced")
+    sys.modules["traced"].__dict__.update(module)
+    exec(compile(text, str(file), "exec"), sys.modules["traced"].__dict__)
+    traced, wrong, checked = sys.modules["traced"], set(), set()
+    args = traced.Args(
+        env_id="Navigation2D-v0", meta_batch_size=5, episodes_per_task=3, horizon=7, hidden_size=11, iterations=1, eval_steps=1,
+        action_scale=1.0, inner_steps=2, fisher_fraction=1.0,
+    )  # fmt: skip
+    envs = make(args.env_id, 15, args.horizon, action_scale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    theta = traced.init_policy(envs, args.hidden_size, generator)
+    sizes = SIZES | {"W": sum(value.numel() for value in theta.values())}
+
+    def check(frame, event, _):
+        if event == "return" and frame.f_code.co_filename == str(file):
+            for name, value in frame.f_locals.items():
+                match = re.fullmatch(r"[a-zA-Z_]+_([A-Z1]+)|", name)
+                if match and match[1] and isinstance(value, torch.Tensor) and set(match[1]) <= set(sizes):
+                    checked.add(name)
+                    if tuple(value.shape) != tuple(sizes[letter] for letter in match[1]):
+                        wrong.add(f"{frame.f_code.co_name}: {name} is {tuple(value.shape)}")
+
+    class Quiet:
+        stopping = False
+        log = save = staticmethod(lambda *_: None)
+
+    state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
+    sys.setprofile(check)
+    try:
+        traced.train(envs, args, Quiet, state)
+    finally:
+        sys.setprofile(None)
+        del sys.modules["traced"]
+    return wrong, checked
+
+
+def test_every_suffix_is_true(tmp_path):
+    wrong, checked = wrong_suffixes((ROOT / "algos/maml_trpo.py").read_text(), tmp_path)
+    assert wrong == set()
+    assert {"obs_NETO", "noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "vector_W", "J_N"} <= checked
+
+
+def test_the_suffix_checker_can_fail(tmp_path):
+    text = (ROOT / "algos/maml_trpo.py").read_text().replace("obs_NETO", "obs_ENTO")
+    wrong, _ = wrong_suffixes(text, tmp_path)
+    assert any("obs_ENTO" in name for name in wrong)

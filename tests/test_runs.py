@@ -1,0 +1,262 @@
+"""The script as its user meets it: folders, determinism, resume, signals, damaged checkpoints, full disk, bad flags."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from algos import maml_trpo as algorithm
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "algos" / "maml_trpo.py"
+TINY = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "3", "--episodes-per-task", "2"]
+TINY += ["--horizon", "5", "--hidden-size", "8", "--eval-every", "2", "--eval-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def run(*flags: str, folder: str = ".") -> Path:
+    """A run in this process; its folder."""
+    before = set(Path(folder).glob("runs/*"))
+    algorithm.main([*TINY, *flags])
+    (made,) = set(Path(folder).glob("runs/*")) - before or {Path(flags[flags.index("--resume") + 1])}
+    return made
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
+
+
+def theta(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["theta"]
+
+
+def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *TINY, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_folder_and_metrics():
+    folder = run("--iterations", "3")
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
+    assert json.loads((folder / "args.json").read_text())["meta_batch_size"] == 3
+    assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
+    assert [row["env_steps"] for row in rows(folder)] == [60, 120, 180]  # 3 tasks x 2 episodes x 5 steps x 2 batches
+    assert {f"test/return_k{k}" for k in range(3)} | {"train/return_pre", "train/return_post"} <= set(rows(folder)[-1])
+
+
+def test_a_copy_beside_envs_runs_from_anywhere(tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "mine.py")
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, str(tmp_path / "mine.py"), *TINY, "--iterations", "1"]
+    result = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "elsewhere/runs").glob("*__mine__*/curve.png"))
+
+
+def test_equal_seeds_give_equal_runs_whatever_the_global_generators_do():
+    torch.manual_seed(1)
+    first = run("--iterations", "3")
+    torch.manual_seed(2), np.random.seed(3), random.seed(4)
+    torch.rand(7)
+    time.sleep(1.1)  # folders are named by the second
+    second = run("--iterations", "3")
+    assert rows(first) == rows(second)
+    time.sleep(1.1)
+    assert rows(run("--iterations", "3", "--seed", "2")) != rows(first)
+
+
+def test_resume_equals_an_uninterrupted_run():
+    whole = run("--iterations", "5", "--learn-inner-lr")
+    time.sleep(1.1)
+    part = run("--iterations", "3", "--learn-inner-lr")
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "behind": "the checkpoint"}\n{"itera')  # what a killed run may leave
+    run("--iterations", "5", "--resume", str(part))
+    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4, 5]
+    # the evaluation at the end of the short run is the only difference
+    trained = [{name: value for name, value in row.items() if "test" not in name} for row in rows(part)]
+    assert trained == [{name: value for name, value in row.items() if "test" not in name} for row in rows(whole)]
+    assert rows(part)[-1] == rows(whole)[-1]
+    assert all(torch.equal(value, theta(whole)[name]) for name, value in theta(part).items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_complete_checkpoint(number):
+    command = [sys.executable, str(SCRIPT), *TINY, "--iterations", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not any(path.stat().st_size for path in Path().glob("runs/*/metrics.jsonl")):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    (folder,) = Path().glob("runs/*")
+    done = rows(folder)[-1]["iteration"]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == done
+    run("--iterations", str(done + 2), "--resume", str(folder))
+    assert rows(folder)[-1]["iteration"] == done + 2
+
+
+def test_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from pathlib import Path
+from algos.maml_trpo import Run
+run = Run.__new__(Run); run.folder = Path({str(tmp_path)!r})
+for i in range(10**9):
+    run.save({{"algorithm": "maml_trpo", "i": i, "x": torch.full((500_000,), float(i))}})
+    print(i, flush=True)
+"""
+    for attempt in range(5):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(0.013 * attempt)
+        process.kill()
+        process.communicate()
+        state = algorithm.load_checkpoint(str(tmp_path), "maml_trpo")
+        assert torch.all(state["x"] == state["i"])
+
+
+def flip(data: bytes) -> bytes:
+    """One bit inside a tensor's bytes: the file still loads with torch.load."""
+    place = data.index(b"FB", data.index(b"data/0")) + 2  # the padding before the record's content
+    place += 80
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a checkpoint",
+    "flipped bit": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_one_clear_line(damage):
+    folder = run("--iterations", "1")
+    path = folder / "checkpoint.pt"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(SystemExit) as error:
+        algorithm.main([*TINY, "--resume", str(folder)])
+    assert str(folder) in error.value.code
+    assert "\n" not in error.value.code
+
+
+def test_a_checkpoint_of_something_else_is_one_clear_line():
+    folder = run("--iterations", "1")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"algorithm": "reptile"}, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="written by reptile"):
+        algorithm.main(["--resume", str(folder)])
+    torch.save(state, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"--resume .* it holds .*8.* the flags ask for .*9"):
+        algorithm.main(["--resume", str(folder), "--hidden-size", "9"])
+    with pytest.raises(SystemExit, match=r"--resume nowhere: no usable checkpoint"):
+        algorithm.main(["--resume", "nowhere"])
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays():
+    folder = run("--iterations", "2")
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write behind the limit fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+
+    result = script("--iterations", "4", "--resume", str(folder), preexec_fn=limit)
+    assert result.returncode == 1
+    (line,) = (line for line in result.stderr.replace("\r", "\n").splitlines() if "File too large" in line)
+    assert line.startswith("iteration 4: ")
+    assert str(folder) in line
+    assert "Traceback" not in result.stderr
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_what_is_not_finite_ends_the_run_and_is_named(monkeypatch, what):
+    from envs.navigation import Navigation2D
+
+    if what == "reward":
+        monkeypatch.setattr(
+            Navigation2D, "reward", staticmethod(lambda obs, action, next_obs, task: obs.sum(-1) / 0 * 0)
+        )
+    else:
+        monkeypatch.setattr(Navigation2D, "_advance", lambda self, action: (self._obs + torch.nan, self._over, {}))
+    with pytest.raises(SystemExit, match=r"iteration 1: .*(not finite|non-finite)"):
+        run("--iterations", "2")
+
+
+WRONG = [
+    ("--inner-lr", "nan"), ("--inner-lr", "-1"), ("--meta-batch-size", "0"), ("--gamma", "1.5"), ("--horizon", "-3"),
+    ("--fisher-fraction", "2"), ("--max-kl", "0"), ("--seed", "-1"), ("--eval-steps", "0"), ("--cg-damping", "-1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), WRONG)
+def test_a_bad_value_is_refused_before_anything_starts(flag, value, capsys):
+    with pytest.raises(SystemExit) as error:
+        algorithm.main([*TINY, flag, value])
+    shown = capsys.readouterr()
+    message = " ".join((shown.out + shown.err).replace("│", " ").split())
+    assert error.value.code != 0
+    assert flag in message
+    assert "allowed is" in message
+    assert not Path("runs").exists()
+
+
+def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
+    with pytest.raises(SystemExit, match=r"--env-id Nowhere-v0 .*allowed.*HalfCheetahDir-v0"):
+        algorithm.main(["--env-id", "Nowhere-v0"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="--cuda: torch sees no CUDA device"):
+            algorithm.main([*TINY, "--cuda"])
+    with pytest.raises(SystemExit):
+        algorithm.main([*TINY, "--estimator", "magic"])
+    assert "loaded" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_wandb_works_offline_is_refused_without_login_and_is_absent_without_track(tmp_path):
+    quiet = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    refused = script("--track", "--iterations", "1", env=quiet, stdin=subprocess.DEVNULL)
+    assert refused.returncode == 1
+    assert refused.stderr.strip().splitlines()[-1].startswith("--track: no W&B login")
+    offline = script("--track", "--wandb-mode", "offline", "--iterations", "1", env=quiet)
+    assert offline.returncode == 0, offline.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from algos import maml_trpo as m; "
+    program += f"m.main({[*TINY, '--iterations', '1']!r}); assert 'wandb' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0
+
+
+def test_it_learns():
+    """Navigation2D: the held-out return after one inner step rises by more than 40, far above the unadapted one."""
+    preset = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--iterations", "12"]
+    algorithm.main([*preset, "--eval-steps", "1"])
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert last["test/return_k1"] > first["test/return_k1"] + 40
+    assert last["test/return_k1"] > last["test/return_k0"] + 10
