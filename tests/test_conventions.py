@@ -163,7 +163,8 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     exec(compile(text, str(file), "exec"), sys.modules["traced"].__dict__)
     traced, wrong, checked = sys.modules["traced"], set(), set()
     args = traced.Args(
-        env_id="Navigation2D-v0", meta_batch_size=5, episodes_per_task=3, horizon=7, hidden_size=11, iterations=1, eval_steps=1,
+        env_id="Navigation2D-v0", meta_batch_size=5, episodes_per_task=3, horizon=7, hidden_size=11, iterations=1,
+        eval_steps=1,
         action_scale=1.0, inner_steps=2, fisher_fraction=1.0,
     )  # fmt: skip
     envs = make(args.env_id, 15, args.horizon, action_scale=1.0)
