@@ -114,7 +114,7 @@ class Episodes(NamedTuple):
     mask: Tensor  # [N, E, T] 1 while the episode runs
     advantage: Tensor  # [N, E, T] mean 0 and standard deviation 1 over each task's steps
     reward: Tensor  # [N, E, T] gamma^t r_t in units of the advantages' standard deviation
-    value: Tensor  # [N, E, T] gamma^t times the baseline in the same units
+    value: Tensor  # [N, E, T] gamma^t (baseline + mean advantage), likewise: what makes dice agree with the others
     total: Tensor  # [N, E] undiscounted return
 
 
@@ -285,7 +285,7 @@ def trpo_step(theta: Params, supports: list[Episodes], query: Episodes, args: Ar
     for fraction in (*(0.8**k for k in range(15)), 0.0):
         with torch.no_grad():
             after, new = objective(vector_W + fraction * step_W)
-        kl_NB = kl_divergence(Normal(*old), Normal(*new)).sum(-1) * query.mask.flatten(1)
+        kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
         kl = (kl_NB.sum(1) / query.mask.sum((1, 2))).mean()
         if kl <= args.max_kl and after > before:  # [9]
             break

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 from tools.sync import definitions, source, sync
 
@@ -123,6 +124,10 @@ def test_sync_repairs_what_differs_and_nothing_else(tmp_path):
         == '"""B."""\n# kept\n\n\n@cache\ndef f(x):\n    return x\n\n\ndef train():\n    return 2\n\n\ndef own(): ...\n'
     )
     assert sync(good) == []
+    other.write_bytes(b"# a form feed: \x0c, another line end\r\n\n\ndef f(x):\n    return -x\n\n\nlast = 1")
+    sync(good)
+    end = b"@cache\ndef f(x):\n    return x\n\n\nlast = 1"
+    assert other.read_bytes() == b"# a form feed: \x0c, another line end\r\n\n\n" + end
 
 
 def test_flags_named_in_the_documentation_exist():
@@ -148,37 +153,57 @@ def test_functions_named_in_the_documentation_exist():
 
 # ---------------------------------------------------------------- shapes
 
-SIZES = {"N": 5, "E": 3, "T": 7, "O": 2, "A": 2, "P": 2, "B": 21, "F": 8, "1": 1}
+SIZES = {"N": 5, "E": 3, "T": 7, "O": 13, "A": 2, "P": 11, "B": 21, "F": 30, "1": 1}  # B = E T, F = 2 O + 4
+
+
+class PrimeSizes:
+    """A batch of worlds whose axes all differ in size, so that no wrong letter passes by chance."""
+
+    device, num_envs = torch.device("cpu"), SIZES["N"] * SIZES["E"]
+    single_observation_space, single_action_space = Box(-1, 1, (SIZES["O"],)), Box(-1, 1, (SIZES["A"],))
+
+    @property
+    def unwrapped(self):
+        return self
+
+    def sample_tasks(self, n, generator, split):
+        return torch.randn(n, SIZES["P"], generator=generator)
+
+    def reset(self, *, seed, options):
+        self.generator, self.tasks = torch.Generator().manual_seed(seed), options["tasks"]
+        return torch.randn(self.num_envs, SIZES["O"], generator=self.generator), {}
+
+    def step(self, action):
+        obs = torch.randn(self.num_envs, SIZES["O"], generator=self.generator)
+        over = torch.zeros(self.num_envs, dtype=torch.bool)
+        return obs, action.sum(-1) + self.tasks[:, 0], over, over, {}
 
 
 def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     """Run the algorithm on sizes that tell axes apart: (names whose suffix is false, all names checked)."""
-    from envs import make
-
     file = tmp_path / "traced.py"
     file.write_text(text)
-    module = {"__name__": "traced", "__file__": str(file)}
-    sys.modules["traced"] = type(sys)("traced")
-    sys.modules["traced"].__dict__.update(module)
-    exec(compile(text, str(file), "exec"), sys.modules["traced"].__dict__)
-    traced, wrong, checked = sys.modules["traced"], set(), set()
-    args = traced.Args(
-        env_id="Navigation2D-v0", meta_batch_size=5, episodes_per_task=3, horizon=7, hidden_size=11, iterations=1,
-        eval_steps=1,
-        action_scale=1.0, inner_steps=2, fisher_fraction=1.0,
-    )  # fmt: skip
-    envs = make(args.env_id, 15, args.horizon, action_scale=1.0)
-    generator = torch.Generator().manual_seed(0)
+    traced = sys.modules["traced"] = type(sys)("traced")
+    traced.__file__ = str(file)
+    exec(compile(text, str(file), "exec"), traced.__dict__)
+    wanted = {
+        "meta_batch_size": 5, "episodes_per_task": 3, "horizon": 7, "hidden_size": 17, "iterations": 1,
+        "eval_steps": 1, "inner_steps": 2, "fisher_fraction": 1.0,
+    }  # fmt: skip
+    args = traced.Args(**{name: value for name, value in wanted.items() if hasattr(traced.Args, name)})
+    envs, generator = PrimeSizes(), torch.Generator().manual_seed(0)
     theta = traced.init_policy(envs, args.hidden_size, generator)
-    sizes = SIZES | {"W": sum(value.numel() for value in theta.values())}
+    known, wrong, checked = SIZES | {"W": sum(value.numel() for value in theta.values())}, set(), set()
 
     def check(frame, event, _):
         if event == "return" and frame.f_code.co_filename == str(file):
+            sizes = dict(known)  # other letters: one size within one call
             for name, value in frame.f_locals.items():
-                match = re.fullmatch(r"[a-zA-Z_]+_([A-Z1]+)|", name)
-                if match and match[1] and isinstance(value, torch.Tensor) and set(match[1]) <= set(sizes):
+                match = re.fullmatch(r"[a-zA-Z]\w*?_([A-Z1]+)", name)
+                if match and isinstance(value, torch.Tensor):
                     checked.add(name)
-                    if tuple(value.shape) != tuple(sizes[letter] for letter in match[1]):
+                    pairs = zip(match[1], value.shape, strict=False)
+                    if len(match[1]) != value.ndim or any(sizes.setdefault(k, size) != size for k, size in pairs):
                         wrong.add(f"{frame.f_code.co_name}: {name} is {tuple(value.shape)}")
 
     class Quiet:
@@ -188,20 +213,23 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
     sys.setprofile(check)
     try:
-        traced.train(envs, args, Quiet, state)
+        traced.train(envs, args, Quiet, state)  # its first iteration evaluates, too
     finally:
         sys.setprofile(None)
         del sys.modules["traced"]
     return wrong, checked
 
 
-def test_every_suffix_is_true(tmp_path):
-    wrong, checked = wrong_suffixes((ROOT / "algos/maml_trpo.py").read_text(), tmp_path)
+@each_file
+def test_every_suffix_is_true(path, tmp_path):
+    wrong, checked = wrong_suffixes(path.read_text(), tmp_path)
     assert wrong == set()
-    assert {"obs_NETO", "noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "vector_W", "J_N"} <= checked
+    assert {"obs_NETO", "tasks_NP", "log_prob_NET"} <= checked
+    if path.stem == "maml_trpo":
+        assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETK", "vector_W", "J_N"} <= checked
 
 
-def test_the_suffix_checker_can_fail(tmp_path):
-    text = (ROOT / "algos/maml_trpo.py").read_text().replace("obs_NETO", "obs_ENTO")
-    wrong, _ = wrong_suffixes(text, tmp_path)
-    assert any("obs_ENTO" in name for name in wrong)
+@pytest.mark.parametrize("false", ["obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT"])
+def test_the_suffix_checker_can_fail(false, tmp_path):
+    wrong, _ = wrong_suffixes((ROOT / "algos/maml_trpo.py").read_text().replace("obs_NETO", false), tmp_path)
+    assert any(f"{false} is" in name for name in wrong)

@@ -159,6 +159,8 @@ def test_damaged_checkpoints_are_one_clear_line(damage):
     folder = run("--iterations", "1")
     path = folder / "checkpoint.pt"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    if damage == "flipped bit":
+        torch.load(path, weights_only=True)  # does not notice
     with pytest.raises(SystemExit) as error:
         algorithm.main([*TINY, "--resume", str(folder)])
     assert str(folder) in error.value.code
@@ -212,6 +214,7 @@ def test_what_is_not_finite_ends_the_run_and_is_named(monkeypatch, what):
 WRONG = [
     ("--inner-lr", "nan"), ("--inner-lr", "-1"), ("--meta-batch-size", "0"), ("--gamma", "1.5"), ("--horizon", "-3"),
     ("--fisher-fraction", "2"), ("--max-kl", "0"), ("--seed", "-1"), ("--eval-steps", "0"), ("--cg-damping", "-1"),
+    ("--max-kl", "inf"),
 ]  # fmt: skip
 
 

@@ -19,21 +19,21 @@ def definitions(text: str) -> dict[str, tuple[int, int]]:
 
 def source(text: str, name: str) -> str:
     first, last = definitions(text)[name]
-    return "".join(text.splitlines(keepends=True)[first - 1 : last])
+    return "\n".join(text.split("\n")[first - 1 : last])  # splitlines would also cut at form feeds
 
 
 def sync(path: Path) -> list[str]:
     """Update the other files of the folder; returns "file: name" for every definition that changed."""
-    text, changed = path.read_text(), []
+    text, changed = path.read_bytes().decode(), []  # read_text would turn \r\n into \n
     for other in sorted(set(path.parent.glob("*.py")) - {path}):
-        copy = other.read_text()
+        copy = other.read_bytes().decode()
         for name in definitions(text).keys() & definitions(copy).keys():
             if source(copy, name) != source(text, name):
                 first, last = definitions(copy)[name]
-                lines = copy.splitlines(keepends=True)
-                copy = "".join(lines[: first - 1]) + source(text, name) + "".join(lines[last:])
+                lines = copy.split("\n")
+                copy = "\n".join([*lines[: first - 1], source(text, name), *lines[last:]])
                 changed.append(f"{other.name}: {name}")
-        other.write_text(copy)
+        other.write_bytes(copy.encode())
     return changed
 
 
