@@ -197,10 +197,21 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays():
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("what", ["reward", "reward of the query", "observation"])
 def test_what_is_not_finite_ends_the_run_and_is_named(monkeypatch, what):
     from envs.navigation import Navigation2D
 
+    calls, honest = [], Navigation2D.reward
+
+    def spoilt_later(*transition):
+        calls.append(1)
+        return honest(*transition) * (torch.nan if len(calls) == 8 else 1)  # the support takes the first 5 steps
+
+    if what == "reward of the query":
+        monkeypatch.setattr(Navigation2D, "reward", staticmethod(spoilt_later))
+        with pytest.raises(SystemExit, match=r"iteration 1: .*(not finite|non-finite)"):
+            run("--iterations", "2")
+        return
     if what == "reward":
         monkeypatch.setattr(
             Navigation2D, "reward", staticmethod(lambda obs, action, next_obs, task: obs.sum(-1) / 0 * 0)
