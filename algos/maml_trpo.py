@@ -347,7 +347,7 @@ class Run:
                 raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
             settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
             self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
         (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
         self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
@@ -433,12 +433,12 @@ def main(argv: list[str] | None = None) -> None:
     shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
     if shapes != expected:
         raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
-    run = Run(args, algorithm, state["iteration"])
     try:
+        run = Run(args, algorithm, state["iteration"])
         train(envs, args, run, state)
+        run.draw()
     except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; last checkpoint in {run.folder}") from None
-    run.draw()
+        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
         actors = {"before": lambda obs: policy(state["theta"], obs)[0], "after": lambda obs: policy(params, obs)[0]}
