@@ -229,7 +229,7 @@ def test_what_cannot_be_written_or_read_is_one_line():
         algorithm.main(["--resume", str(folder), "--iterations", "2"])
     shutil.rmtree("runs")
     Path("runs").write_text("a file where the folder should be")
-    with pytest.raises(SystemExit, match="iteration 0: .*runs"):
+    with pytest.raises(SystemExit, match=r"iteration 0: .*runs"):
         algorithm.main([*TINY, "--iterations", "1"])
 
 
