@@ -369,7 +369,8 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.args.track:
             self.wandb.log(record, step=record["iteration"])
-        self.shown |= {name: f"{value:.1f}" for name, value in stats.items() if "/return" in name}
+        names = [name for name in stats if name.endswith(("_pre", "_post")) or "_k" in name]
+        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -381,22 +382,23 @@ class Run:
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
     def draw(self) -> None:
-        """curve.png: the return on held-out tasks while learning, and at the end over units of adaptation."""
+        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
         from matplotlib.figure import Figure
 
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "test/return_k0" in line]
-        final = [value for name, value in rows[-1].items() if name.startswith("test/return_k")]
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
+        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
+        what, final = names[0][5:-3], [rows[-1][name] for name in names]
         left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        for k, label in ((0, "unadapted"), (len(final) - 1, f"after adaptation ({len(final) - 1})")):
-            left.plot([row["env_steps"] for row in rows], [row[f"test/return_k{k}"] for row in rows], label=label)
-        left.set(xlabel="environment steps", ylabel="return on held-out tasks", title=self.folder.name)
-        right.plot(final, "o-", color="C1")
-        right.axhline(final[0])
+        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
+        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
+        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
+        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
         right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        left.legend()
         figure.savefig(self.folder / "curve.png", dpi=120)
-        gain = f"gain {final[-1] - final[0]:.1f} +- {rows[-1]['test/gain_ci95']:.1f} (95 % interval over tasks)"
-        print(f"held-out return unadapted {final[0]:.1f}, adapted {final[-1]:.1f}, {gain}: {self.folder}/curve.png")
+        change = f"{final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+        self.bar.write(
+            f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, change {change}: {self.folder}"
+        )
 
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:

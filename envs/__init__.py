@@ -3,11 +3,13 @@
 import gymnasium as gym
 import torch
 
-from envs.core import ScaleActions, SingleTaskEnv, TaskVectorEnv, held_out_uniform
+from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
+from envs.fewshot import Glyphs, Omniglot
 from envs.locomotion import AntDir, AntDir2D, AntGoal, AntVel, HalfCheetahDir, HalfCheetahVel, HumanoidDir
 from envs.metaworld import make_metaworld
 from envs.navigation import Navigation2D, SparseNavigation2D
 from envs.random_params import HopperRandParams, WalkerRandParams
+from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif
 
 HORIZONS = {
@@ -24,7 +26,10 @@ HORIZONS = {
     WalkerRandParams: 200,
 }
 
-__all__ = ["HORIZONS", "ScaleActions", "SingleTaskEnv", "TaskVectorEnv", "adaptation_gif", "held_out_uniform", "make"]
+SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
+
+__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskVectorEnv"]
+__all__ += ["adaptation_gif", "held_out_uniform", "make", "make_supervised"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -40,14 +45,18 @@ for _family, _horizon in HORIZONS.items():
     _register(_family, _horizon)
 
 
+def _device(cuda: bool) -> str:
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
+    return "cuda" if cuda else "cpu"
+
+
 def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0) -> ScaleActions:
     """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
 
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
     """
-    if cuda and not torch.cuda.is_available():
-        raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
-    options = {"max_episode_steps": horizon, "device": "cuda" if cuda else "cpu"}
+    options = {"max_episode_steps": horizon, "device": _device(cuda)}
     if env_id.startswith("Meta-World/"):
         try:
             return ScaleActions(make_metaworld(env_id.removeprefix("Meta-World/"), num_envs, **options), action_scale)
@@ -58,3 +67,30 @@ def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_sc
         raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
     envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
     return ScaleActions(envs, action_scale)
+
+
+def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False) -> SupervisedTasks:
+    """A family of supervised tasks; what cannot be made is one clear line.
+
+    Args:
+        env_id: "Sinusoid-v0", .. (the classes in SUPERVISED).
+        ways: classes per task; without effect on regression, like the next two.
+        drawings: pictures of each class that one task takes, support and queries together.
+        data: Omniglot's folder.
+        cuda: whether tasks and examples live on the GPU.
+    """
+    families = {f"{family.__name__}-v0": family for family in SUPERVISED}
+    if env_id not in families:
+        raise SystemExit(f"--env-id {env_id} is no supervised task family; allowed: {', '.join(families)}")
+    if (env_id == "Omniglot-v0") != bool(data):
+        raise SystemExit(f"--env-id {env_id} --data {data!r}: Omniglot-v0, and only that, reads a folder")
+    family, device = families[env_id], _device(cuda)
+    if not family.is_classification:
+        return family(device)
+    try:
+        tasks = family(data, ways, device) if data else family(ways, device)
+    except ValueError as error:
+        raise SystemExit(f"--data {error}" if data and not str(error).startswith("--") else str(error)) from None
+    if drawings > (instances := tasks.images.shape[1]):
+        raise SystemExit(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
+    return tasks

@@ -211,3 +211,33 @@ class ScaleActions(gym.vector.VectorWrapper):
         return ScaleActions(
             family(1, max_episode_steps=inner.horizon, device=inner.device, dtype=inner.dtype), self.scale
         )
+
+
+class SupervisedTasks:
+    """The contract of supervised task families: examples (x, y) of a hidden function or of hidden classes.
+
+        tasks = data.sample_tasks(N, generator, split="train")                # [N, P], "test" is held out
+        support, query = data.sample(tasks, (K, Q), generator)                # (x [N, B, X], y [N, B, Y]) each
+
+    Args:
+        device: where tasks and examples live; random numbers are drawn on the CPU, the same for all devices.
+        dtype: the examples' floating-point type.
+    """
+
+    num_inputs: int  # X
+    num_outputs: int  # Y
+    is_classification = False  # then y is one-hot, of booleans
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        self.device, self.dtype = torch.device(device), dtype
+
+    @abstractmethod
+    def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:
+        """Draw tasks [num_tasks, P]; "test" tasks are disjoint from training tasks. ValueError for another split."""
+
+    @abstractmethod
+    def sample(self, tasks: Tensor, sizes: tuple[int, ...], generator: Generator) -> list[tuple[Tensor, Tensor]]:
+        """For each size a set of examples (x [N, B, X], y [N, B, Y]) of every task; no example is in two sets.
+
+        B is the size, or for classification ways * size: that many of each class.
+        """

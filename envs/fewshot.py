@@ -1,0 +1,190 @@
+"""Few-shot image classification: tell N new characters apart after seeing K drawings of each.
+
+`Glyphs` draws its characters itself, from a seed; `Omniglot` reads the real ones from a folder.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Generator, Tensor
+
+from envs.core import SupervisedTasks
+
+SIDE = 28  # pixels
+CLASSES, INSTANCES, TRAIN_CLASSES = 1623, 20, 1200  # Omniglot's numbers, and its usual split
+STROKES, CONTROLS, SAMPLES = 4, 5, 16  # of a glyph at most; points a stroke runs through; curve points between two
+
+
+class FewShot(SupervisedTasks):
+    """N-way K-shot tasks on images [classes, instances, 28, 28] (uint8, ink 255).
+
+    Input: a picture [784], ink 1 on 0. Target: its class within the task, one-hot [ways].
+    Tasks: the classes [ways], all different. The first `train_classes` classes are for training, and so are they
+    rotated by 90, 180 and 270 degrees, as classes of their own; the others, unrotated, are held out.
+    """
+
+    num_inputs, is_classification = SIDE * SIDE, True
+
+    def __init__(self, images: Tensor, train_classes: int, ways: int = 5, device="cpu", dtype=torch.float32):
+        super().__init__(device, dtype)
+        if not 2 <= ways <= len(images) - train_classes:
+            raise ValueError(f"--ways {ways}: allowed is 2 to {len(images) - train_classes}, the held-out classes")
+        self.num_outputs = ways
+        rotated = [torch.rot90(images[:train_classes], turns, (2, 3)) for turns in range(4)]
+        self.images = torch.cat([*rotated, images[train_classes:]]).flatten(2).to(device)  # [classes, instances, 784]
+        self.classes = {"train": (0, 4 * train_classes), "test": (4 * train_classes, len(self.images))}
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        first, last = self.classes[split]
+        drawn = torch.rand(num_tasks, last - first, generator=generator).topk(self.num_outputs).indices
+        return (first + drawn).to(self.device)
+
+    def sample(self, tasks, sizes, generator):
+        """As in the base class, with `sizes` per class: ways * size pictures a set, ordered by instance, then class."""
+        (N, ways), instances = tasks.shape, self.images.shape[1]
+        if sum(sizes) > instances:
+            raise ValueError(f"{sum(sizes)} drawings of each class are asked for, there are {instances}")
+        order = torch.rand(N, ways, instances, generator=generator).argsort(-1)[..., : sum(sizes)]
+        chosen = self.images[tasks[..., None], order.to(self.device)]  # [N, ways, sum(sizes), 784]
+        x = (chosen.transpose(1, 2).to(self.dtype) / 255).flatten(1, 2)
+        y = torch.eye(ways, dtype=torch.bool, device=self.device).repeat(sum(sizes), 1).expand(N, -1, -1)
+        counts = [ways * size for size in sizes]
+        return list(zip(x.split(counts, 1), y.split(counts, 1), strict=True))
+
+
+class Glyphs(FewShot):
+    """Characters drawn procedurally, in Omniglot's numbers: 1,623 classes of 20 drawings; nothing is downloaded.
+
+    Source: ours; it stands in for Omniglot (Lake et al. 2015). A class is a set of 1 to 4 smooth strokes through random
+    points; a drawing of it jitters the points, shifts the strokes, and applies a random affine map and pen width.
+    Input, target, tasks: those of `FewShot`; classes 0 to 1,199 are for training, the 423 others are held out.
+    """
+
+    def __init__(self, ways=5, device="cpu", dtype=torch.float32, classes=CLASSES, instances=INSTANCES, seed=0):
+        images = draw_glyphs(classes, instances, Generator().manual_seed(seed), device)
+        super().__init__(images, round(classes * TRAIN_CLASSES / CLASSES), ways, device, dtype)
+
+
+class Omniglot(FewShot):
+    """Handwritten characters of 50 alphabets: 1,623 classes of 20 drawings (Lake et al. 2015).
+
+    Source: github.com/brendenlake/omniglot, python/images_background.zip and images_evaluation.zip, unpacked in `data`:
+    data/images_background/ALPHABET/characterNN/XXXX_NN.png.
+    Input, target, tasks: those of `FewShot`; 1,200 characters, drawn once with a fixed seed, are for training (of a
+    part of the data set: the same share), as in openai/supervised-reptile; the others are held out.
+    """
+
+    def __init__(self, data: str, ways=5, device="cpu", dtype=torch.float32):
+        images = read_omniglot(data)
+        images = images[torch.randperm(len(images), generator=Generator().manual_seed(0))]
+        super().__init__(images, round(len(images) * TRAIN_CLASSES / CLASSES), ways, device, dtype)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def draw_glyphs(classes: int, instances: int, generator: Generator, device="cpu") -> Tensor:
+    """Pictures [classes, instances, 28, 28] (uint8) of random characters; the picture's side is the unit of length."""
+
+    def normal(std, *shape):
+        return std * torch.randn(classes, instances, *shape, generator=generator)
+
+    controls, drawn = _characters(classes, generator)
+    controls = controls[:, None] + normal(0.03, STROKES, CONTROLS, 2) + normal(0.03, STROKES, 1, 2)
+    angle, shear, scale = normal(math.radians(13)), normal(0.2), 1 + normal(0.14, 2)
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(-1, (2, 2))
+    slant = torch.stack([one, shear, zero, one], -1).unflatten(-1, (2, 2))
+    affine = (turn @ slant @ torch.diag_embed(scale))[:, :, None]  # [classes, instances, 1, 2, 2]
+    controls = (controls - 0.5).flatten(2, 3) @ affine[:, :, 0].mT + 0.5 + normal(0.05, 1, 2)
+    curves = catmull_rom(controls.unflatten(2, (STROKES, CONTROLS)))
+    curves = torch.where(drawn[:, None, :, None, None], curves, 9.0).flatten(2, 3).flatten(0, 1)  # 9: off the paper
+    pen = 0.022 + 0.012 * torch.rand(classes * instances, generator=generator)
+    parts = zip(curves.to(device).split(512), pen.to(device).split(512), strict=True)
+    return torch.cat([render_strokes(*part) for part in parts]).view(classes, instances, SIDE, SIDE)
+
+
+def _characters(classes: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Control points [classes, strokes, 5, 2] of random characters, and which strokes they have [classes, strokes]."""
+    count = 1 + torch.multinomial(torch.tensor([0.2, 0.35, 0.3, 0.15]), classes, True, generator=generator)
+    drawn = torch.arange(STROKES) < count[:, None]
+    start = 0.2 + 0.6 * torch.rand(classes, STROKES, 1, 2, generator=generator)
+    heading = 2 * math.pi * torch.rand(classes, STROKES, 1, generator=generator)
+    turns = 0.9 * torch.randn(classes, STROKES, CONTROLS - 2, generator=generator)
+    heading = torch.cat([heading, turns], -1).cumsum(-1)
+    length = 0.08 + 0.18 * torch.rand(classes, STROKES, CONTROLS - 1, generator=generator)
+    steps = length[..., None] * torch.stack([heading.cos(), heading.sin()], -1)
+    controls = torch.cat([start, start + steps.cumsum(-2)], -2)
+    points, absent = controls.flatten(1, 2), ~drawn.repeat_interleave(CONTROLS, 1)[..., None]
+    low = points.masked_fill(absent, math.inf).amin(1)
+    high = points.masked_fill(absent, -math.inf).amax(1)
+    scale = 0.76 / (high - low).amax(-1)  # the larger side of the character's box
+    return 0.5 + (controls - (low + high)[:, None, None] / 2) * scale[:, None, None, None], drawn
+
+
+def catmull_rom(controls: Tensor) -> Tensor:
+    """Points [.., 4 * 16 + 1, 2] of the curves that run smoothly through control points [.., 5, 2]."""
+    ends = 2 * controls[..., [0, -1], :] - controls[..., [1, -2], :]
+    p = torch.cat([ends[..., :1, :], controls, ends[..., 1:, :]], -2)[..., None, :]
+    p0, p1, p2, p3 = (p[..., i : i + CONTROLS - 1, :, :] for i in range(4))
+    t = torch.arange(SAMPLES, dtype=controls.dtype)[:, None] / SAMPLES
+    curve = p1 + t / 2 * (p2 - p0 + t * (2 * p0 - 5 * p1 + 4 * p2 - p3 + t * (3 * (p1 - p2) + p3 - p0)))
+    return torch.cat([curve.flatten(-3, -2), controls[..., -1:, :]], -2)
+
+
+def render_strokes(points: Tensor, pen: Tensor) -> Tensor:
+    """Pictures [B, 28, 28] (uint8): sigmoid(140 (pen half-width [B] - distance to the nearest of points [B, P, 2])).
+
+    The distance is a smooth minimum, -log sum exp(-beta d^2) / beta: its terms are products of one factor for x and one
+    for y, so that all pixels together are one matrix product.
+    """
+    beta = 2e4
+    centres = (torch.arange(SIDE, device=points.device) + 0.5) / SIDE
+    x, y = (points[..., None] - centres).square().mul(-beta).clamp_min(-80).exp().unbind(2)  # [B, P, 28] each
+    distance = (-torch.log(y.mT @ x) / beta).clamp_min(0).sqrt()  # infinite where nothing is near
+    return (255 * torch.sigmoid(140 * (pen[:, None, None] - distance))).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_omniglot(data: str) -> Tensor:
+    """Pictures [characters, drawings, 28, 28] (uint8) in the order of their names.
+
+    ValueError, naming what is wrong and where: no such folders, an alphabet without characters, a character that is
+    missing from an alphabet's numbering, one with fewer drawings than the others, a file that is no picture.
+    """
+    alphabets = sorted(path for path in Path(data).glob("images_*/*") if path.is_dir())
+    if not alphabets:
+        raise ValueError(f"{data}: no images_background/ALPHABET/characterNN/ folders there (Omniglot's layout)")
+    characters = [character for alphabet in alphabets for character in _characters_of(alphabet)]
+    if len(alphabets) == 50 and len(characters) != CLASSES:
+        raise ValueError(f"{data}: {len(characters)} characters in 50 alphabets; the whole Omniglot has {CLASSES}")
+    files = [sorted(character.glob("*.png")) for character in characters]
+    most = max(map(len, files))
+    for character, drawings in zip(characters, files, strict=True):
+        if len(drawings) < most:
+            raise ValueError(f"{character}: {len(drawings)} drawings, other characters have {most}")
+    return torch.from_numpy(np.array([[_read(path) for path in drawings] for drawings in files]))
+
+
+def _characters_of(alphabet: Path) -> list[Path]:
+    characters = sorted(path for path in alphabet.glob("character*") if path.is_dir())
+    if not characters:
+        raise ValueError(f"{alphabet}: no characterNN folders there")
+    for number, character in enumerate(characters, 1):
+        if character.name != f"character{number:02d}":
+            raise ValueError(f"{alphabet}: character{number:02d} is missing (the next one is {character.name})")
+    return characters
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+    return 255 - np.asarray(small)  # black ink on white paper becomes 255 on 0
