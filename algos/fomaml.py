@@ -4,11 +4,13 @@ Paper: Finn, Abbeel, Levine 2017, arXiv:1703.03400, section 5.2; Nichol, Achiam,
 Run: python algos/fomaml.py                         sinusoids; --help explains every flag; --cuda uses the GPU
      python algos/fomaml.py --env-id Glyphs-v0      5-way 1-shot characters; --env-id Omniglot-v0 --data DIR: real ones
 Result: RESULT
+    RESULT2
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: a support set D_i of K examples and a query set D'_i, disjoint
     [3]     theta'_i = theta - alpha grad L(theta; D_i), `inner_steps` times
-    [4]     g = mean_i grad L(theta'_i; D'_i) with respect to theta'_i: no derivative through [3], no Hessian
+    [4]     g = mean_i grad L(theta'_i; D'_i) with respect to theta'_i: no derivative through [3], where MAML's is
+            mean_i (I - alpha H_i) grad L(theta'_i; D'_i), H_i the Hessian of L(.; D_i) (for one inner step)
     [5]     theta <- Adam(theta, g)
     [6]     now and then: score on held-out tasks after 0, 1, .. inner steps
 Symbols: theta'_i = params, alpha = inner_lr, beta = outer_lr, K = shots, L: mean squared error or cross-entropy.
@@ -206,8 +208,8 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
         run.log(state, stats | (evaluate(tasks, theta, args) if save or iteration == 1 else {}))
         if save:
             run.save(state)
-        if run.stopping:
-            break
+            if run.stopping:
+                break
 
 
 class Run:
@@ -274,10 +276,8 @@ class Run:
         right.plot([final[0]] * len(final), "C0-", final, "C1o-")
         right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
         figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"{final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(
-            f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, change {change}: {self.folder}"
-        )
+        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
 
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:

@@ -4,6 +4,7 @@ Paper: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400
 Run: python algos/maml.py                           sinusoids; --help explains every flag; --cuda uses the GPU
      python algos/maml.py --env-id Glyphs-v0        5-way 1-shot characters; --env-id Omniglot-v0 --data DIR: real ones
 Result: RESULT
+    RESULT2
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: a support set D_i of K examples and a query set D'_i, disjoint
@@ -210,8 +211,8 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
         run.log(state, stats | (evaluate(tasks, theta, args) if save or iteration == 1 else {}))
         if save:
             run.save(state)
-        if run.stopping:
-            break
+            if run.stopping:
+                break
 
 
 class Run:
@@ -278,10 +279,8 @@ class Run:
         right.plot([final[0]] * len(final), "C0-", final, "C1o-")
         right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
         figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"{final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(
-            f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, change {change}: {self.folder}"
-        )
+        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
 
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:

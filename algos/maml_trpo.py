@@ -327,8 +327,8 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         run.log(state, stats)
         if save:
             run.save(state)
-        if run.stopping:
-            break
+            if run.stopping:
+                break
 
 
 class Run:
@@ -395,10 +395,8 @@ class Run:
         right.plot([final[0]] * len(final), "C0-", final, "C1o-")
         right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
         figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"{final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(
-            f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, change {change}: {self.folder}"
-        )
+        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
 
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:

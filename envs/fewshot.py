@@ -144,7 +144,8 @@ def render_strokes(points: Tensor, pen: Tensor) -> Tensor:
     beta = 2e4
     centres = (torch.arange(SIDE, device=points.device) + 0.5) / SIDE
     x, y = (points[..., None] - centres).square().mul(-beta).clamp_min(-80).exp().unbind(2)  # [B, P, 28] each
-    distance = (-torch.log(y.mT @ x) / beta).clamp_min(0).sqrt()  # infinite where nothing is near
+    near = y.mT @ x
+    distance = (-torch.log(near) / beta).clamp_min(0).sqrt().masked_fill(near < 1e-32, math.inf)  # beyond 0.06
     return (255 * torch.sigmoid(140 * (pen[:, None, None] - distance))).round().to(torch.uint8)
 
 

@@ -135,8 +135,10 @@ def test_flags_named_in_the_documentation_exist():
     for path in [*FILES, *(ROOT / "benchmark").glob("*.py")]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and node.name in ("Args", "Options"):
-                fields = (field.target.id for field in node.body if isinstance(field, ast.AnnAssign))
-                known |= {"--" + name.replace("_", "-") for name in fields}
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                known |= {"--" + field.target.id.replace("_", "-") for field in fields}
+                flags = [field.target.id for field in fields if getattr(field.annotation, "id", "") == "bool"]
+                known |= {"--no-" + name.replace("_", "-") for name in flags}
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text()))
         assert named <= known, path.name
@@ -154,6 +156,7 @@ def test_functions_named_in_the_documentation_exist():
 # ---------------------------------------------------------------- shapes
 
 SIZES = {"N": 5, "E": 3, "T": 7, "O": 13, "A": 2, "P": 11, "B": 21, "F": 30, "1": 1}  # B = E T, F = 2 O + 4
+SUPERVISED_SIZES = {"N": 5, "B": 3, "X": 13, "Y": 2, "K": 4, "1": 1}  # K = eval_steps + 1
 
 
 class PrimeSizes:
@@ -179,6 +182,18 @@ class PrimeSizes:
         return obs, action.sum(-1) + self.tasks[:, 0], over, over, {}
 
 
+class PrimeTasks:
+    """Supervised tasks whose axes all differ in size."""
+
+    device, num_inputs, num_outputs, is_classification = torch.device("cpu"), 13, 2, False
+
+    def sample_tasks(self, n, generator, split):
+        return torch.randn(n, 11, generator=generator)
+
+    def sample(self, tasks, sizes, generator):
+        return [tuple(torch.randn(len(tasks), size, k, generator=generator) for k in (13, 2)) for size in sizes]
+
+
 def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     """Run the algorithm on sizes that tell axes apart: (names whose suffix is false, all names checked)."""
     file = tmp_path / "traced.py"
@@ -190,10 +205,15 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         "meta_batch_size": 5, "episodes_per_task": 3, "horizon": 7, "hidden_size": 17, "iterations": 1,
         "eval_steps": 1, "inner_steps": 2, "fisher_fraction": 1.0,
     }  # fmt: skip
+    supervised = {"meta_batch_size": 5, "eval_tasks": 5, "shots": 3, "inner_shots": 3, "hidden_sizes": (17,)}
+    supervised |= {"iterations": 1, "eval_steps": 3, "inner_steps": 2}
+    generator, is_supervised = torch.Generator().manual_seed(0), hasattr(traced.Args, "shots")
+    wanted, sizes = (supervised, SUPERVISED_SIZES) if is_supervised else (wanted, SIZES)
     args = traced.Args(**{name: value for name, value in wanted.items() if hasattr(traced.Args, name)})
-    envs, generator = PrimeSizes(), torch.Generator().manual_seed(0)
-    theta = traced.init_policy(envs, args.hidden_size, generator)
-    known, wrong, checked = SIZES | {"W": sum(value.numel() for value in theta.values())}, set(), set()
+    envs = PrimeTasks() if is_supervised else PrimeSizes()
+    theta = traced.init_params(envs, args, generator) if is_supervised else None
+    theta = theta or traced.init_policy(envs, args.hidden_size, generator)
+    known, wrong, checked = sizes | {"W": sum(value.numel() for value in theta.values())}, set(), set()
 
     def check(frame, event, _):
         if event == "return" and frame.f_code.co_filename == str(file):
@@ -224,12 +244,17 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
 def test_every_suffix_is_true(path, tmp_path):
     wrong, checked = wrong_suffixes(path.read_text(), tmp_path)
     assert wrong == set()
-    assert {"obs_NETO", "tasks_NP", "log_prob_NET"} <= checked
+    supervised = {"x_BX", "y_BY", "output_BY", "score_NK"}
+    assert checked >= (supervised if supervised & checked else {"obs_NETO", "tasks_NP", "log_prob_NET"})
     if path.stem == "maml_trpo":
         assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETK", "vector_W", "J_N"} <= checked
 
 
-@pytest.mark.parametrize("false", ["obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT"])
-def test_the_suffix_checker_can_fail(false, tmp_path):
-    wrong, _ = wrong_suffixes((ROOT / "algos/maml_trpo.py").read_text().replace("obs_NETO", false), tmp_path)
-    assert any(f"{false} is" in name for name in wrong)
+FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
+FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "loss_N", "loss_B"), ("reptile", "score_NK", "score_KN")]
+
+
+@pytest.mark.parametrize(("name", "true", "false"), FALSE)
+def test_the_suffix_checker_can_fail(name, true, false, tmp_path):
+    wrong, _ = wrong_suffixes((ROOT / f"algos/{name}.py").read_text().replace(true, false), tmp_path)
+    assert any(f"{false} is" in line for line in wrong)

@@ -24,6 +24,7 @@ def test_the_structure_is_the_one_on_disk():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {path.split("/")[0] for path in tracked.splitlines()}
     ordinary = {"README.md", "LICENSE", "pyproject.toml", ".gitignore", "requirements-metaworld.txt"}
+    ordinary |= {"requirements-benchmark.txt"}
     assert named == top - ordinary
 
 
@@ -33,6 +34,7 @@ def test_every_algorithm_and_environment_is_in_a_table():
     for path in (ROOT / "algos").glob("*.py"):
         assert f"algos/{path.name}" in README
         assert (ROOT / "docs" / f"{path.stem}.md").exists()
-        assert f"| {len(path.read_text().splitlines())} |" in README, "the table's line count"
-    for family in envs.HORIZONS:
+        (row,) = re.findall(rf"^\| \[`{path.name}`\].*", README, re.MULTILINE)
+        assert f"| {len(path.read_text().splitlines())} |" in row, "the table's line count"
+    for family in (*envs.HORIZONS, *envs.SUPERVISED):
         assert f"`{family.__name__}-v0`" in README

@@ -1,5 +1,9 @@
-"""The script as its user meets it: folders, determinism, resume, signals, damaged checkpoints, full disk, bad flags."""
+"""The scripts as their user meets them: folders, determinism, resume, signals, damaged checkpoints, full disk, flags.
 
+What every file has of its own runs for every file; what lies in the blocks that are the same text everywhere, for one.
+"""
+
+import importlib
 import json
 import os
 import random
@@ -8,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +26,31 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "algos" / "maml_trpo.py"
 TINY = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "3", "--episodes-per-task", "2"]
 TINY += ["--horizon", "5", "--hidden-size", "8", "--eval-every", "2", "--eval-steps", "2"]
+CURVES = [
+    "--meta-batch-size",
+    "3",
+    "--shots",
+    "4",
+    "--hidden-sizes",
+    "8",
+    "7",
+    "--eval-every",
+    "2",
+    "--eval-tasks",
+    "5",
+]
+CURVES += ["--eval-steps", "2"]
+FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
+    "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
+    "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
+    "fomaml": (CURVES, 24),
+    "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
+}
+each = pytest.mark.parametrize("name", FLAGS)
+
+
+def test_every_file_has_its_flags_here():
+    assert set(FLAGS) == {path.stem for path in (ROOT / "algos").glob("*.py")}
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +62,23 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def run(*flags: str, folder: str = ".") -> Path:
-    """A run in this process; its folder."""
-    before = set(Path(folder).glob("runs/*"))
-    algorithm.main([*TINY, *flags])
-    (made,) = set(Path(folder).glob("runs/*")) - before or {Path(flags[flags.index("--resume") + 1])}
-    return made
+def run(*flags: str, name: str = "maml_trpo", stop_at: int = 0) -> Path:
+    """A run in this process, in a working directory of its own; its folder. `stop_at`: an iteration interrupted."""
+    module, home = importlib.import_module(f"algos.{name}"), Path.cwd()
+
+    class Stopped(module.Run):
+        def log(self, state, stats):
+            self.stopping |= state["iteration"] + 1 == stop_at  # too late for the iteration that is being logged
+            super().log(state, stats)
+
+    os.chdir(tempfile.mkdtemp(dir=home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Run", Stopped if stop_at else module.Run)
+        try:
+            module.main([*FLAGS[name][0], *flags])
+            return next((path.resolve() for path in Path().glob("runs/*")), None)
+        finally:
+            os.chdir(home)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -54,50 +95,66 @@ def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def test_folder_and_metrics():
-    folder = run("--iterations", "3")
+@each
+def test_folder_and_metrics(name):
+    folder = run("--iterations", "3", name=name)
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
     assert json.loads((folder / "args.json").read_text())["meta_batch_size"] == 3
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
-    assert [row["env_steps"] for row in rows(folder)] == [60, 120, 180]  # 3 tasks x 2 episodes x 5 steps x 2 batches
-    assert {f"test/return_k{k}" for k in range(3)} | {"train/return_pre", "train/return_post"} <= set(rows(folder)[-1])
+    assert [row["env_steps"] for row in rows(folder)] == [FLAGS[name][1] * k for k in (1, 2, 3)]
+    (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
+    assert {f"test/{what}_k{k}" for k in range(3)} | {f"train/{what}_post", "test/gain_ci95"} <= set(rows(folder)[-1])
 
 
-def test_a_copy_beside_envs_runs_from_anywhere(tmp_path):
-    shutil.copy(SCRIPT, tmp_path / "mine.py")
+@each
+def test_a_copy_beside_envs_runs_from_anywhere(name, tmp_path):
+    shutil.copy(ROOT / f"algos/{name}.py", tmp_path / "mine.py")
     shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, str(tmp_path / "mine.py"), *TINY, "--iterations", "1"]
+    command = [sys.executable, str(tmp_path / "mine.py"), *FLAGS[name][0], "--iterations", "1"]
     result = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "elsewhere/runs").glob("*__mine__*/curve.png"))
 
 
-def test_equal_seeds_give_equal_runs_whatever_the_global_generators_do():
+@each
+def test_equal_seeds_give_equal_runs_whatever_the_global_generators_do(name):
     torch.manual_seed(1)
-    first = run("--iterations", "3")
+    first = run("--iterations", "3", name=name)
     torch.manual_seed(2), np.random.seed(3), random.seed(4)
     torch.rand(7)
-    time.sleep(1.1)  # folders are named by the second
-    second = run("--iterations", "3")
+    second = run("--iterations", "3", name=name)
     assert rows(first) == rows(second)
-    time.sleep(1.1)
-    assert rows(run("--iterations", "3", "--seed", "2")) != rows(first)
+    assert rows(run("--iterations", "3", "--seed", "2", name=name)) != rows(first)
 
 
-def test_resume_equals_an_uninterrupted_run():
-    whole = run("--iterations", "5", "--learn-inner-lr")
-    time.sleep(1.1)
-    part = run("--iterations", "3", "--learn-inner-lr")
+@each
+def test_resume_equals_an_uninterrupted_run(name):
+    flags = ["--iterations", "6", *(["--learn-inner-lr"] if name == "maml_trpo" else [])]
+    whole = run(*flags, name=name)
+    part = run(*flags, name=name, stop_at=4)
+    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4]
     with open(part / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 4, "behind": "the checkpoint"}\n{"itera')  # what a killed run may leave
-    run("--iterations", "5", "--resume", str(part))
-    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4, 5]
-    # the evaluation at the end of the short run is the only difference
-    trained = [{name: value for name, value in row.items() if "test" not in name} for row in rows(part)]
-    assert trained == [{name: value for name, value in row.items() if "test" not in name} for row in rows(whole)]
-    assert rows(part)[-1] == rows(whole)[-1]
-    assert all(torch.equal(value, theta(whole)[name]) for name, value in theta(part).items())
+        file.write('{"iteration": 5, "behind": "the checkpoint"}\n{"itera')  # what a killed run may leave
+    run("--resume", str(part), name=name)
+    assert rows(part) == rows(whole)
+    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(value, theta(whole)[key]) for key, value in theta(part).items())
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+@pytest.mark.parametrize("flags", [["--ways", "3"], ["--mlp", "--no-transductive"]])
+def test_images(name, flags, monkeypatch):
+    from envs import fewshot
+
+    draw = fewshot.draw_glyphs
+    monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(40, *rest))
+    monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 30)
+    flags = ["--env-id", "Glyphs-v0", "--hidden-sizes", "4", "4", "--shots", "1", "--iterations", "2", *flags]
+    folder = run(*flags, name=name)
+    assert 0 <= rows(folder)[-1]["test/accuracy_k2"] <= 1
+    saved = json.loads((folder / "args.json").read_text())
+    assert (saved["inner_lr"], saved["mlp"]) == ({"reptile": 0.001}.get(name, 0.4), "--mlp" in flags)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -114,7 +171,7 @@ def test_a_signal_ends_a_run_with_a_complete_checkpoint(number):
     (folder,) = Path().glob("runs/*")
     done = rows(folder)[-1]["iteration"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == done
-    run("--iterations", str(done + 2), "--resume", str(folder))
+    run("--iterations", str(done + 2), "--resume", str(folder.resolve()))
     assert rows(folder)[-1]["iteration"] == done + 2
 
 
@@ -227,28 +284,52 @@ def test_what_cannot_be_written_or_read_is_one_line():
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"No such file.*metrics.jsonl"):
         algorithm.main(["--resume", str(folder), "--iterations", "2"])
-    shutil.rmtree("runs")
     Path("runs").write_text("a file where the folder should be")
     with pytest.raises(SystemExit, match=r"iteration 0: .*runs"):
         algorithm.main([*TINY, "--iterations", "1"])
 
 
-WRONG = [
-    ("--inner-lr", "nan"), ("--inner-lr", "-1"), ("--meta-batch-size", "0"), ("--gamma", "1.5"), ("--horizon", "-3"),
-    ("--fisher-fraction", "2"), ("--max-kl", "0"), ("--seed", "-1"), ("--eval-steps", "0"), ("--cg-damping", "-1"),
-    ("--max-kl", "inf"),
-]  # fmt: skip
+WRONG = {
+    "maml_trpo": [
+        ("--inner-lr", "nan"), ("--inner-lr", "-1"), ("--meta-batch-size", "0"), ("--gamma", "1.5"),
+        ("--horizon", "-3"), ("--fisher-fraction", "2"), ("--max-kl", "0"), ("--seed", "-1"), ("--eval-steps", "0"),
+        ("--cg-damping", "-1"), ("--max-kl", "inf"),
+    ],
+    "maml": [
+        ("--inner-lr", "nan"), ("--outer-lr", "0"), ("--ways", "0"), ("--shots", "-1"), ("--hidden-sizes", "0"),
+        ("--iterations", "0"), ("--eval-tasks", "0"), ("--seed", "2147483649"),
+    ],
+    "fomaml": [("--inner-lr", "inf"), ("--inner-steps", "0"), ("--hidden-sizes", "-4")],
+    "reptile": [("--outer-lr", "-1"), ("--inner-shots", "0"), ("--inner-steps", "0"), ("--inner-lr", "nan")],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("flag", "value"), WRONG)
-def test_a_bad_value_is_refused_before_anything_starts(flag, value, capsys):
+@pytest.mark.parametrize(("name", "flag", "value"), [(name, *pair) for name, pairs in WRONG.items() for pair in pairs])
+def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys):
     with pytest.raises(SystemExit) as error:
-        algorithm.main([*TINY, flag, value])
+        importlib.import_module(f"algos.{name}").main([*FLAGS[name][0], flag, value])
     shown = capsys.readouterr()
     message = " ".join((shown.out + shown.err).replace("│", " ").split())
     assert error.value.code != 0
     assert flag in message
     assert "allowed is" in message
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name):
+    main = importlib.import_module(f"algos.{name}").main
+    for flags, message in (
+        (["--env-id", "HalfCheetahDir-v0"], r"--env-id HalfCheetahDir-v0 .*allowed.*Glyphs-v0"),
+        (["--env-id", "Omniglot-v0", "--data", "nowhere"], r"--data nowhere: .*Omniglot"),
+        (["--env-id", "Omniglot-v0"], r"--data"),
+        (["--data", "nowhere"], r"--data"),
+        (["--env-id", "Glyphs-v0", "--ways", "424"], r"--ways 424: allowed is 2 to 423"),
+        (["--env-id", "Glyphs-v0", "--ways", "5", "--shots", "11"], r"--shots 11: allowed is 1 to 10"),
+        *([] if torch.cuda.is_available() else [(["--cuda"], "--cuda: torch sees no CUDA device")]),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(flags)
     assert not Path("runs").exists()
 
 
@@ -277,7 +358,7 @@ def test_wandb_works_offline_is_refused_without_login_and_is_absent_without_trac
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0
 
 
-def test_it_learns():
+def test_maml_trpo_learns():
     """Navigation2D: the held-out return after one inner step rises by more than 40, far above the unadapted one."""
     preset = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--iterations", "12"]
     algorithm.main([*preset, "--eval-steps", "1"])
@@ -285,3 +366,13 @@ def test_it_learns():
     first, last = rows(folder)[0], rows(folder)[-1]
     assert last["test/return_k1"] > first["test/return_k1"] + 40
     assert last["test/return_k1"] > last["test/return_k0"] + 10
+
+
+@pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
+def test_supervised_files_learn(name, steps):
+    """Sinusoids: the held-out loss after adaptation falls by more than 1, to less than two thirds of the unadapted."""
+    importlib.import_module(f"algos.{name}").main(["--iterations", "2000", "--eval-tasks", "100"])
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert last[f"test/loss_k{steps}"] < first[f"test/loss_k{steps}"] - 1
+    assert last[f"test/loss_k{steps}"] < last["test/loss_k0"] * 2 / 3
