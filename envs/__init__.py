@@ -90,7 +90,7 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
     try:
         tasks = family(data, ways, device) if data else family(ways, device)
     except ValueError as error:
-        raise SystemExit(f"--data {error}" if data and not str(error).startswith("--") else str(error)) from None
+        raise SystemExit(str(error) if str(error).startswith("--ways") else f"--data {error}") from None
     if drawings > (instances := tasks.images.shape[1]):
         raise SystemExit(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
     return tasks

@@ -5,6 +5,7 @@
 
 import math
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ class FewShot(SupervisedTasks):
         self.classes = {"train": (0, 4 * train_classes), "test": (4 * train_classes, len(self.images))}
 
     def sample_tasks(self, num_tasks, generator, split="train"):
+        if split not in self.classes:
+            raise ValueError(f'split must be "train" or "test", got {split!r}')
         first, last = self.classes[split]
         drawn = torch.rand(num_tasks, last - first, generator=generator).topk(self.num_outputs).indices
         return (first + drawn).to(self.device)
@@ -156,19 +159,20 @@ def read_omniglot(data: str) -> Tensor:
     """Pictures [characters, drawings, 28, 28] (uint8) in the order of their names.
 
     ValueError, naming what is wrong and where: no such folders, an alphabet without characters, a character that is
-    missing from an alphabet's numbering, one with fewer drawings than the others, a file that is no picture.
+    missing from an alphabet's numbering, one with other than the usual number of drawings, a file that is no picture.
     """
-    alphabets = sorted(path for path in Path(data).glob("images_*/*") if path.is_dir())
+    folders = [Path(data) / name for name in ("images_background", "images_evaluation")]  # _small1: the same again
+    alphabets = sorted(path for folder in folders for path in folder.glob("[!.]*") if path.is_dir())
     if not alphabets:
         raise ValueError(f"{data}: no images_background/ALPHABET/characterNN/ folders there (Omniglot's layout)")
     characters = [character for alphabet in alphabets for character in _characters_of(alphabet)]
     if len(alphabets) == 50 and len(characters) != CLASSES:
         raise ValueError(f"{data}: {len(characters)} characters in 50 alphabets; the whole Omniglot has {CLASSES}")
-    files = [sorted(character.glob("*.png")) for character in characters]
-    most = max(map(len, files))
+    files = [sorted(character.glob("[!.]*.png")) for character in characters]
+    usual = mode(map(len, files))
     for character, drawings in zip(characters, files, strict=True):
-        if len(drawings) < most:
-            raise ValueError(f"{character}: {len(drawings)} drawings, other characters have {most}")
+        if len(drawings) != usual or not usual:
+            raise ValueError(f"{character}: {len(drawings)} drawings (.png), most characters have {usual}")
     return torch.from_numpy(np.array([[_read(path) for path in drawings] for drawings in files]))
 
 
@@ -186,6 +190,6 @@ def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a picture that can be read ({error})") from None
     return 255 - np.asarray(small)  # black ink on white paper becomes 255 on 0
