@@ -36,7 +36,7 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad, vmap
 from torch.nn import functional
 
 Params = dict[str, Tensor]  # one net for all tasks: w0 [X, H], b0 [H], ..; one net per task: w0 [N, X, H], ..
@@ -137,8 +137,9 @@ def network(params: Params, x_BX: Tensor) -> Tensor:
 def loss(params: Params, x_BX: Tensor, y_BY: Tensor) -> Tensor:
     """L: cross-entropy where y is boolean, mean squared error elsewhere."""
     output_BY = network(params, x_BX)
-    classes = y_BY.dtype == torch.bool
-    return (functional.cross_entropy if classes else functional.mse_loss)(output_BY, y_BY.to(output_BY))
+    if y_BY.dtype == torch.bool:
+        return functional.cross_entropy(output_BY, y_BY.to(output_BY))
+    return (output_BY - y_BY).square().mean()
 
 
 def inner_loop(params: Params, supports: list[Examples], args: Args) -> Params:
@@ -152,8 +153,10 @@ def inner_loop(params: Params, supports: list[Examples], args: Args) -> Params:
 def fomaml_gradient(theta: Params, supports: list[Examples], query: Examples, args: Args) -> tuple[Params, Tensor]:
     """The meta-gradient and the meta-loss of a batch of tasks."""
     params = vmap(partial(inner_loop, args=args), (None, 0))(theta, supports)
-    gradient, loss_N = vmap(grad_and_value(loss))(params, *query)
-    return {name: value.mean(0) for name, value in gradient.items()}, loss_N.mean()  # [4]
+    params = {name: value.detach().requires_grad_() for name, value in params.items()}
+    meta_loss = vmap(loss)(params, *query).mean()
+    gradient = torch.autograd.grad(meta_loss, list(params.values()))  # [4] of each task, divided by N
+    return {name: value.sum(0) for name, value in zip(params, gradient, strict=True)}, meta_loss.detach()
 
 
 def score(params: Params, support: Examples, query: Examples, args: Args) -> Tensor:
@@ -162,7 +165,7 @@ def score(params: Params, support: Examples, query: Examples, args: Args) -> Ten
     output_BY = network(params, x_BX) if args.transductive else vmap(alone)(x_BX)
     if y_BY.dtype == torch.bool:
         return y_BY.gather(1, output_BY.argmax(1, keepdim=True)).to(x_BX).mean()
-    return functional.mse_loss(output_BY, y_BY)
+    return (output_BY - y_BY).square().mean()
 
 
 @torch.no_grad()
@@ -187,7 +190,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
 
 def train(tasks, args: Args, run: "Run", state: dict) -> None:
     """First-order MAML, from `state` on."""
-    theta = {name: value.to(tasks.device) for name, value in state["theta"].items()}
+    theta = {name: value.to(tasks.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
     optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = args.outer_lr  # a flag beside --resume

@@ -36,7 +36,7 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad, vmap
 from torch.nn import functional
 
 Params = dict[str, Tensor]  # one net for all tasks: w0 [X, H], b0 [H], ..; one net per task: w0 [N, X, H], ..
@@ -137,8 +137,9 @@ def network(params: Params, x_BX: Tensor) -> Tensor:
 def loss(params: Params, x_BX: Tensor, y_BY: Tensor) -> Tensor:
     """L: cross-entropy where y is boolean, mean squared error elsewhere."""
     output_BY = network(params, x_BX)
-    classes = y_BY.dtype == torch.bool
-    return (functional.cross_entropy if classes else functional.mse_loss)(output_BY, y_BY.to(output_BY))
+    if y_BY.dtype == torch.bool:
+        return functional.cross_entropy(output_BY, y_BY.to(output_BY))
+    return (output_BY - y_BY).square().mean()
 
 
 def inner_loop(params: Params, supports: list[Examples], args: Args) -> Params:
@@ -151,12 +152,11 @@ def inner_loop(params: Params, supports: list[Examples], args: Args) -> Params:
 
 def maml_gradient(theta: Params, supports: list[Examples], query: Examples, args: Args) -> tuple[Params, Tensor]:
     """The meta-gradient and the meta-loss of a batch of tasks."""
-
-    def meta_loss(theta: Params) -> Tensor:
-        params = vmap(partial(inner_loop, args=args), (None, 0))(theta, supports)
-        return vmap(loss)(params, *query).mean()  # [4]
-
-    return grad_and_value(meta_loss)(theta)  # [5]
+    theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    params = vmap(partial(inner_loop, args=args), (None, 0))(theta, supports)
+    meta_loss = vmap(loss)(params, *query).mean()  # [4]
+    gradient = torch.autograd.grad(meta_loss, list(theta.values()))  # [5]
+    return dict(zip(theta, gradient, strict=True)), meta_loss.detach()
 
 
 def score(params: Params, support: Examples, query: Examples, args: Args) -> Tensor:
@@ -165,7 +165,7 @@ def score(params: Params, support: Examples, query: Examples, args: Args) -> Ten
     output_BY = network(params, x_BX) if args.transductive else vmap(alone)(x_BX)
     if y_BY.dtype == torch.bool:
         return y_BY.gather(1, output_BY.argmax(1, keepdim=True)).to(x_BX).mean()
-    return functional.mse_loss(output_BY, y_BY)
+    return (output_BY - y_BY).square().mean()
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
 
 def train(tasks, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 2, from `state` on."""
-    theta = {name: value.to(tasks.device) for name, value in state["theta"].items()}
+    theta = {name: value.to(tasks.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
     optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = args.outer_lr  # a flag beside --resume

@@ -2,6 +2,7 @@
 
     python benchmark/speed.py maml_trpo --peer
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
+    python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration, in
 the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds, control steps
@@ -18,6 +19,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,19 +35,20 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
+from benchmark import speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
 @dataclass
 class Options:
-    algorithm: tyro.conf.Positional[Literal["maml_trpo"]]
+    algorithm: tyro.conf.Positional[Literal["maml_trpo", "maml", "fomaml", "reptile"]]
     """file of algos/"""
-    iterations: int = 5
-    """measured iterations, after one that warms up"""
+    iterations: int | None = None
+    """measured iterations, after one that warms up; default 5, of supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
-    """also measure the same algorithm written the usual way"""
+    """also measure the same algorithm written the usual way (always done for supervised ones)"""
     peer_iterations: int = 1
     """measured iterations of the peer, after one on a single task that warms up"""
     peer_tasks: int = 0
@@ -209,16 +212,22 @@ def report(options: Options, args, envs, watch: Stopwatch) -> dict:
     return {name: float(f"{value:.5g}") for name, value in result.items()}
 
 
-def describe(options: Options, args, envs) -> dict:
-    """What was measured, and on what."""
+def sizes(options: Options, args, envs) -> dict:
+    """What of describe() is about worlds."""
     peer_sizes = {"peer_tasks": options.peer_tasks or args.meta_batch_size, "peer_iterations": options.peer_iterations}
-    harness = ("iterations", "eval_every", "resume", "capture_video", "track", "wandb_mode")  # not what is measured
     return (peer_sizes if options.peer else {}) | {
+        "steps_per_batch": envs.num_envs * args.horizon,
+        "physics_threads": getattr(envs.unwrapped, "num_threads", None),
+    }
+
+
+def describe(options: Options, args) -> dict:
+    """What was measured, and on what."""
+    harness = ("iterations", "eval_every", "resume", "capture_video", "track", "wandb_mode")  # not what is measured
+    return {
         "args": {name: value for name, value in vars(args).items() if name not in harness},
         "iterations": options.iterations,
-        "steps_per_batch": envs.num_envs * args.horizon,
         "torch_threads": torch.get_num_threads(),
-        "physics_threads": getattr(envs.unwrapped, "num_threads", None),
         "cpus": locomotion.available_cpus(),
         "omp": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "MKL_"))},
         "load_at_start": os.getloadavg()[0],
@@ -230,15 +239,29 @@ def describe(options: Options, args, envs) -> dict:
 
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    algorithm = load(ROOT / f"algos/{options.algorithm}.py")
-    args = tyro.cli(algorithm.Args, args=rest, default=algorithm.Args(hidden_size=100))
+    algorithm, supervised = load(ROOT / f"algos/{options.algorithm}.py"), options.algorithm not in ALGORITHMS
+    default = {} if supervised else {"default": algorithm.Args(hidden_size=100)}
+    args = tyro.cli(algorithm.Args, args=rest, **default)
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
-    algorithm.evaluate = lambda *_: ({}, {})
+    options.iterations = options.iterations or (40 if supervised else 5)
+    algorithm.evaluate = lambda *_: {} if supervised else ({}, {})
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
+    run = run_supervised if supervised else run_reinforcement
+    print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
+
+
+def run_supervised(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    about = describe(options, args)
+    with suppress(FinishedError):
+        speed_supervised.measure(options.algorithm, algorithm, args, watch)
+    return speed_supervised.report(args, watch) | about
+
+
+def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
-    about, watch = describe(options, args, envs), Stopwatch(options, args.cuda)
+    about = sizes(options, args, envs) | describe(options, args)
     for name in SAMPLING[options.algorithm]:
         setattr(algorithm, name, watch.around(getattr(algorithm, name)))
 
@@ -247,10 +270,9 @@ def main() -> None:
         if options.peer:
             watch.extras.append(peer(options, args, envs, theta, watch))
 
-    try:
+    with suppress(FinishedError):
         ALGORITHMS[options.algorithm](algorithm, envs, args, watch, prepare)
-    except FinishedError:
-        print(json.dumps({"algorithm": options.algorithm} | report(options, args, envs, watch) | about))
+    return report(options, args, envs, watch) | about
 
 
 if __name__ == "__main__":

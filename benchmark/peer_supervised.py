@@ -1,0 +1,148 @@
+"""MAML, FOMAML and Reptile as they are usually written: the references of benchmark/speed_supervised.py.
+
+Each function computes what the function of the same place in algos/ does, from the same arguments
+(tests/test_peer_supervised.py compares the gradients), with a Python loop over tasks:
+
+* LOOP: torch alone. The network is built from torch's fused layers; inner steps by `torch.autograd.grad`, for MAML with
+  `create_graph=True`, the queries' losses are added up, then one backward pass. Reptile trains a copy of the weights
+  with `torch.optim`.
+* TORCHOPT: the same with torchopt's optimisers: for MAML a module and `MetaSGD`, its state extracted before each task
+  and recovered after it, as in torchopt's own MAML example; for the others its functional optimisers, the parameters
+  and moments updated in place where nothing is differentiated through them.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+try:
+    import torchopt
+except ImportError:  # requirements-benchmark.txt
+    torchopt = None
+
+Params = dict[str, Tensor]
+Examples = tuple[Tensor, Tensor]  # x [N, B, X] and y [N, B, Y]
+
+
+def network(params: Params, x: Tensor) -> Tensor:
+    depth, conv = sum(name.startswith("w") for name in params) - 1, params["w0"].ndim == 4
+    hidden = x.view(len(x), 1, math.isqrt(x.shape[1]), -1) if conv else x
+    for i in range(depth):
+        w, b, scale = params[f"w{i}"], params[f"b{i}"], params.get(f"scale{i}")
+        if scale is None:
+            hidden = torch.addmm(b, hidden, w)
+        else:
+            hidden = functional.conv2d(hidden, w, stride=2, padding=1) if conv else hidden @ w
+            hidden = functional.batch_norm(hidden, None, None, scale, b, training=True)
+        hidden = functional.relu(hidden)
+    return torch.addmm(params[f"b{depth}"], hidden.flatten(1), params[f"w{depth}"])
+
+
+def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    output = network(params, x)
+    return functional.cross_entropy(output, y.to(output)) if y.dtype == torch.bool else functional.mse_loss(output, y)
+
+
+class Net(nn.Module):
+    """The same as a module, with weights of its own."""
+
+    def __init__(self, theta: Params):
+        super().__init__()
+        for name, value in theta.items():
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return loss(self._parameters, x, y)
+
+
+def result(theta: Params, grads, total: Tensor, tasks: int) -> tuple[Params, Tensor]:
+    return dict(zip(theta, grads, strict=True)), total.detach() / tasks
+
+
+# ---------------------------------------------------------------- torch alone
+
+
+def maml(theta: Params, supports: list[Examples], query: Examples, args, first_order=False) -> tuple[Params, Tensor]:
+    theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    tasks, total = len(query[0]), 0.0
+    for i in range(tasks):
+        params = theta
+        for x, y in supports:
+            inner = loss(params, x[i], y[i])
+            grads = torch.autograd.grad(inner, list(params.values()), create_graph=not first_order)
+            params = {name: value - args.inner_lr * g for (name, value), g in zip(params.items(), grads, strict=True)}
+        total = total + loss(params, query[0][i], query[1][i])
+    return result(theta, torch.autograd.grad(total / tasks, list(theta.values())), total, tasks)
+
+
+def reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tensor]:
+    tasks, total, sums = len(batches[0][0]), 0.0, [torch.zeros_like(value) for value in theta.values()]
+    for i in range(tasks):
+        net = Net(theta)
+        if args.inner_optimizer == "adam":
+            optimizer = torch.optim.Adam(net.parameters(), args.inner_lr, betas=(0.0, 0.999))
+        else:
+            optimizer = torch.optim.SGD(net.parameters(), args.inner_lr)
+        for x, y in batches:
+            optimizer.zero_grad()
+            net.loss(x[i], y[i]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            total = total + net.loss(batches[-1][0][i], batches[-1][1][i])
+            for value, start, trained in zip(sums, theta.values(), net.parameters(), strict=True):
+                value += start - trained
+    return result(theta, [value / tasks for value in sums], total, tasks)
+
+
+# ---------------------------------------------------------------- torchopt
+
+
+def torchopt_maml(theta: Params, supports: list[Examples], query: Examples, args) -> tuple[Params, Tensor]:
+    net, tasks, total = Net(theta), len(query[0]), 0.0
+    leaves, optimizer = list(net.parameters()), torchopt.MetaSGD(net, lr=args.inner_lr)
+    starts = [torchopt.extract_state_dict(x, by="reference") for x in (net, optimizer)]
+    for i in range(tasks):
+        for x, y in supports:
+            optimizer.step(net.loss(x[i], y[i]))
+        total = total + net.loss(query[0][i], query[1][i])
+        for x, start in zip((net, optimizer), starts, strict=True):
+            torchopt.recover_state_dict(x, start)
+    return result(theta, torch.autograd.grad(total / tasks, leaves), total, tasks)
+
+
+def torchopt_fomaml(theta: Params, supports: list[Examples], query: Examples, args) -> tuple[Params, Tensor]:
+    leaves = [value.detach().requires_grad_() for value in theta.values()]
+    tasks, total, optimizer = len(query[0]), 0.0, torchopt.sgd(args.inner_lr)
+    for i in range(tasks):
+        params, state = leaves, optimizer.init(leaves)
+        for x, y in supports:
+            grads = list(torch.autograd.grad(loss(dict(zip(theta, params, strict=True)), x[i], y[i]), params))
+            updates, state = optimizer.update(grads, state, inplace=True)
+            params = torchopt.apply_updates(params, updates, inplace=False)
+        total = total + loss(dict(zip(theta, params, strict=True)), query[0][i], query[1][i])
+    return result(theta, torch.autograd.grad(total / tasks, leaves), total, tasks)
+
+
+def torchopt_reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tensor]:
+    adam = args.inner_optimizer == "adam"
+    optimizer = torchopt.adam(args.inner_lr, betas=(0.0, 0.999)) if adam else torchopt.sgd(args.inner_lr)
+    tasks, total, sums = len(batches[0][0]), 0.0, [torch.zeros_like(value) for value in theta.values()]
+    for i in range(tasks):
+        net = Net(theta)
+        state = optimizer.init(params := list(net.parameters()))
+        for x, y in batches:
+            grads = list(torch.autograd.grad(net.loss(x[i], y[i]), params))
+            updates, state = optimizer.update(grads, state, inplace=True)
+            torchopt.apply_updates(params, updates, inplace=True)
+        with torch.no_grad():
+            total = total + net.loss(batches[-1][0][i], batches[-1][1][i])
+            for value, start, trained in zip(sums, theta.values(), params, strict=True):
+                value += start - trained
+    return result(theta, [value / tasks for value in sums], total, tasks)
+
+
+LOOP = {"maml": maml, "fomaml": partial(maml, first_order=True), "reptile": reptile}
+TORCHOPT = {"maml": torchopt_maml, "fomaml": torchopt_fomaml, "reptile": torchopt_reptile} if torchopt else {}
