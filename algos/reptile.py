@@ -52,7 +52,7 @@ class Args:
     """folder of Omniglot-v0: it holds images_background/ and images_evaluation/"""
     seed: int = 1
     """seed of everything: parameters, tasks, examples"""
-    iterations: int = 20000
+    iterations: int = 10000
     """meta-updates; in the paper 30000 for curves, 100000 for images (20-way: 200000)"""
     meta_batch_size: int | None = None
     """tasks per meta-update (N); default 25 for curves (paper: 1), 5 for images as in the paper"""

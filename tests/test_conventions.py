@@ -251,7 +251,7 @@ def test_every_suffix_is_true(path, tmp_path):
 
 
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
-FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "loss_N", "loss_B"), ("reptile", "score_NK", "score_KN")]
+FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "score_NK", "score_KN")]
 
 
 @pytest.mark.parametrize(("name", "true", "false"), FALSE)
