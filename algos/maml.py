@@ -41,8 +41,8 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]  # one net for all tasks: w0 [X, H], b0 [H], ..; one net per task: w0 [N, X, H], ..
 Examples = tuple[Tensor, Tensor]  # x [N, B, X] and y [N, B, Y]; booleans y are classes, one-hot
-CURVES = {"iterations": 10000, "meta_batch_size": 25, "shots": 10, "inner_lr": 0.01, "eval_steps": 10}
-IMAGES = {"iterations": 3000, "meta_batch_size": 32, "shots": 1, "inner_lr": 0.4, "eval_steps": 3}
+CURVES = {"iterations": 10000, "meta_batch_size": 25, "shots": 10, "inner_lr": 0.01, "inner_steps": 1}
+IMAGES = {"iterations": 3000, "meta_batch_size": 32, "shots": 1, "inner_lr": 0.4, "inner_steps": 1}
 
 
 @dataclass
@@ -54,31 +54,31 @@ class Args:
     seed: int = 1
     """seed of everything: parameters, tasks, examples"""
     iterations: int | None = None
-    """meta-updates; default 10000 for curves, 3000 for images; in the paper 70000 and 60000"""
+    """meta-updates; default 10000 for curves, 3000 for images; in MAML's paper 70000 and 60000"""
     meta_batch_size: int | None = None
-    """tasks per meta-update (N); default 25 for curves, 32 for images, as in the paper (20-way: 16)"""
+    """tasks per meta-update (N); default 25 for curves, 32 for images, as in MAML's paper (20-way: 16)"""
     ways: int = 5
-    """classes of an image task; 5 and 20 in the paper"""
+    """classes of an image task; 5 and 20 in MAML's paper"""
     shots: int | None = None
-    """support examples, of each class (K), and as many queries; default 10 for curves, 1 for images (paper: and 5)"""
+    """support examples, of each class (K), and as many queries; default 10 for curves, 1 for images"""
     mlp: bool = False
     """fully connected layers for images, too, in place of 3x3 filters with stride 2"""
     hidden_sizes: tuple[int, ...] = ()
-    """units or filters of the layers; default and paper: 40 40 for curves, 64 64 64 64, with --mlp 256 128 64 64"""
+    """units or filters of the layers; default: 40 40 for curves, 64 64 64 64 for images, with --mlp 256 128 64 64"""
     inner_lr: float | None = None
-    """step size of adaptation (alpha); default 0.01 for curves, 0.4 for images, as in the paper (20-way: 0.1)"""
-    inner_steps: int = 1
-    """inner steps in training; 1 in the paper (20-way: 5)"""
+    """step size of adaptation (alpha); default 0.01 for curves, 0.4 for images, as in MAML's paper (20-way: 0.1)"""
+    inner_steps: int | None = None
+    """inner steps in training; default and MAML's paper: 1 (20-way: 5)"""
     outer_lr: float = 1e-3
-    """step size of the meta-update (beta); 1e-3 in the paper"""
+    """step size of the meta-update (beta); 1e-3 in MAML's paper"""
     eval_every: int = 500
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 600
-    """held-out tasks of an evaluation; 600 in the paper"""
-    eval_steps: int | None = None
-    """inner steps of an evaluation; default 10 for curves, 3 for images, as in the paper"""
+    """held-out tasks of an evaluation; 600 in MAML's paper"""
+    eval_steps: int = 10
+    """inner steps of an evaluation; 10 for curves, 3 for images in MAML's paper"""
     transductive: bool = True
-    """batch norm sees a task's queries together, as in the paper; if not, one query at a time beside the support"""
+    """batch norm sees a task's queries together, as in the papers; if not, one query at a time beside the support"""
     cuda: bool = False
     """everything on the GPU"""
     resume: str = ""
@@ -208,7 +208,7 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
         state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
         save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
         stats = {"train/loss_post": float(meta_loss)}
-        run.log(state, stats | (evaluate(tasks, theta, args) if save or iteration == 1 else {}))
+        run.log(state, stats | (evaluate(tasks, theta, args) if save else {}))
         if save:
             run.save(state)
             if run.stopping:

@@ -57,7 +57,7 @@ class Args:
     meta_batch_size: int | None = None
     """tasks per meta-update (N); default 25 for curves (paper: 1), 5 for images as in the paper"""
     ways: int = 5
-    """classes of an image task; 5 and 20 in the paper"""
+    """classes of an image task; 5 and 20 in MAML's paper"""
     shots: int | None = None
     """support examples of an evaluation, of each class, and as many queries; default 10 for curves, 1 for images"""
     mlp: bool = False
@@ -74,14 +74,14 @@ class Args:
     """examples of a minibatch, for images of each class; default and paper: 10 for curves, 2 for images (20-way: 1)"""
     outer_lr: float = 1.0
     """step size of the meta-update at the start (epsilon); in the paper 1 for images, 0.1 for curves (one at a time)"""
-    eval_every: int = 500
+    eval_every: int = 1000
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 200
     """held-out tasks of an evaluation"""
     eval_steps: int | None = None
     """inner steps of an evaluation; default and paper: 32 for curves, 50 for images"""
     transductive: bool = True
-    """batch norm sees a task's queries together, as in the paper; if not, one query at a time beside the support"""
+    """batch norm sees a task's queries together, as in the papers; if not, one query at a time beside the support"""
     cuda: bool = False
     """everything on the GPU"""
     resume: str = ""
@@ -207,7 +207,7 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
         state |= {"theta": theta, "generator": generator.get_state()}
         save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
         stats = {"train/loss_post": float(train_loss)}
-        run.log(state, stats | (evaluate(tasks, theta, args) if save or iteration == 1 else {}))
+        run.log(state, stats | (evaluate(tasks, theta, args) if save else {}))
         if save:
             run.save(state)
             if run.stopping:

@@ -95,22 +95,22 @@ def sinusoid(options: Options) -> None:
     """Losses after 0, 1, .. steps, ten times as many as in training, and the fitted curves of two held-out tasks."""
     flags = {"shots": options.shots, "seed": options.seed}
     flags |= {"iterations": options.iterations} if options.iterations else {}
-    curves, thetas = {}, {}
-    for name, steps in (("maml", 10), ("fomaml", 10), ("reptile", 50)):
-        module, args, tasks, theta, _ = trained(name, **flags)
-        stats = module.evaluate(tasks, theta, replace(args, eval_steps=steps))
-        curves[name], thetas[name] = (
-            {"iterations": args.iterations, "loss": scores(stats), "ci95": stats["test/ci95"]},
-            theta,
-        )
-        if name == "maml":
-            maml, maml_args = module, replace(args, eval_steps=steps)
-    thetas["pretrained"], thetas["random"] = pretrained(maml_args), initial(maml, maml_args)[2]
+    thetas, curves = {}, {}
+
+    def measure(name: str, module, args, **shown) -> None:
+        stats = module.evaluate(tasks, thetas[name], args)
+        first = module.evaluate(tasks, thetas[name], replace(args, eval_steps=1))["test/ci95"]
+        curves[name] = {**shown, "loss": scores(stats), "ci95 after 1": first, "ci95 after all": stats["test/ci95"]}
+
+    for name, steps in (("reptile", 50), ("fomaml", 10), ("maml", 10)):
+        module, args, tasks, thetas[name], _ = trained(name, **flags)
+        args = replace(args, eval_steps=steps)
+        measure(name, module, args, iterations=args.iterations)
+    thetas["pretrained"], thetas["random"] = pretrained(args), initial(module, args)[2]
     for name in ("pretrained", "random"):  # fine-tuned with the step size that suits them best
-        rates = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)
-        tried = {lr: maml.evaluate(tasks, thetas[name], replace(maml_args, inner_lr=lr)) for lr in rates}
-        best = min(tried, key=lambda lr: tried[lr]["test/loss_k10"])
-        curves[name] = {"inner_lr": best, "loss": scores(tried[best]), "ci95": tried[best]["test/ci95"]}
+        rates = {lr: replace(args, inner_lr=lr) for lr in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)}
+        best = min(rates, key=lambda lr: module.evaluate(tasks, thetas[name], rates[lr])["test/loss_k10"])
+        measure(name, module, rates[best], inner_lr=best)
     write(f"sinusoid_{options.shots}shot", curves)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -119,13 +119,13 @@ def sinusoid(options: Options) -> None:
     (support,) = tasks.sample(hidden, (options.shots,), generator)
     grid = torch.linspace(-5, 5, 200)[:, None]
     for row, name in zip(axes, ("maml", "pretrained"), strict=True):
-        rate = maml_args if name == "maml" else replace(maml_args, inner_lr=curves[name]["inner_lr"])
+        rate = args if name == "maml" else rates[curves[name]["inner_lr"]]
         for i, axis in enumerate(row):
             task = (support[0][i], support[1][i])
             axis.plot(grid, tasks.target(grid, hidden[i]), "k", alpha=0.3, linewidth=4, label="task")
             for steps, style in ((0, "C7:"), (1, "C0--"), (10, "C3-")):
-                params = maml.inner_loop(thetas[name], [task] * steps, rate)
-                axis.plot(grid, maml.network(params, grid), style, label=f"after {steps} steps")
+                params = module.inner_loop(thetas[name], [task] * steps, rate)
+                axis.plot(grid, module.network(params, grid), style, label=f"after {steps} steps")
             axis.plot(*task, "k^")
             axis.set(title={"maml": "MAML", "pretrained": "pretraining"}[name])
     axes[0, 0].legend(fontsize=8)
@@ -157,7 +157,7 @@ def stream(options: Options) -> None:
             "eval_every": updates // 20,
             "eval_tasks": 500,
         }
-        rows = trained("reptile", seed=options.seed, **flags)[-1][1:]
+        rows = trained("reptile", seed=options.seed, **flags)[-1]
         seen, losses = [row["iteration"] * k for row in rows], [round(row["test/loss_k32"], 4) for row in rows]
         result[label] = {"minibatches per task slot": seen, "loss after 32 steps": losses}
         axis.plot(seen, losses, label=label)

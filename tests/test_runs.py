@@ -154,7 +154,7 @@ def test_images(name, flags, monkeypatch):
     folder = run(*flags, name=name)
     assert 0 <= rows(folder)[-1]["test/accuracy_k2"] <= 1
     saved = json.loads((folder / "args.json").read_text())
-    assert (saved["inner_lr"], saved["mlp"]) == ({"reptile": 0.001}.get(name, 0.4), "--mlp" in flags)
+    assert (saved["inner_lr"], saved["mlp"]) == ({"maml": 0.4, "fomaml": 0.1, "reptile": 0.001}[name], "--mlp" in flags)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -370,9 +370,10 @@ def test_maml_trpo_learns():
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
 def test_supervised_files_learn(name, steps):
-    """Sinusoids: the held-out loss after adaptation falls by more than 1, to less than two thirds of the unadapted."""
-    importlib.import_module(f"algos.{name}").main(["--iterations", "2000", "--eval-tasks", "100"])
+    """Sinusoids: the held-out loss after adaptation falls by a third and more, to less than half of the unadapted."""
+    flags = ["--iterations", "1200", "--eval-every", "300", "--eval-tasks", "200"]
+    importlib.import_module(f"algos.{name}").main(flags)
     (folder,) = Path().glob("runs/*")
-    first, last = rows(folder)[0], rows(folder)[-1]
-    assert last[f"test/loss_k{steps}"] < first[f"test/loss_k{steps}"] - 1
-    assert last[f"test/loss_k{steps}"] < last["test/loss_k0"] * 2 / 3
+    first, last = (row for row in rows(folder) if row["iteration"] in (300, 1200))
+    assert last[f"test/loss_k{steps}"] < first[f"test/loss_k{steps}"] * 2 / 3
+    assert last[f"test/loss_k{steps}"] < last["test/loss_k0"] / 2
