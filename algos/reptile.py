@@ -290,7 +290,7 @@ def load_checkpoint(folder: str, algorithm: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["algorithm"] != algorithm:
             raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state
+        return state | {"args": Args(**state["args"])}
     except Exception as error:
         raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
 
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=Args(**saved["args"])) if saved else args
+    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     from envs import make_supervised
 
     tasks = make_supervised(

@@ -183,7 +183,7 @@ from pathlib import Path
 from algos.maml_trpo import Run
 run = Run.__new__(Run); run.folder = Path({str(tmp_path)!r})
 for i in range(10**9):
-    run.save({{"algorithm": "maml_trpo", "i": i, "x": torch.full((500_000,), float(i))}})
+    run.save({{"algorithm": "maml_trpo", "args": {{}}, "i": i, "x": torch.full((500_000,), float(i))}})
     print(i, flush=True)
 """
     for attempt in range(5):
@@ -229,6 +229,9 @@ def test_a_checkpoint_of_something_else_is_one_clear_line():
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save(state | {"algorithm": "reptile"}, folder / "checkpoint.pt")
     with pytest.raises(SystemExit, match="written by reptile"):
+        algorithm.main(["--resume", str(folder)])
+    torch.save(state | {"args": state["args"] | {"of_another_version": 1}}, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"no usable checkpoint.*of_another_version"):
         algorithm.main(["--resume", str(folder)])
     torch.save(state, folder / "checkpoint.pt")
     with pytest.raises(SystemExit, match=r"--resume .* it holds .*8.* the flags ask for .*9"):
