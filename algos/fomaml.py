@@ -3,8 +3,8 @@
 Paper: Finn, Abbeel, Levine 2017, arXiv:1703.03400, section 5.2; Nichol, Achiam, Schulman 2018, arXiv:1803.02999.
 Run: python algos/fomaml.py                         sinusoids; --help explains every flag; --cuda uses the GPU
      python algos/fomaml.py --env-id Glyphs-v0      5-way 1-shot characters; --env-id Omniglot-v0 --data DIR: real ones
-Result: RESULT
-    RESULT2
+Result: sinusoid, 10 shots: MSE 0.69 after 1 step, 0.20 after 10 (MAML: 0.42, 0.14). Glyphs, 5-way 1-shot: 88.2 % with
+    half of MAML's meta-updates (MAML: 93.8 %; the paper, on Omniglot: 98.3 % and 98.7 %); docs/fomaml.md, docs/maml.md
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: a support set D_i of K examples and a query set D'_i, disjoint

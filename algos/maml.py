@@ -3,8 +3,8 @@
 Paper: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400, Algorithm 2.
 Run: python algos/maml.py                           sinusoids; --help explains every flag; --cuda uses the GPU
      python algos/maml.py --env-id Glyphs-v0        5-way 1-shot characters; --env-id Omniglot-v0 --data DIR: real ones
-Result: RESULT
-    RESULT2
+Result: sinusoid, 10 shots: MSE 0.42 after 1 step, 0.14 after 10 (pretraining: 2.27, 1.49; paper's figure: about 0.4,
+    0.2). Glyphs, 5-way 1-shot: 93.8 % (nearest pixel mean: 45.3 %; the paper, on Omniglot: 98.7 %); docs/maml.md
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: a support set D_i of K examples and a query set D'_i, disjoint
