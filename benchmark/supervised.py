@@ -161,7 +161,7 @@ def stream(options: Options) -> None:
         seen, losses = [row["iteration"] * k for row in rows], [round(row["test/loss_k32"], 4) for row in rows]
         result[label] = {"minibatches per task slot": seen, "loss after 32 steps": losses}
         axis.plot(seen, losses, label=label)
-    axis.set(xlabel="minibatches of 10 points (x 5 tasks)", ylabel="MSE after 32 steps, held-out tasks", yscale="log")
+    axis.set(xlabel="minibatches of 10 points (x 25 tasks)", ylabel="MSE after 32 steps, held-out tasks", yscale="log")
     axis.legend()
     figure.savefig(IMAGES / "reptile_stream.png", dpi=110)
     write("stream", result)

@@ -154,7 +154,7 @@ def test_images(name, flags, monkeypatch):
     folder = run(*flags, name=name)
     assert 0 <= rows(folder)[-1]["test/accuracy_k2"] <= 1
     saved = json.loads((folder / "args.json").read_text())
-    assert (saved["inner_lr"], saved["mlp"]) == ({"maml": 0.4, "fomaml": 0.1, "reptile": 0.001}[name], "--mlp" in flags)
+    assert (saved["inner_lr"], saved["mlp"]) == ({"maml": 0.4, "fomaml": 0.1, "reptile": 0.003}[name], "--mlp" in flags)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -342,6 +342,8 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--cuda: torch sees no CUDA device"):
             algorithm.main([*TINY, "--cuda"])
+    with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
+        algorithm.main(["--env-id", "Bandit5-v0"])
     with pytest.raises(SystemExit):
         algorithm.main([*TINY, "--estimator", "magic"])
     assert "loaded" in capsys.readouterr().err
