@@ -2,15 +2,19 @@
 
 import gymnasium as gym
 import torch
+from gymnasium.vector import VectorEnv
 
+from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
 from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
 from envs.fewshot import Glyphs, Omniglot
 from envs.locomotion import AntDir, AntDir2D, AntGoal, AntVel, HalfCheetahDir, HalfCheetahVel, HumanoidDir
 from envs.metaworld import make_metaworld
+from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif
+from envs.tabular_mdp import TabularMDP
 
 HORIZONS = {
     Navigation2D: 100,
@@ -24,6 +28,13 @@ HORIZONS = {
     HumanoidDir: 200,
     HopperRandParams: 200,
     WalkerRandParams: 200,
+    Bandit5: 10,
+    Bandit10: 10,
+    Bandit50: 10,
+    GaussianBandit5: 10,
+    DependentBandit: 100,
+    TabularMDP: 10,
+    MouseCheese: 30,
 }
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
@@ -51,9 +62,12 @@ def _device(cuda: bool) -> str:
     return "cuda" if cuda else "cpu"
 
 
-def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0) -> ScaleActions:
+def make(
+    env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0, discrete: bool = False
+) -> VectorEnv:
     """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
 
+    Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
     """
     options = {"max_episode_steps": horizon, "device": _device(cuda)}
@@ -66,7 +80,9 @@ def make(env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_sc
         known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
         raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
     envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
-    return ScaleActions(envs, action_scale)
+    if envs.unwrapped.is_discrete and not discrete:
+        raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")
+    return envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale)
 
 
 def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False) -> SupervisedTasks:

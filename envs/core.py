@@ -13,8 +13,11 @@ episodes of a batch start together and end together at the horizon.
   be `reset`. The horizon is the only truncation, so `terminated` never means a time-out.
 * An early end is latched: from the step that ends an episode on, `terminated` stays true, and in the later steps the
   reward is 0 and the observation repeats the last one.
-* Equal seeds give equal first observations whatever the tasks, the device and the number of threads.
-* `reward(obs, action, next_obs, task)` is pure and static, so that model-based algorithms can call it too.
+* Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
+* Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
+  episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
+* `reward(obs, action, next_obs, task)` is pure and static, so that model-based algorithms can call it too. Where
+  rewards are random (bandits, TabularMDP) it is their mean.
 """
 
 from abc import abstractmethod
@@ -22,6 +25,7 @@ from abc import abstractmethod
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
@@ -44,6 +48,21 @@ def held_out_uniform(num_tasks: int, dim: int, generator: Generator, split: str)
     point = torch.rand(num_tasks, dim, generator=generator)
     cell = allowed[torch.randint(len(allowed), (num_tasks,), generator=generator)]
     point[:, 0] = (cell + point[:, 0].clamp(1e-4, 1 - 1e-4)) / HELD_OUT_CELLS
+    return point
+
+
+def held_out_normal(num_tasks: int, dim: int, generator: Generator, split: str) -> Tensor:
+    """Standard normal points [num_tasks, dim] in which "train" and "test" never meet.
+
+    Of each tenth of the first coordinate the middle fifth holds the test tasks, the rest the training tasks; strips
+    this thin leave the distribution normal, tails included, in both. ValueError for another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    point = torch.randn(num_tasks, dim, generator=generator)
+    inside = torch.rand(num_tasks, generator=generator).clamp(1e-3, 1 - 1e-3)
+    inside = 0.4 + 0.2 * inside if split == "test" else (0.6 + 0.8 * inside) % 1
+    point[:, 0] = ((10 * point[:, 0]).floor() + inside) / 10
     return point
 
 
@@ -77,8 +96,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = obs_space, action_space
         self.observation_space = batch_space(obs_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
-        self._low = torch.as_tensor(action_space.low, dtype=dtype, device=self.device)
-        self._high = torch.as_tensor(action_space.high, dtype=dtype, device=self.device)
+        self.is_discrete = isinstance(action_space, Discrete)
+        if not self.is_discrete:
+            self._low = torch.as_tensor(action_space.low, dtype=dtype, device=self.device)
+            self._high = torch.as_tensor(action_space.high, dtype=dtype, device=self.device)
         self._generator = Generator().manual_seed(0)  # on the CPU, so that all devices start from the same states
         self._obs = None
 
@@ -89,7 +110,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     @staticmethod
     @abstractmethod
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
-        """Rewards [..]; obs [.., O], action [.., A] within its bounds, next_obs [.., O], task [.., task_dim]."""
+        """Rewards [..]; obs [.., O], action [.., A] within its bounds (Discrete: [..]), next_obs [.., O], task [.., P].
+
+        The mean, where rewards are random."""
 
     @abstractmethod
     def _start(self, task: Tensor, generator: Generator) -> Tensor:
@@ -100,7 +123,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Move all worlds by one step: next observation [B, O], ended early [B] (bool), info; `step` latches ends."""
 
     def _transition_reward(self, action: Tensor, next_obs: Tensor) -> Tensor:
-        """Reward [B] of the current step; only environments that are not ours (envs/adapter.py) do otherwise."""
+        """Reward [B] of the current step; random rewards and those of envs/adapter.py are what `_advance` kept."""
         return self.reward(self._obs, action, next_obs, self.tasks)
 
     def render_frame(self, index: int = 0) -> np.ndarray:
@@ -131,16 +154,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return self._obs.clone(), {}
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """Advance all worlds by `action` [B, A], clipped to its bounds: obs [B, O], reward, terminated, truncated [B],
-        info. Raises ResetNeeded after the horizon, ValueError for an action of another shape or not finite."""
+        """Advance all worlds by `action` [B, A], clipped to its bounds, or int64 [B] (Discrete): obs [B, O], reward,
+        terminated, truncated [B], info. Raises ResetNeeded after the horizon, ValueError for an action of another
+        shape, not finite, or no number of a Discrete space."""
         if self._obs is None or self._steps >= self.horizon:
             raise gym.error.ResetNeeded("call reset() before the first step and after every horizon")
-        action = torch.as_tensor(action, dtype=self.dtype, device=self.device)
-        if action.shape != self.action_space.shape:
-            raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
-        if not torch.isfinite(action).all():
-            raise FloatingPointError(f"non-finite action in step {self._steps} of an episode")
-        action = action.clamp(self._low, self._high)
+        action = self._checked(action)
         next_obs, ended, info = self._advance(action)
         if self.can_terminate:
             next_obs = torch.where(self._over[:, None], self._obs, next_obs)
@@ -152,6 +171,24 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._steps += 1
         truncated = torch.full_like(self._over, self._steps == self.horizon)
         return next_obs.clone(), reward, self._over.clone(), truncated, info
+
+    def _checked(self, action: Tensor) -> Tensor:
+        action = torch.as_tensor(action, dtype=None if self.is_discrete else self.dtype, device=self.device)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
+        if not self.is_discrete:
+            if not torch.isfinite(action).all():
+                raise FloatingPointError(f"non-finite action in step {self._steps} of an episode")
+            return action.clamp(self._low, self._high)
+        if action.dtype != torch.int64:
+            raise ValueError(f"action must be int64, the number of a choice, got {action.dtype}")
+        if ((action < 0) | (action >= self.single_action_space.n)).any():
+            raise ValueError(f"action must be 0 to {self.single_action_space.n - 1}, got {action.unique().tolist()}")
+        return action
+
+    def single_world(self) -> "TaskVectorEnv":
+        """One world of the same family, horizon and device, for pictures."""
+        return type(self)(1, max_episode_steps=self.horizon, device=self.device, dtype=self.dtype)
 
 
 class SingleTaskEnv(gym.Env):
@@ -191,14 +228,16 @@ class SingleTaskEnv(gym.Env):
 class ScaleActions(gym.vector.VectorWrapper):
     """Maps actions in [-scale, scale] linearly onto the family's bounds; beyond them the family clips, as always.
 
-    A policy of standard deviation 1 then explores with 1 / scale of the range.
+    A policy of standard deviation 1 then explores with 1 / scale of the range. TypeError unless actions are a Box.
     """
 
     def __init__(self, envs: TaskVectorEnv, scale: float):
         super().__init__(envs)
         space = envs.single_action_space
+        if not isinstance(space, Box):
+            raise TypeError(f"only actions in a Box can be scaled, got {space}")
         self.scale, self.low, self.range = scale, envs.unwrapped._low, envs.unwrapped._high - envs.unwrapped._low
-        self.single_action_space = gym.spaces.Box(-scale, scale, space.shape, space.dtype)
+        self.single_action_space = Box(-scale, scale, space.shape, space.dtype)
         self.action_space = batch_space(self.single_action_space, envs.num_envs)
 
     def step(self, action: Tensor):
@@ -206,11 +245,7 @@ class ScaleActions(gym.vector.VectorWrapper):
 
     def single_world(self) -> "ScaleActions":
         """One world of the same family, horizon, device and action scale, for pictures."""
-        inner = self.unwrapped
-        family = type(inner)
-        return ScaleActions(
-            family(1, max_episode_steps=inner.horizon, device=inner.device, dtype=inner.dtype), self.scale
-        )
+        return ScaleActions(self.unwrapped.single_world(), self.scale)
 
 
 class SupervisedTasks:

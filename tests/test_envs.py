@@ -22,7 +22,12 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomotion.MujocoTaskVectorEnv)]
 SAME_TASKS = {"HalfCheetahDir", "AntDir"}  # train and test are the same two directions
+DISCRETE = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP", "MouseCheese"]
+RANDOM = DISCRETE[:-1]  # chance decides rewards and states; tests/test_envs_discrete.py has the oracles
 every_family = pytest.mark.parametrize("name", FAMILIES)
+every_discrete = pytest.mark.parametrize("name", DISCRETE)
+every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
+every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
 
 
@@ -33,7 +38,9 @@ def make(name, num_envs, horizon=None, **kwargs):
 
 
 def random_actions(venv, steps, seed=0):
-    """Uniform within the bounds [T, B, A]."""
+    """Uniform within the bounds [T, B, A], or among the choices [T, B]."""
+    if venv.is_discrete:
+        return torch.randint(int(venv.single_action_space.n), (steps, venv.num_envs), generator=seeded(seed))
     unit = torch.rand(steps, *venv.action_space.shape, generator=seeded(seed), dtype=venv.dtype)
     return (venv._low + unit.to(venv.device) * (venv._high - venv._low)).to(venv.dtype)
 
@@ -64,7 +71,7 @@ def test_spaces_dtypes_and_metadata(name):
         assert venv.tasks.shape == (3, venv.task_dim)
         assert info == {}
         action = random_actions(venv, 1)[0]
-        assert venv.action_space.contains(action.float().numpy())
+        assert venv.action_space.contains(action.numpy() if venv.is_discrete else action.float().numpy())
         obs, reward, terminated, truncated, _ = venv.step(action)
         assert obs.dtype == reward.dtype == venv.tasks.dtype == dtype
         assert terminated.dtype == truncated.dtype == torch.bool
@@ -92,9 +99,12 @@ def test_seeds_decide_everything(name):
 def test_the_task_is_never_in_the_observation(name):
     venv = make(name, 4)
     tasks = venv.sample_tasks(8, seeded(0))
+    if name == "MouseCheese":
+        tasks[:, :4] = tasks[0, :4]  # the maze is seen, the cheese is not
     first = venv.reset(seed=1, options={"tasks": tasks[:4]})[0]
     assert torch.equal(first, venv.reset(seed=1, options={"tasks": tasks[4:]})[0])
-    assert torch.equal(first, venv.reset(seed=1)[0])  # tasks drawn by reset do not disturb the start states
+    if name != "MouseCheese":
+        assert torch.equal(first, venv.reset(seed=1)[0])  # tasks drawn by reset do not disturb the start states
 
 
 @every_family
@@ -137,7 +147,7 @@ def test_an_early_end_is_latched_and_pays_nothing(name):
     venv = make(name, 24, horizon=60, dtype=torch.float64)
     obs, reward, terminated, truncated = play(venv, random_actions(venv, 60), venv.sample_tasks(24, seeded(0)))
     falls = name in ("AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams")
-    assert bool(terminated.any()) == falls
+    assert bool(terminated.any()) == (falls or name == "MouseCheese")
     assert not truncated[:-1].any()
     for world in range(24):
         ends = terminated[:, world].nonzero()
@@ -149,7 +159,7 @@ def test_an_early_end_is_latched_and_pays_nothing(name):
             assert (obs[end + 1 :, world] == obs[end + 1, world]).all()
 
 
-@every_family
+@every_determined
 def test_reward_is_the_pure_function(name):
     venv = make(name, 4, horizon=19, dtype=torch.float64)
     tasks = venv.sample_tasks(4, seeded(3))
@@ -160,7 +170,7 @@ def test_reward_is_the_pure_function(name):
     torch.testing.assert_close(reward, pure * paid, rtol=0, atol=0)
 
 
-@every_family
+@every_determined
 def test_a_world_does_not_depend_on_its_neighbours(name):
     """World 2 of a batch is, bit for bit, the one world of a batch of one that starts in the same state."""
     venv, alone = make(name, 4, horizon=19, dtype=torch.float64), make(name, 1, horizon=19, dtype=torch.float64)
@@ -212,10 +222,17 @@ def test_test_tasks_are_held_out(name):
         assert {*train.flatten().tolist()} == {*test.flatten().tolist()} == {1.0, -1.0}
         assert train.sum() == 0
         return
+    if name == "MouseCheese":
+        train_mazes, test_mazes = ({tuple(doors) for doors in tasks[:, :4].tolist()} for tasks in (train, test))
+        assert (len(train_mazes), len(test_mazes), len(train_mazes | test_mazes)) == (54, 27, 81)
+        return
     if name in ("SparseNavigation2D", "AntDir2D", "AntGoal", "HumanoidDir"):
         turns = [torch.atan2(tasks[:, 1], tasks[:, 0]) for tasks in (train, test)]
         span = 1.0 if name == "SparseNavigation2D" else 2.0
         train_part, test_part = ((turn / (span * torch.pi)) % 1 for turn in turns)
+    elif name in RANDOM:
+        strips = 10 if name in ("GaussianBandit5", "TabularMDP") else 1
+        train_part, test_part = (strips * tasks[:, 0] % 1 for tasks in (train, test))
     else:
         low, high = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "AntVel": (0, 3)}.get(name, (-3, 3))
         train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
@@ -257,14 +274,14 @@ def test_bad_input_is_refused(name):
     actions = random_actions(venv, 1)[0]
     with pytest.raises(ValueError, match="action must have shape"):
         venv.step(actions[:1])
-    for bad in (float("nan"), float("inf")):
+    for bad in () if name in DISCRETE else (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError, match="non-finite action"):
             venv.step(torch.full_like(actions, bad))
     with pytest.raises(ValueError, match="num_envs and max_episode_steps"):
         make(name, 2, horizon=0)
 
 
-@every_family
+@every_box
 def test_actions_are_clipped_to_their_bounds(name):
     venv = make(name, 3, horizon=5)
     tasks = venv.sample_tasks(3, seeded(0))
@@ -272,6 +289,36 @@ def test_actions_are_clipped_to_their_bounds(name):
     outside = 50 * actions
     clipped = torch.minimum(torch.maximum(outside, venv._low), venv._high)
     assert all(torch.equal(a, b) for a, b in zip(play(venv, outside, tasks), play(venv, clipped, tasks), strict=True))
+
+
+@every_discrete
+def test_choices_that_do_not_exist_are_refused(name):
+    venv = make(name, 2)
+    choices = int(venv.single_action_space.n)
+    venv.reset(seed=0)
+    for bad in (torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool), np.zeros(2)):
+        with pytest.raises(ValueError, match="action must be int64"):
+            venv.step(bad)
+    for bad in (-1, choices):
+        with pytest.raises(ValueError, match=rf"action must be 0 to {choices - 1}, got \[.*{bad}"):
+            venv.step(torch.tensor([0, bad]))
+    for bad in (torch.zeros(2, 1, dtype=torch.int64), torch.tensor(0)):
+        with pytest.raises(ValueError, match="action must have shape"):
+            venv.step(bad)
+    assert venv._steps == 0  # a refused step is none
+    venv.step(torch.tensor([0, choices - 1]))
+
+
+@every_discrete
+def test_discrete_actions_are_not_scaled(name):
+    venv = envs.make(f"{name}-v0", 3, horizon=2, action_scale=10.0, discrete=True)
+    assert type(venv.unwrapped) is type(venv) is FAMILIES[name]
+    assert venv.single_action_space == FAMILIES[name](1).single_action_space
+    venv.reset(seed=0)
+    assert venv.step(torch.zeros(3, dtype=torch.int64))[0].shape == venv.observation_space.shape
+    assert (venv.single_world().num_envs, venv.single_world().horizon) == (1, 2)
+    with pytest.raises(TypeError, match="Box"):
+        ScaleActions(venv, 1.0)
 
 
 def test_scaled_actions_span_the_bounds():
@@ -604,7 +651,7 @@ for family in envs.HORIZONS:
     venv.reset(seed=0)
     if hasattr(venv, "model"):
         venv._state[0, -venv.model.nv:] = 1e12
-    info = venv.step(torch.zeros(venv.action_space.shape))[4]
+    info = venv.step(torch.zeros(venv.action_space.shape, dtype=torch.int64 if venv.is_discrete else None))[4]
     assert not hasattr(venv, "model") or info["diverged"][0]
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -630,13 +677,15 @@ DRAWS = """
 import sys; sys.path.insert(0, {root!r})
 import gymnasium as gym, numpy as np, torch, envs
 from envs.render import adaptation_gif
-for family in envs.HORIZONS:
+pictured = [family for family in envs.HORIZONS if family.render_frame is not envs.TaskVectorEnv.render_frame]
+assert set(envs.HORIZONS) - set(pictured) == {{f for f in envs.HORIZONS if f.__name__ in {unpictured!r}}}
+for family in pictured:
     single = gym.make(f"{{family.__name__}}-v0", render_mode="rgb_array")
     single.reset(seed=0)
     first = single.render()
     assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3 and first.std() > 5, family
     for _ in range(5):
-        single.step(single.action_space.high)
+        single.step(getattr(single.action_space, "high", 3))
     assert not np.array_equal(first, single.render()), family
     single.close()
 still, push = lambda obs: torch.zeros(1, 6), lambda obs: torch.ones(1, 6) * obs.sum().sign()
@@ -644,6 +693,9 @@ cheetahs, points = envs.make("HalfCheetahDir-v0", 2, 12), envs.make("Navigation2
 cheetahs.reset(), points.reset()
 adaptation_gif("a.gif", cheetahs, {{"before": still, "after": push}})
 adaptation_gif("b.gif", points, {{"x": lambda obs: torch.ones(1, 2)}}, every=1)
+mice = envs.make("MouseCheese-v0", 2, 7, discrete=True)
+mice.reset()
+adaptation_gif("c.gif", mice, {{"right": lambda obs: torch.tensor([3])}}, every=1)
 """
 
 
@@ -660,7 +712,7 @@ def test_rendering(tmp_path):
     if not egl_works(tmp_path):
         pytest.skip("EGL cannot be initialised here: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri")
     environment = {**os.environ, "MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRAWS.format(root=str(ROOT))]
+    command = [sys.executable, "-c", DRAWS.format(root=str(ROOT), unpictured=RANDOM)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "a.gif") as gif:
@@ -670,6 +722,8 @@ def test_rendering(tmp_path):
     with Image.open(tmp_path / "b.gif") as gif:
         assert gif.n_frames == 8
         assert gif.size == (240, 264)
+    with Image.open(tmp_path / "c.gif") as gif:
+        assert gif.n_frames > 1
 
 
 def test_rendering_without_opengl_gives_a_hint(tmp_path):
