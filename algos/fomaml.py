@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import make_supervised
 
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
+    torch.set_num_threads(torch.get_num_threads() if tasks.is_classification else 1)  # small nets: threads only cost
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
