@@ -7,13 +7,13 @@ Result: sinusoid, 10 shots: MSE 0.42 after 1 step, 0.14 after 10 (pretraining: 2
     0.2). Glyphs, 5-way 1-shot: 93.8 % (nearest pixel mean: 45.3 %; the paper, on Omniglot: 98.7 %); docs/maml.md
 Algorithm:
     [1] repeat: draw N tasks
-    [2]     per task: a support set D_i of K examples and a query set D'_i, disjoint
+    [2]     per task: a support set D_i and a query set D'_i of `shots` examples each, disjoint
     [3]     theta'_i = theta - alpha grad L(theta; D_i), `inner_steps` times
     [4]     L_meta(theta) = mean_i L(theta'_i; D'_i), theta'_i a function of theta
     [5]     g = grad L_meta(theta), through the inner steps: it contains the Hessians of L(.; D_i)
     [6]     theta <- Adam(theta, g)
     [7]     now and then: score on held-out tasks after 0, 1, .. inner steps
-Symbols: theta'_i = params, alpha = inner_lr, beta = outer_lr, K = shots, L: mean squared error or cross-entropy.
+Symbols: theta'_i = params, alpha = inner_lr, beta = outer_lr; L: mean squared error or cross-entropy.
 Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, X inputs, Y outputs, K counts of inner steps from 0
     on. Entries of parameter dicts gain N by adaptation; inside vmap a function sees one task, without N.
 Differs from the paper: torch's usual initialisation (its code: standard deviation 0.01); test amplitudes are never
@@ -60,7 +60,7 @@ class Args:
     ways: int = 5
     """classes of an image task; 5 and 20 in MAML's paper"""
     shots: int | None = None
-    """support examples, of each class (K), and as many queries; default 10 for curves, 1 for images"""
+    """support examples, of each class, and as many queries; default 10 for curves, 1 for images"""
     mlp: bool = False
     """fully connected layers for images, too, in place of 3x3 filters with stride 2"""
     hidden_sizes: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
             params = inner_loop(params, [support], args)
         return torch.stack(result)
 
-    score_NK = vmap(scores, chunk_size=args.meta_batch_size)(support, query)  # [7]
+    score_NK = vmap(scores, chunk_size=50)(support, query)  # [7]
     name, spread = "accuracy" if query[1].dtype == torch.bool else "loss", 1.96 / math.sqrt(args.eval_tasks)
     stats = {f"test/{name}_k{k}": float(x) for k, x in enumerate(score_NK.mean(0))}
     stats |= {"test/ci95": spread * float(score_NK[:, -1].std(correction=0))}

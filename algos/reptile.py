@@ -40,8 +40,8 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]  # one net for all tasks: w0 [X, H], b0 [H], ..; one net per task: w0 [N, X, H], ..
 Examples = tuple[Tensor, Tensor]  # x [N, B, X] and y [N, B, Y]; booleans y are classes, one-hot
-CURVES = {"meta_batch_size": 25, "shots": 10, "inner_lr": 0.02, "inner_shots": 10, "eval_steps": 32}
-IMAGES = {"meta_batch_size": 5, "shots": 1, "inner_lr": 3e-3, "inner_shots": 2, "eval_steps": 50}
+CURVES = {"meta_batch_size": 25, "shots": 10, "inner_lr": 0.02, "inner_shots": 10, "inner_optimizer": "sgd"}
+IMAGES = {"meta_batch_size": 5, "shots": 1, "inner_lr": 3e-3, "inner_shots": 2, "inner_optimizer": "adam"}
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Args:
     mlp: bool = False
     """fully connected layers for images, too, in place of 3x3 filters with stride 2"""
     hidden_sizes: tuple[int, ...] = ()
-    """units or filters of the layers; default and paper: 64 64 for curves, 64 64 64 64, with --mlp 256 128 64 64"""
-    inner_optimizer: Literal["", "sgd", "adam"] = ""
+    """units or filters of the layers; default: 64 64 for curves, 64 64 64 64 for images, with --mlp 256 128 64 64"""
+    inner_optimizer: Literal["sgd", "adam"] | None = None
     """adam: with beta1 = 0, its moments new for each task; default and paper: sgd for curves, adam for images"""
     inner_lr: float | None = None
     """step size of training on a task; default 0.02 for curves (paper: 0.02), 0.003 for images (paper: 0.001; docs)"""
@@ -78,8 +78,8 @@ class Args:
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 200
     """held-out tasks of an evaluation"""
-    eval_steps: int | None = None
-    """inner steps of an evaluation; default and paper: 32 for curves, 50 for images"""
+    eval_steps: int = 50
+    """inner steps of an evaluation; in the paper 32 for curves, 50 for images"""
     transductive: bool = True
     """batch norm sees a task's queries together, as in the papers; if not, one query at a time beside the support"""
     cuda: bool = False
@@ -97,7 +97,6 @@ class Args:
             setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         usual = ((256, 128, 64, 64) if self.mlp else (64, 64, 64, 64)) if images else (64, 64)
         self.hidden_sizes = tuple(self.hidden_sizes) or usual
-        self.inner_optimizer = self.inner_optimizer or ("adam" if images else "sgd")
         for name, value in vars(self).items():
             low, high = (0, 2**31) if name == "seed" else (1e-12, 1e6) if isinstance(value, float) else (1, 10**9)
             for x in value if isinstance(value, tuple) else (value,):
@@ -198,7 +197,7 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
     generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
-        batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")
+        batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
         batches = tasks.sample(batch, (args.inner_shots,) * args.inner_steps, generator)  # [1]
         gradient, train_loss = reptile_gradient(theta, batches, args)
         epsilon = args.outer_lr * (1 - (iteration - 1) / args.iterations)
@@ -305,9 +304,11 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     from envs import make_supervised
 
-    tasks = make_supervised(
-        args.env_id, args.ways, max(2 * args.shots, args.inner_steps * args.inner_shots), args.data, args.cuda
-    )
+    tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
+    if tasks.is_classification and args.inner_steps * args.inner_shots > (drawings := tasks.images.shape[1]):
+        raise SystemExit(
+            f"--inner-steps {args.inner_steps}: allowed is 1 to {drawings // args.inner_shots} disjoint minibatches"
+        )
     torch.set_num_threads(torch.get_num_threads() if tasks.is_classification else 1)  # small nets: threads only cost
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)

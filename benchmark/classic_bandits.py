@@ -12,9 +12,8 @@ arm with the highest score (the first of equals; arms are exchangeable), knowing
 """
 
 import functools
-import json
 import os
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +21,9 @@ from pathlib import Path
 
 import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark.classic import compare, print_settings, summary
 
 COLUMNS = ("random", "gittins", "thompson", "optimistic_thompson", "ucb1", "epsilon_greedy", "greedy", "rl2")
 PAPER = {  # (pulls, arms): table 1 of the paper, 1,000 problems each
@@ -155,20 +157,15 @@ def evaluate(arms: int, pulls: int, problems: int, seed: int = 1, device: str = 
     """Every algorithm on the same problems; what has a parameter is tuned first, on 1,000 other problems."""
     generator = torch.Generator(device).manual_seed(seed)
     tuning_BK, p_BK = (torch.rand(b, arms, generator=generator, device=device) for b in (1000, problems))
-    result, tuned, seconds = {}, {}, {}
-    for name in COLUMNS[:-1]:
-        policy, start = globals()[name], time.perf_counter()
-        if name in GRIDS:
-            options = {strength: functools.partial(policy, strength=strength) for strength in GRIDS[name]}
-            scores = {x: run(option, tuning_BK, pulls, generator).mean().item() for x, option in options.items()}
-            tuned[name] = max(scores, key=scores.get)
-            policy = options[tuned[name]]
-        total_B = run(policy, p_BK, pulls, generator)
-        result[name] = [round(total_B.mean().item(), 3), round(1.96 * total_B.std().item() / problems**0.5, 3)]
-        seconds[name] = round(time.perf_counter() - start, 1)
-    best_B = p_BK.amax(1) * pulls
-    result["best arm"] = [round(best_B.mean().item(), 3), round(1.96 * best_B.std().item() / problems**0.5, 3)]
-    return {"reward": result, "tuned": tuned, "seconds": seconds}
+    algorithms = {name: globals()[name] for name in COLUMNS[:-1]}
+    result = compare(
+        algorithms,
+        GRIDS,
+        lambda policy: run(policy, tuning_BK, pulls, generator),
+        lambda policy: run(policy, p_BK, pulls, generator),
+    )
+    result["reward"]["best arm"] = summary(p_BK.amax(1) * pulls)
+    return result
 
 
 @dataclass
@@ -189,9 +186,6 @@ class Options:
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
-    for pulls, arms in PAPER if options.all else [(options.pulls, options.arms)]:
-        line = {"arms": arms, "pulls": pulls, "problems": options.problems, "seed": options.seed}
-        line |= evaluate(arms, pulls, options.problems, options.seed, options.device)
-        if (pulls, arms) in PAPER:
-            line["paper"] = dict(zip(COLUMNS, PAPER[pulls, arms], strict=True))
-        print(json.dumps(line), flush=True)
+    settings = [{"arms": k, "pulls": n} for n, k in (PAPER if options.all else [(options.pulls, options.arms)])]
+    common = {"problems": options.problems, "seed": options.seed, "device": options.device}
+    print_settings(settings, evaluate, COLUMNS, lambda s: PAPER.get((s["pulls"], s["arms"])), **common)

@@ -10,15 +10,17 @@ An algorithm is a function(belief, generator, ..) -> (policy_HBS, epsilon): it p
 and takes random actions with probability epsilon. B MDPs are played at once; S, T states, A actions, H steps.
 """
 
-import functools
-import json
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark.classic import compare, print_settings, summary
 
 STATES, ACTIONS, HORIZON = 10, 5, 10
 COLUMNS = ("random", "psrl", "optimistic_psrl", "ucrl2", "beb", "epsilon_greedy", "greedy", "rl2")
@@ -158,22 +160,15 @@ def evaluate(episodes: int, problems: int, seed: int = 1, device: str = "cpu") -
     """Every algorithm on the same MDPs; what has a parameter is tuned first, on 500 other MDPs."""
     generator = torch.Generator(device).manual_seed(seed)
     tuning, mdps = (sample_mdps(count, generator, device) for count in (500, problems))
-    result, tuned, seconds = {}, {}, {}
-    for name in COLUMNS[:-1]:
-        algorithm, start = globals()[name], time.perf_counter()
-        if name in GRIDS:
-            options = {strength: functools.partial(algorithm, strength=strength) for strength in GRIDS[name]}
-            scores = {x: run(option, tuning, episodes, generator).mean().item() for x, option in options.items()}
-            tuned[name] = max(scores, key=scores.get)
-            algorithm = options[tuned[name]]
-        result[name] = run(algorithm, mdps, episodes, generator)
-        seconds[name] = round(time.perf_counter() - start, 1)
-    result["optimal"] = episodes * plan(*mdps)[1][0, :, 0]  # knows the MDP
-    result = {
-        name: [round(total_B.mean().item(), 2), round(1.96 * total_B.std().item() / problems**0.5, 2)]
-        for name, total_B in result.items()
-    }
-    return {"reward": result, "tuned": tuned, "seconds": seconds}
+    algorithms = {name: globals()[name] for name in COLUMNS[:-1]}
+    result = compare(
+        algorithms,
+        GRIDS,
+        lambda algorithm: run(algorithm, tuning, episodes, generator),
+        lambda algorithm: run(algorithm, mdps, episodes, generator),
+    )
+    result["reward"]["optimal"] = summary(episodes * plan(*mdps)[1][0, :, 0])  # knows the MDP
+    return result
 
 
 @dataclass
@@ -192,9 +187,6 @@ class Options:
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
-    for episodes in PAPER if options.all else [options.episodes]:
-        line = {"episodes": episodes, "problems": options.problems, "seed": options.seed}
-        line |= evaluate(episodes, options.problems, options.seed, options.device)
-        if episodes in PAPER:
-            line["paper"] = dict(zip(COLUMNS, PAPER[episodes], strict=True))
-        print(json.dumps(line), flush=True)
+    settings = [{"episodes": episodes} for episodes in (PAPER if options.all else [options.episodes])]
+    common = {"problems": options.problems, "seed": options.seed, "device": options.device}
+    print_settings(settings, evaluate, COLUMNS, lambda s: PAPER.get(s["episodes"]), **common)

@@ -38,6 +38,8 @@ class Options:
     """support examples of the sinusoid"""
     seed: int = 1
     """seed of everything"""
+    tasks: int = 1000
+    """held-out tasks of the sinusoid and of glyphs; stream and mixtures take half as many"""
 
 
 class Record:
@@ -59,7 +61,7 @@ def initial(module, args):
 def trained(name: str, **flags):
     """The module, its Args, the tasks, theta and the recorded rows of a training run."""
     module = importlib.import_module(f"algos.{name}")
-    args, record = module.Args(**{"eval_every": 10**9, "eval_tasks": 1000} | flags), Record()
+    args, record = module.Args(**{"eval_every": 10**9} | flags), Record()
     tasks, generator, theta = initial(module, args)
     state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
     module.train(tasks, args, record, state)
@@ -93,7 +95,7 @@ def scores(stats: dict) -> list[float]:
 
 def sinusoid(options: Options) -> None:
     """Losses after 0, 1, .. steps, ten times as many as in training, and the fitted curves of two held-out tasks."""
-    flags = {"shots": options.shots, "seed": options.seed}
+    flags = {"shots": options.shots, "seed": options.seed, "eval_tasks": options.tasks}
     flags |= {"iterations": options.iterations} if options.iterations else {}
     thetas, curves = {}, {}
 
@@ -155,7 +157,7 @@ def stream(options: Options) -> None:
             "inner_steps": k,
             "outer_lr": rate,
             "eval_every": updates // 20,
-            "eval_tasks": 500,
+            "eval_tasks": options.tasks // 2,
         }
         rows = trained("reptile", seed=options.seed, **flags)[-1]
         seen, losses = [row["iteration"] * k for row in rows], [round(row["test/loss_k32"], 4) for row in rows]
@@ -168,14 +170,15 @@ def stream(options: Options) -> None:
 
 
 def mixtures(options: Options) -> None:
-    """theta moves along sums of the gradients g1, .., g4 of four consecutive minibatches (figure 3 of the paper)."""
+    """theta moves along sums of the gradients g1, .., g4 of four consecutive minibatches."""
     reptile = importlib.import_module("algos.reptile")
     mixed = {"g1": [1], "g2": [0, 1], "(g1+g2)/2": [0.5, 0.5], "g1+g2": [1, 1], "g3": [0, 0, 1], "g1+g2+g3": [1, 1, 1]}
     mixed |= {"g4": [0, 0, 0, 1], "g1+g2+g3+g4": [1, 1, 1, 1], "(g1+..+g4)/4": [0.25] * 4}
     iterations, result = options.iterations or 5000, {}
     axis = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
     for label, weights in mixed.items():
-        args = reptile.Args(inner_steps=len(weights), outer_lr=0.25, eval_tasks=500, eval_steps=10, seed=options.seed)
+        flags = {"eval_tasks": options.tasks // 2, "eval_steps": 10, "seed": options.seed}
+        args = reptile.Args(inner_steps=len(weights), outer_lr=0.25, **flags)
         tasks, generator, theta = initial(reptile, args)
         losses = []
         for iteration in range(iterations + 1):
@@ -213,14 +216,14 @@ def glyphs(options: Options) -> None:
         for shots in (1, 5):
             tasks.num_outputs = ways
             (x_NBX, _), (query_NBX, y_NBY) = tasks.sample(
-                tasks.sample_tasks(1000, generator, "test"), (shots,) * 2, generator
+                tasks.sample_tasks(options.tasks, generator, "test"), (shots,) * 2, generator
             )
             means_NYX = x_NBX.unflatten(1, (shots, ways)).mean(1)
             right_NB = torch.cdist(query_NBX, means_NYX).argmin(-1) == y_NBY.int().argmax(-1)
             share_N = right_NB.float().mean(1)
             result[f"{ways}-way {shots}-shot"] = [
                 round(float(share_N.mean()), 4),
-                round(1.96 * float(share_N.std()) / 1000**0.5, 4),
+                round(1.96 * float(share_N.std()) / options.tasks**0.5, 4),
             ]
     write("nearest_pixel_mean", result)
 

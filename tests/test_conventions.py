@@ -158,7 +158,7 @@ def test_flags_named_in_the_documentation_exist():
 
 def test_functions_named_in_the_documentation_exist():
     code = "".join(
-        path.read_text() for folder in ("algos", "envs", "benchmark") for path in (ROOT / folder).glob("*.py")
+        path.read_text() for folder in ("algos", "envs", "benchmark", "tests") for path in (ROOT / folder).glob("*.py")
     )
     for path in (ROOT / "docs").glob("*.md"):
         for name in re.findall(r"`([a-z_]+_[a-z_]+)`", path.read_text()):

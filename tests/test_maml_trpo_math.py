@@ -8,34 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Generator
 from torch.func import grad, jacrev
 
 from algos import maml_trpo as ours
 from envs.navigation import Navigation2D, SparseNavigation2D
+from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 ESTIMATORS = ("score", "lvc", "dice", "loaded", "e_maml")
 N, E, T = 3, 4, 5
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def seeded(seed):
-    return Generator().manual_seed(seed)
-
-
 def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def flat(params):
-    return torch.cat([value.flatten() for value in params.values()])
 
 
 def task(params_or_batch, i):

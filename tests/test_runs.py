@@ -322,7 +322,12 @@ def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
 def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name):
     main = importlib.import_module(f"algos.{name}").main
+    extra = (
+        ["--env-id", "Glyphs-v0", "--inner-steps", "11"],
+        r"--inner-steps 11: allowed is 1 to 10 disjoint minibatches",
+    )
     for flags, message in (
+        *([extra] if name == "reptile" else []),
         (["--env-id", "HalfCheetahDir-v0"], r"--env-id HalfCheetahDir-v0 .*allowed.*Glyphs-v0"),
         (["--env-id", "Omniglot-v0", "--data", "nowhere"], r"--data nowhere: .*Omniglot"),
         (["--env-id", "Omniglot-v0"], r"--data"),

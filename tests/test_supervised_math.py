@@ -9,13 +9,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Generator, nn
+from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional
 
 from algos import fomaml, maml, reptile
 from envs.fewshot import Glyphs
 from envs.regression import Sinusoid
+from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 FILES = (maml, fomaml, reptile)
 N = 3
@@ -25,23 +26,8 @@ each_net = pytest.mark.parametrize("net", ["curves", "conv", "mlp"])
 each_batch_norm_net = pytest.mark.parametrize("net", ["conv", "mlp"])
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def seeded(seed):
-    return Generator().manual_seed(seed)
-
-
 def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def flat(params):
-    return torch.cat([value.flatten() for value in params.values()])
 
 
 def relative_error(actual, expected):
@@ -274,6 +260,23 @@ def test_maml_gradient_against_central_differences(net, inner_steps, smooth):
     assert relative_error(torch.tensor(actual), torch.tensor(expected)) < 1e-6
     # Negative control: without the derivative through the inner steps the same comparison fails.
     assert relative_error(torch.tensor(control), torch.tensor(expected)) > 1e-2
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@each_batch_norm_net
+def test_the_library_batch_norm_would_be_wrong(net, inner_steps, smooth, monkeypatch):
+    """Why it is written out; where torch has mended its second derivative under vmap, this fails: then use torch's."""
+    args = make_args(maml, net)
+    theta, sets = make_theta(maml, net, args), make_sets(net, sizes_of(net, inner_steps + 1))
+    right, loss = maml.maml_gradient(theta, sets[:-1], sets[-1], args)
+
+    def library(x, scale, shift):
+        return functional.batch_norm(x, None, None, scale, shift, training=True)
+
+    monkeypatch.setattr(maml, "batch_norm", library)
+    wrong, same_loss = maml.maml_gradient(theta, sets[:-1], sets[-1], args)
+    close(same_loss, loss)
+    assert 5e-3 < relative_error(flat(wrong), flat(right)) < 3e-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
