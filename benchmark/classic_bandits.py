@@ -141,16 +141,22 @@ def bayes_optimal(arms: int, n: int) -> Fraction:
     return value(((1, 1),) * arms, n)
 
 
-def run(policy: Callable, p_BK: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Total reward [B] of n pulls of bandits with success probabilities p [B, k]."""
-    wins_BK, losses_BK = torch.ones_like(p_BK), torch.ones_like(p_BK)
+def play(policy: Callable, p_BK: torch.Tensor, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arms [B, n] that n pulls of bandits with success probabilities p [B, k] choose, and total rewards [B]."""
+    wins_BK, losses_BK, arms = torch.ones_like(p_BK), torch.ones_like(p_BK), []
     for t in range(n):
         arm_B1 = policy(wins_BK, losses_BK, t, n, generator).argmax(1, keepdim=True)
         p_B1 = p_BK.gather(1, arm_B1)
         reward_B1 = (torch.rand(p_B1.shape, generator=generator, device=p_BK.device) < p_B1).to(p_BK.dtype)
         wins_BK.scatter_add_(1, arm_B1, reward_B1)
         losses_BK.scatter_add_(1, arm_B1, 1 - reward_B1)
-    return (wins_BK - 1).sum(1)
+        arms.append(arm_B1)
+    return torch.cat(arms, 1), (wins_BK - 1).sum(1)
+
+
+def run(policy: Callable, p_BK: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Total rewards [B] of `play`."""
+    return play(policy, p_BK, n, generator)[1]
 
 
 def evaluate(arms: int, pulls: int, problems: int, seed: int = 1, device: str = "cpu") -> dict[str, dict]:

@@ -3,13 +3,15 @@
     python benchmark/speed.py maml_trpo --peer
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
+    python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
 
-Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration, in
-the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds, control steps
-and thread pool, actions like the untrained policy's; for analytic tasks the environment's own `step`). `--peer` adds
-iterations of the same algorithm written the usual way (benchmark/peer_<algorithm>.py). Figures are medians.
+Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
+maml_trpo, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds,
+control steps and thread pool, actions like the untrained policy's; for analytic tasks the environment's own `step`).
+`--peer` adds iterations of the same algorithm written the usual way (benchmark/peer_*.py). Figures are medians.
 
-To add an algorithm: a function in ALGORITHMS that calls its `train()`, and its sampling functions' names in SAMPLING.
+To add an algorithm like maml_trpo: a function in ALGORITHMS that calls its `train()`, and its sampling functions' names
+in SAMPLING. One of another kind: a module with `measure` and `report`, and a function like `run_rl2` in `runner`.
 """
 
 import importlib.util
@@ -35,22 +37,22 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_supervised  # noqa: E402
+from benchmark import speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
 @dataclass
 class Options:
-    algorithm: tyro.conf.Positional[Literal["maml_trpo", "maml", "fomaml", "reptile"]]
+    algorithm: tyro.conf.Positional[Literal["maml_trpo", "maml", "fomaml", "reptile", "rl2_ppo", "rl2_transformer_ppo"]]
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations, after one that warms up; default 5, of supervised algorithms 40"""
+    """measured iterations, after one that warms up; default 5, of RL2 20, of supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
-    """also measure the same algorithm written the usual way (always done for supervised ones)"""
+    """also measure the same algorithm written the usual way (always done for supervised ones; of RL2 for its GRU)"""
     peer_iterations: int = 1
-    """measured iterations of the peer, after one on a single task that warms up"""
+    """measured iterations of the peer, at most `iterations`, after one that warms up (maml_trpo: on a single task)"""
     peer_tasks: int = 0
     """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all"""
 
@@ -183,6 +185,7 @@ def maml_trpo(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) -> N
 
 ALGORITHMS = {"maml_trpo": maml_trpo}
 SAMPLING = {"maml_trpo": ["collect"]}
+RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
 
 def report(options: Options, args, envs, watch: Stopwatch) -> dict:
@@ -237,17 +240,23 @@ def describe(options: Options, args) -> dict:
     }
 
 
+def runner(name: str):
+    """The function that measures this algorithm, and how many iterations unless told."""
+    if name in ALGORITHMS:
+        return run_reinforcement, 5
+    return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
+
+
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    algorithm, supervised = load(ROOT / f"algos/{options.algorithm}.py"), options.algorithm not in ALGORITHMS
-    default = {} if supervised else {"default": algorithm.Args(hidden_size=100)}
+    algorithm, (run, iterations) = load(ROOT / f"algos/{options.algorithm}.py"), runner(options.algorithm)
+    default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in ALGORITHMS else {}
     args = tyro.cli(algorithm.Args, args=rest, **default)
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
-    options.iterations = options.iterations or (40 if supervised else 5)
-    algorithm.evaluate = lambda *_: {} if supervised else ({}, {})
+    options.iterations = options.iterations or iterations
+    algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in ALGORITHMS else {}
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
-    run = run_supervised if supervised else run_reinforcement
     print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
 
 
@@ -256,6 +265,13 @@ def run_supervised(options: Options, algorithm: ModuleType, args, watch: Stopwat
     with suppress(FinishedError):
         speed_supervised.measure(options.algorithm, algorithm, args, watch)
     return speed_supervised.report(args, watch) | about
+
+
+def run_rl2(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    about, envs = describe(options, args), speed_rl2.make_trials(options, args)
+    with suppress(FinishedError):
+        speed_rl2.measure(options, algorithm, args, envs, watch)
+    return speed_rl2.report(options, watch) | speed_rl2.sizes(options, args, envs, watch) | about
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:

@@ -15,6 +15,7 @@ from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif
 from envs.tabular_mdp import TabularMDP
+from envs.trials import Trials
 
 HORIZONS = {
     Navigation2D: 100,
@@ -39,7 +40,7 @@ HORIZONS = {
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 
-__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskVectorEnv"]
+__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskVectorEnv", "Trials"]
 __all__ += ["adaptation_gif", "held_out_uniform", "make", "make_supervised"]
 
 

@@ -157,7 +157,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Advance all worlds by `action` [B, A], clipped to its bounds, or int64 [B] (Discrete): obs [B, O], reward,
         terminated, truncated [B], info. Raises ResetNeeded after the horizon, ValueError for an action of another
         shape, not finite, or no number of a Discrete space."""
-        if self._obs is None or self._steps >= self.horizon:
+        if self._obs is None or self.at_horizon:
             raise gym.error.ResetNeeded("call reset() before the first step and after every horizon")
         action = self._checked(action)
         next_obs, ended, info = self._advance(action)
@@ -169,8 +169,13 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             self._over = self._over | ended
         self._obs = next_obs
         self._steps += 1
-        truncated = torch.full_like(self._over, self._steps == self.horizon)
+        truncated = torch.full_like(self._over, self.at_horizon)
         return next_obs.clone(), reward, self._over.clone(), truncated, info
+
+    @property
+    def at_horizon(self) -> bool:
+        """Whether the horizon is reached, so that `reset` must come next."""
+        return self._steps >= self.horizon
 
     def _checked(self, action: Tensor) -> Tensor:
         action = torch.as_tensor(action, dtype=None if self.is_discrete else self.dtype, device=self.device)

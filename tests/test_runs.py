@@ -40,11 +40,15 @@ CURVES = [
     "5",
 ]
 CURVES += ["--eval-steps", "2"]
+TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
+TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
     "fomaml": (CURVES, 24),
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
+    "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
+    "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
 }
 each = pytest.mark.parametrize("name", FLAGS)
 
@@ -140,6 +144,18 @@ def test_resume_equals_an_uninterrupted_run(name):
     assert rows(part) == rows(whole)
     assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4, 5, 6]
     assert all(torch.equal(value, theta(whole)[key]) for key, value in theta(part).items())
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("rl2_ppo", "lstm"), ("rl2_transformer_ppo", "snail")])
+@pytest.mark.parametrize("env_id", ["MouseCheese-v0", "SparseNavigation2D-v0"])
+def test_other_encoders_early_ends_and_continuous_actions(name, encoder, env_id):
+    folder = run("--env-id", env_id, "--encoder", encoder, "--iterations", "3", name=name)
+    whole = rows(folder)
+    assert whole[0]["env_steps"] == 45 or env_id == "MouseCheese-v0"
+    assert 0 < whole[0]["env_steps"] <= 45
+    assert {"test/return_k0", "test/return_k1", "test/return_k2", "test/return_trial"} <= set(whole[-1])
+    total = sum(whole[-1][f"test/return_k{k}"] for k in range(3))
+    assert whole[-1]["test/return_trial"] == pytest.approx(total, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
@@ -304,6 +320,11 @@ WRONG = {
     ],
     "fomaml": [("--inner-lr", "inf"), ("--inner-steps", "0"), ("--hidden-sizes", "-4")],
     "reptile": [("--outer-lr", "-1"), ("--inner-shots", "0"), ("--inner-steps", "0"), ("--inner-lr", "nan")],
+    "rl2_ppo": [
+        ("--lr", "nan"), ("--gamma", "1.01"), ("--gae-lambda", "-0.1"), ("--minibatches", "4"), ("--horizon", "0"),
+        ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
+    ],
+    "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
 }  # fmt: skip
 
 
@@ -349,6 +370,9 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
             algorithm.main([*TINY, "--cuda"])
     with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
         algorithm.main(["--env-id", "Bandit5-v0"])
+    for name in ("rl2_ppo", "rl2_transformer_ppo"):
+        with pytest.raises(SystemExit, match=r"--env-id Sinusoid-v0 .*allowed.*Bandit5-v0"):
+            importlib.import_module(f"algos.{name}").main(["--env-id", "Sinusoid-v0"])
     with pytest.raises(SystemExit):
         algorithm.main([*TINY, "--estimator", "magic"])
     assert "loaded" in capsys.readouterr().err

@@ -1,0 +1,489 @@
+"""RL2 with attention: what adapts is what a causal transformer, or SNAIL, can look up in the trial so far; with PPO.
+
+Paper: SNAIL: Mishra et al. 2018, arXiv:1707.03141; transformers: Melo 2022, arXiv:2206.06614; RL2: 1611.02779. PPO:
+    1707.06347, GAE: 1506.02438.
+Run: python algos/rl2_transformer_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda uses the GPU)
+Result: docs/rl2_transformer_ppo.md
+Algorithm:
+    [1] repeat: draw N tasks, and with each play a trial: E episodes of T steps, S = E T steps in a row
+    [2]     a trial begins with an empty memory; before its first step the action, the reward and done are 0
+    [3]     at each step the network sees x = (obs, previous action, previous reward, previous done) and, in its memory,
+            keys and values of all steps before; out come the policy and the value V. No episode's end resets it
+    [4]     advantages A by GAE over the whole trial, on through the episodes' ends; nothing comes behind the trial
+    [5]     some epochs over minibatches of whole trials, each replayed at once without a memory, causally masked:
+    [6]         L = -mean min(r A, clip(r, 1 - c, 1 + c) A) + c_V (V - target)^2 - c_H entropy, r = pi / pi_old
+    [7]         theta <- one step of Adam on L, the gradient's norm clipped
+    [8]     now and then: returns of episodes 1, 2, .. E of a trial with held-out tasks; theta stays as it is
+Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma and lambda of [4] =
+    gamma, gae_lambda; V is in units of the batch's standard deviation of returns.
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S further steps of a trial, C steps so far,
+    I what the network sees, H features, G heads of width D, W and U other widths, A actions (choices, or dimensions),
+    K = A + 2, O observation, E episodes of a trial, P task vector.
+Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial (Melo: a
+    window of 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, 4, .., as many as a trial needs (paper: 2, 4,
+    ..), blocks of convolutions and attention in turn. Episodes' ends: as rl2_ppo.py.
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.nn import functional
+
+Params = dict[str, Tensor]
+Memory = dict[str, Tensor | int]  # what an encoder keeps of a trial's past; {} at its beginning
+HEAD_WIDTH = 16  # of the transformer's attention
+
+
+@dataclass
+class Args:
+    env_id: str = "Bandit5-v0"
+    """a task environment registered by envs/__init__.py"""
+    seed: int = 1
+    """seed of everything: parameters, tasks, start states, noise"""
+    iterations: int = 400
+    """meta-updates"""
+    meta_batch_size: int = 500
+    """tasks per meta-update and per evaluation, a trial of each (N); the paper: 250,000 steps (N E T) a meta-update"""
+    episodes_per_trial: int = 10
+    """episodes of a trial (E); the paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
+    horizon: int = 1
+    """steps of an episode (T); the paper: 1 for bandits, 10 for MDPs"""
+    encoder: Literal["transformer", "snail"] = "transformer"
+    """snail: temporal convolutions and attention in turn"""
+    layers: int = 2
+    """blocks of the encoder"""
+    hidden_size: int = 64
+    """width of the transformer, a multiple of 16; filters, keys and values of SNAIL (32 in its paper)"""
+    action_scale: float = 1.0
+    """a policy output of +-s spans the bounds of continuous actions"""
+    lr: float = 1e-3
+    """Adam's step size at the start; falls linearly to 0; smaller for larger networks"""
+    epochs: int = 3
+    """passes over the trials of a meta-update"""
+    minibatches: int = 8
+    """parts, of whole trials, of a pass; one step of Adam on each"""
+    clip: float = 0.2
+    """how far a probability ratio may profit (c)"""
+    gamma: float = 0.99
+    """discount, through the episodes' ends; 0.99 in the paper"""
+    gae_lambda: float = 0.9
+    """lambda of GAE; 0.3 in the paper; small values trust the value's opinion of what exploring is worth"""
+    value_coef: float = 0.5
+    """weight of the value's squared error (c_V)"""
+    entropy_coef: float = 0.02
+    """weight of the entropy at the start (c_H); falls linearly to 0; too little, and exploration dies early"""
+    max_grad_norm: float = 0.5
+    """the gradient is shortened to this norm"""
+    eval_every: int = 20
+    """iterations from one evaluation and checkpoint to the next"""
+    cuda: bool = False
+    """network and trials on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    resume: str = ""
+    """folder of a run to continue; flags beside it replace the saved ones"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline needs neither account nor network"""
+
+    def __post_init__(self):
+        ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1)) | {"seed": (0, 2**31)}
+        ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6)) | {"minibatches": (1, self.meta_batch_size)}
+        for name, value in vars(self).items():
+            low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
+            if not isinstance(value, bool | str) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+        if self.encoder == "transformer" and self.hidden_size % HEAD_WIDTH:
+            raise ValueError(f"--hidden-size {self.hidden_size}: allowed is a multiple of {HEAD_WIDTH}")
+
+
+class Steps(NamedTuple):
+    """A trial of each of N tasks, S steps long; a shorter one is filled up with steps of mask 0."""
+
+    x: Tensor  # [N, S, I] obs, previous action, previous reward, previous done
+    action: Tensor  # [N, S] numbers of choices, or [N, S, A] as the policy drew it, unclipped
+    log_prob: Tensor  # [N, S] log pi(a|x, memory) when it was drawn
+    mask: Tensor  # [N, S] 1 for the trial's steps
+    advantage: Tensor  # [N, S] mean 0 and standard deviation 1 over the steps of all trials
+    target: Tensor  # [N, S] what V should have been, in the units of V
+
+
+def dense(rows: int, columns: int, generator: Generator, scale: float = 1.0) -> Tensor:
+    """A weight [rows, columns] of normal numbers with standard deviation scale / sqrt(columns)."""
+    return scale / math.sqrt(columns) * torch.randn(rows, columns, generator=generator)
+
+
+def init_network(envs, args: Args, generator: Generator) -> Params:
+    """theta: the encoder, and on its features policy and value; at first near uniform choices, standard deviation 1."""
+    space, H = envs.single_action_space, args.hidden_size
+    A = space.shape[0] if space.shape else int(space.n)
+    theta = ENCODERS[args.encoder][0](envs.single_observation_space.shape[0] + A + 2, args, generator)
+    theta |= {"w_policy": dense(A, H, generator, 0.01), "b_policy": torch.zeros(A)}
+    theta |= {"w_value": dense(1, H, generator), "b_value": torch.zeros(1)}
+    return theta | ({"log_std": torch.zeros(A)} if space.shape else {})
+
+
+def init_transformer(num_inputs: int, args: Args, generator: Generator) -> Params:
+    """Weights of a pre-norm transformer; each block adds nothing at first, for its last layers are 0."""
+    H, S = args.hidden_size, args.episodes_per_trial * args.horizon
+    theta = {"w_in": dense(H, num_inputs, generator), "position": 0.02 * torch.randn(S, H, generator=generator)}
+    for i in range(args.layers):
+        theta |= {f"w_qkv{i}": dense(3 * H, H, generator), f"w_read{i}": torch.zeros(H, H)}
+        theta |= {f"w_wide{i}": dense(4 * H, H, generator), f"w_narrow{i}": torch.zeros(H, 4 * H)}
+        theta |= {f"{name}{i}": torch.ones(H) for name in ("scale_attention", "scale_mlp")}
+        theta |= {f"{name}{i}": torch.zeros(H) for name in ("shift_attention", "shift_mlp")}
+    return theta | {"scale_out": torch.ones(H), "shift_out": torch.zeros(H)}
+
+
+def init_snail(num_inputs: int, args: Args, generator: Generator) -> Params:
+    """Weights of SNAIL: in each block convolutions with dilations 1, 2, 4, .. over the trial, then attention."""
+    H, S = args.hidden_size, args.episodes_per_trial * args.horizon
+    theta, width = {"w_in": dense(H, num_inputs, generator)}, H
+    for i in range(args.layers):
+        for j in range(max(1, math.ceil(math.log2(S)))):
+            theta |= {f"w_conv{i}_{j}": dense(4 * H, width, generator), f"b_conv{i}_{j}": torch.zeros(2 * H)}
+            width += H
+        theta |= {f"w_qkv{i}": dense(3 * H, width, generator)}
+        width += H
+    return theta | {"w_out": dense(H, width, generator), "b_out": torch.zeros(H)}
+
+
+def further(memory: Memory, x_NSI: Tensor, mask_N: Tensor | None) -> Memory:
+    """A memory's dictionary for S further steps: their places in the trials, and how long the longest trial is now."""
+    N, S, device = *x_NSI.shape[:2], x_NSI.device
+    start_N = memory.get("end", torch.zeros(N, dtype=torch.int64, device=device))
+    place_NS = start_N[:, None] + torch.arange(S, device=device)
+    end_N = start_N + (S if mask_N is None else S * (mask_N > 0))  # what is written where mask is 0, is overwritten
+    return memory | {"place": place_NS, "end": end_N, "count": memory.get("count", 0) + S}
+
+
+def recall(memory: Memory, name: str, new_NSW: Tensor) -> Tensor:
+    """What a layer has kept of all steps so far [N, C, W], the new ones included, which go into its cache, in place.
+
+    In a replay from an empty memory that is `new_NSW` itself. The cache's length doubles when it is full.
+    """
+    if name not in memory:
+        memory[name] = new_NSW
+    else:
+        cache, worlds_N1 = memory[name], torch.arange(len(new_NSW), device=new_NSW.device)[:, None]
+        if (length := cache.shape[1]) < memory["count"]:
+            cache = functional.pad(cache, (0, 0, 0, max(length, memory["count"] - length)))
+        cache[worlds_N1, memory["place"]] = new_NSW
+        memory[name] = cache
+    return memory[name][:, : memory["count"]]
+
+
+def attention(memory: Memory, name: str, qkv_NSW: Tensor, heads: int) -> Tensor:
+    """What each step reads [N, S, H] from itself and from the trial's steps before it."""
+    H, is_replay = qkv_NSW.shape[2] // 3, name not in memory
+    parts = qkv_NSW[..., :H], *recall(memory, name, qkv_NSW[..., H:]).chunk(2, 2)
+    q_NGSD, k_NGCD, v_NGCD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in parts)
+    causal_N1SC = torch.arange(k_NGCD.shape[2], device=q_NGSD.device) <= memory["place"][:, None, :, None]
+    mask = {"is_causal": True} if is_replay else {"attn_mask": causal_N1SC}  # the same, and faster
+    return functional.scaled_dot_product_attention(q_NGSD, k_NGCD, v_NGCD, **mask).transpose(1, 2).flatten(2)
+
+
+def delayed(memory: Memory, name: str, new_NSW: Tensor, steps: int) -> Tensor:
+    """What a layer put out some steps earlier [N, S, W]; 0 before the trial."""
+    if name not in memory:
+        return functional.pad(recall(memory, name, new_NSW), (0, 0, steps, 0))[:, : new_NSW.shape[1]]
+    place_NS, worlds_N1 = memory["place"] - steps, torch.arange(len(new_NSW), device=new_NSW.device)[:, None]
+    return recall(memory, name, new_NSW)[worlds_N1, place_NS.clamp_min(0)] * (place_NS >= 0)[..., None]
+
+
+def transformer(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
+    """Features [N, S, H] of S further steps and the memory behind them, which stays as it is where mask is 0.
+
+    Acting is S = 1 with keys and values of the past in the memory; replaying is the whole trial with memory {}.
+    """
+    memory = further(memory, x_NSI, mask_N)
+    H = theta["w_in"].shape[0]
+
+    def norm(name: str) -> Tensor:
+        return functional.layer_norm(hidden_NSH, (H,), theta["scale_" + name], theta["shift_" + name])
+
+    hidden_NSH = x_NSI @ theta["w_in"].mT + theta["position"][memory["place"]]
+    for i in range(sum(name.startswith("w_qkv") for name in theta)):
+        read_NSH = attention(memory, f"past{i}", norm(f"attention{i}") @ theta[f"w_qkv{i}"].mT, H // HEAD_WIDTH)
+        hidden_NSH = hidden_NSH + read_NSH @ theta[f"w_read{i}"].mT
+        wide_NSW = functional.gelu(norm(f"mlp{i}") @ theta[f"w_wide{i}"].mT)
+        hidden_NSH = hidden_NSH + wide_NSW @ theta[f"w_narrow{i}"].mT
+    return norm("out"), memory
+
+
+def snail(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
+    """As `transformer`, with the paper's blocks: each layer's output is appended to all that came before it."""
+    memory = further(memory, x_NSI, mask_N)
+    hidden_NSW = x_NSI @ theta["w_in"].mT
+    for name in [name for name in theta if name.startswith(("w_conv", "w_qkv"))]:
+        if name.startswith("w_qkv"):
+            new_NSH = attention(memory, name, hidden_NSW @ theta[name].mT, 1)
+        else:
+            now_NSU, past_NSU = (hidden_NSW @ theta[name].mT).chunk(2, 2)
+            before_NSU = delayed(memory, name, past_NSU, 2 ** int(name.split("_")[-1]))
+            filter_NSH, gate_NSH = (now_NSU + before_NSU + theta["b" + name[1:]]).chunk(2, 2)
+            new_NSH = torch.tanh(filter_NSH) * torch.sigmoid(gate_NSH)
+        hidden_NSW = torch.cat([hidden_NSW, new_NSH], 2)
+    return hidden_NSW @ theta["w_out"].mT + theta["b_out"], memory
+
+
+ENCODERS = {"transformer": (init_transformer, transformer), "snail": (init_snail, snail)}
+
+
+def actor_critic(theta: Params, feature_NSH: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's outputs [N, S, A], logits of choices or means, and values [N, S]."""
+    output_NSA = functional.linear(feature_NSH, theta["w_policy"], theta["b_policy"])
+    return output_NSA, functional.linear(feature_NSH, theta["w_value"], theta["b_value"]).squeeze(-1)
+
+
+def distribution(theta: Params, output_NSA: Tensor) -> Distribution:
+    """Of one of A choices, or Gaussian in A dimensions where theta has a standard deviation."""
+    if "log_std" not in theta:
+        return Categorical(logits=output_NSA, validate_args=False)
+    return Independent(Normal(output_NSA, theta["log_std"].exp(), validate_args=False), 1, validate_args=False)
+
+
+def trial_gae(reward_NS: Tensor, value_NS: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation over trials, 0 behind the last step; discounted returns with values 0."""
+    delta_NS = reward_NS + gamma * functional.pad(value_NS[:, 1:], (0, 1)) - value_NS
+    tails = [torch.zeros_like(delta_NS[:, 0])]
+    for delta_N in reversed(delta_NS.unbind(1)):
+        tails.append(delta_N + gamma * gae_lambda * tails[-1])
+    return torch.stack(tails[:0:-1], 1)
+
+
+@torch.no_grad()
+def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple[Steps, Tensor]:
+    """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
+    encode, choices = ENCODERS[args.encoder][1], "log_std" not in theta
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    size = args.episodes_per_trial * args.horizon, len(tasks_NP), len(theta["b_policy"])
+    noise_SNA = torch.rand(size, generator=generator) if choices else torch.randn(size, generator=generator)
+    # With Gumbel's noise the argmax of logits is a draw from their softmax.
+    noise_SNA = (-(-noise_SNA.log()).log() if choices else noise_SNA).to(tasks_NP)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
+    past_NK, return_NE = obs_NO.new_zeros(len(obs_NO), size[2] + 2), obs_NO.new_zeros(len(obs_NO), envs.episodes)
+    memory, mask_N, records, threads = {}, torch.ones_like(obs_NO[:, 0]), [], torch.get_num_threads()  # [2]
+    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
+    for noise_NA in noise_SNA:
+        x_NI = torch.cat([obs_NO, past_NK], 1)
+        feature_N1H, memory = encode(theta, x_NI[:, None], memory, mask_N)
+        output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
+        action = (output_NA + noise_NA).argmax(1) if choices else output_NA + theta["log_std"].exp() * noise_NA
+        obs_NO, reward_N, _, _, info = envs.step(action)
+        records.append((x_NI, action, output_NA, value_N, reward_N, mask_N))
+        return_NE[:, info["episode"]] += reward_N
+        action_NA = functional.one_hot(action, size[2]).to(obs_NO) if choices else action
+        now_NK = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
+        past_NK = torch.where(mask_N[:, None] > 0, now_NK, past_NK)
+        mask_N = 1 - info["waits"].to(obs_NO)
+        if envs.is_over:
+            break
+    torch.set_num_threads(threads)
+    records = [torch.stack(x, 1) for x in zip(*records, strict=True)]
+    records = records if records[-1].all() else without_waiting(records)
+    x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
+    log_prob_NS = distribution(theta, output_NSA).log_prob(action)
+    reward_NS, value_NS, count = reward_NS * mask_NS, value_NS * mask_NS, mask_NS.sum()
+    total_NS = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)
+    reward_NS = reward_NS / (total_NS[mask_NS > 0].std(correction=0) + 1e-8)
+    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
+    target_NS, advantage_NS = advantage_NS + value_NS, (advantage_NS - advantage_NS.sum() / count) * mask_NS
+    advantage_NS = advantage_NS / ((advantage_NS.square().sum() / count).sqrt() + 1e-8)
+    return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), return_NE
+
+
+def without_waiting(records: list[Tensor]) -> list[Tensor]:
+    """Each trial's own steps in their order, then those of mask 0 (its last tensor), to the longest trial's length."""
+    mask_NS = records[-1]
+    order_NS = mask_NS.argsort(dim=1, descending=True, stable=True)[:, : int(mask_NS.sum(1).max())]
+    worlds_N1 = torch.arange(len(mask_NS), device=mask_NS.device)[:, None]
+    return [x[worlds_N1, order_NS] for x in records]
+
+
+def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tuple[Tensor, dict]:
+    """L of a minibatch of trials, and its parts."""
+    feature_NSH, _ = ENCODERS[args.encoder][1](theta, steps.x, {})
+    output_NSA, value_NS = actor_critic(theta, feature_NSH)
+    policy = distribution(theta, output_NSA)
+    log_ratio_NS = (policy.log_prob(steps.action) - steps.log_prob) * steps.mask
+    ratio_NS = log_ratio_NS.exp()
+    clipped_NS = ratio_NS.clamp(1 - args.clip, 1 + args.clip)
+    gain_NS = torch.minimum(ratio_NS * steps.advantage, clipped_NS * steps.advantage)
+    parts = {"gain": gain_NS, "value_loss": (value_NS - steps.target).square(), "entropy": policy.entropy()}
+    parts |= {"kl": (ratio_NS - 1 - log_ratio_NS).detach()}
+    parts = {name: (x_NS * steps.mask).sum() / steps.mask.sum() for name, x_NS in parts.items()}
+    return args.value_coef * parts["value_loss"] - parts["gain"] - entropy_coef * parts["entropy"], parts  # [6]
+
+
+def ppo(theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator: Generator) -> dict:
+    """Epochs of PPO on a batch of trials, which change theta in place; statistics of the last minibatch."""
+    optimizer.param_groups[0]["lr"] = remaining * args.lr
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(steps.x), generator=generator).chunk(args.minibatches):  # [5]
+            weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
+            minibatch = Steps(*(x[rows.to(x.device)] for x in steps))
+            loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
+            for value, gradient in zip(theta.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+                value.grad = gradient
+            parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
+            optimizer.step()  # [7]
+    return {f"train/{name}": float(value.detach()) for name, value in parts.items()}
+
+
+def evaluate(envs, theta: Params, args: Args) -> dict:
+    """Returns of the episodes of trials with held-out tasks, the same tasks and noise in every evaluation."""
+    generator = Generator().manual_seed(args.seed + 1)
+    tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
+    _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
+    stats = {f"test/return_k{k}": float(x) for k, x in enumerate(return_NE.mean(0))}  # [8]
+    for name, x_N in (("gain", return_NE[:, -1] - return_NE[:, 0]), ("trial", return_NE.sum(1))):
+        stats[f"test/{name}_ci95"] = 1.96 * float(x_N.std(correction=0)) / math.sqrt(len(x_N))
+    return {"test/return_trial": float(return_NE.sum(1).mean())} | stats
+
+
+def train(envs, args: Args, run: "Run", state: dict) -> None:
+    """The algorithm's loop, from `state` on."""
+    theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
+    optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
+    optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
+    generator = Generator()
+    generator.set_state(state["generator"])
+    for iteration in range(state["iteration"] + 1, args.iterations + 1):
+        state["iteration"] = iteration
+        tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
+        steps, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
+        stats = ppo(theta, optimizer, steps, args, 1 - (iteration - 1) / args.iterations, generator)
+        state["env_steps"] += int(steps.mask.sum())
+        state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        stats |= {f"train/return_{name}": float(return_NE[:, k].mean()) for name, k in (("pre", 0), ("post", -1))}
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stats |= evaluate(envs, theta, args) if save or iteration == 1 else {}
+        run.log(state, stats)
+        if save:
+            run.save(state)
+            if run.stopping:
+                break
+
+
+class Run:
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+
+    def __init__(self, args, algorithm: str, iteration: int):
+        from tqdm import tqdm
+
+        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
+        self.stopping, self.shown = False, {}
+        if args.track:
+            import wandb
+
+            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
+                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
+            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
+            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
+        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
+        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
+        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame):
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+        self.bar.write("stopping after this iteration; the same signal again aborts at once")
+
+    def log(self, state: dict, stats: dict) -> None:
+        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
+        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
+        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
+            raise FloatingPointError(f"not finite: {bad}")
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.args.track:
+            self.wandb.log(record, step=record["iteration"])
+        names = [name for name in stats if name.endswith(("_pre", "_post")) or "_k" in name]
+        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+    def save(self, state: dict) -> None:
+        with open(self.folder / "checkpoint.tmp", "wb") as file:
+            torch.save(state, buffer := io.BytesIO())
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
+
+    def draw(self) -> None:
+        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
+        from matplotlib.figure import Figure
+
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
+        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
+        what, final = names[0][5:-3], [rows[-1][name] for name in names]
+        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
+        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
+        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
+        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
+        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
+        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
+        figure.savefig(self.folder / "curve.png", dpi=120)
+        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
+
+
+def load_checkpoint(folder: str, algorithm: str) -> dict:
+    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
+    try:
+        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
+            raise ValueError(f"damaged in {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["algorithm"] != algorithm:
+            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
+        return state | {"args": Args(**state["args"])}
+    except Exception as error:
+        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
+    import tyro
+
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
+    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
+    from envs import Trials, make
+
+    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, discrete=True)
+    envs = Trials(envs, args.episodes_per_trial)
+    generator = Generator().manual_seed(args.seed)
+    theta = init_network(envs, args, generator)
+    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
+    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
+    shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
+    if shapes != expected:
+        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
+    try:
+        run = Run(args, algorithm, state["iteration"])
+        train(envs, args, run, state)
+        run.draw()
+    except (FloatingPointError, OSError) as error:
+        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+
+
+if __name__ == "__main__":
+    main()
