@@ -369,7 +369,7 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.args.track:
             self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post")) or "_k" in name]
+        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
         self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()

@@ -2,8 +2,8 @@
 
 Paper: Duan et al. 2016, arXiv:1611.02779, and Wang et al. 2016, arXiv:1611.05763. PPO: 1707.06347, GAE: 1506.02438.
 Run: python algos/rl2_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda uses the GPU)
-Result: bandits of 10 arms, 100 pulls: 82.2 (Gittins index: 83.7; paper: 83.5 and 82.8); a mouse finds the cheese of an
-    unseen maze in 19.6 steps in episode 1, in 8.3 in episode 4; docs/rl2_ppo.md
+Result: bandits of 10 arms, 100 pulls: 82.2, the Gittins index 83.7 (paper: 83.5, 82.8); a mouse in unseen mazes takes
+    19.6 steps in episode 1, 8.3 in episode 4 (30 where it misses the cheese; shortest path 6.7); docs/rl2_ppo.md
 Algorithm:
     [1] repeat: draw N tasks, and with each play a trial: E episodes of T steps, S = E T steps in a row
     [2]     a trial begins with an empty memory; before its first step the action, the reward and done are 0
@@ -17,10 +17,11 @@ Algorithm:
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma and lambda of [4] =
     gamma, gae_lambda; V is in units of the batch's standard deviation of returns.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps of a trial, I what the network sees,
-    H its features, A actions (choices, or dimensions), K = A + 2, O observation, E episodes of a trial, P task vector.
-Differs from the paper: PPO for TRPO, one network with two heads for a policy and a separate baseline, no weight
-    normalisation; the learning rate and the entropy coefficient fall to 0. An episode that ends early is followed by
-    the next one when it has ended in all worlds; the network does not see the wait. Authors' code: none is public.
+    H its features, A actions (choices, or dimensions), J = A + 2, O observation, E episodes of a trial, P task vector.
+Differs from the paper: PPO for TRPO, two heads on one network for a policy and a separate baseline, no weight
+    normalisation, 64 units (256), lambda 0.9 (0.3), far smaller batches; rewards in units of the batch's returns,
+    advantages normalised; learning rate and entropy bonus fall to 0. Where an episode ends early, the next one begins
+    when it has ended in all worlds; the network does not see the wait. Authors' code: none is public.
 """
 
 import io
@@ -42,6 +43,7 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]
 Memory = dict[str, Tensor]  # what an encoder keeps of a trial's past; {} at its beginning
+HORIZONS = {"TabularMDP-v0": 10, "SparseNavigation2D-v0": 20, "MouseCheese-v0": 30}
 
 
 @dataclass
@@ -53,11 +55,11 @@ class Args:
     iterations: int = 1000
     """meta-updates"""
     meta_batch_size: int = 500
-    """tasks per meta-update and per evaluation, a trial of each (N); the paper: 250,000 steps (N E T) a meta-update"""
+    """tasks per meta-update and per evaluation, a trial of each (N); in the paper N E T is 250,000"""
     episodes_per_trial: int = 10
     """episodes of a trial (E); the paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
-    horizon: int = 1
-    """steps of an episode (T); the paper: 1 for bandits, 10 for MDPs"""
+    horizon: int | None = None
+    """steps of an episode (T); default: bandits 1, TabularMDP 10, SparseNavigation2D 20, MouseCheese 30, others 100"""
     encoder: Literal["gru", "lstm"] = "gru"
     """the recurrent cell; the paper: GRU, Wang et al.: LSTM"""
     hidden_size: int = 64
@@ -94,6 +96,8 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
+        usual = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
+        self.horizon = usual if self.horizon is None else self.horizon
         ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1)) | {"seed": (0, 2**31)}
         ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6)) | {"minibatches": (1, self.meta_batch_size)}
         for name, value in vars(self).items():
@@ -143,7 +147,8 @@ def recurrent(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | Non
     The cell is a GRU or an LSTM, by the number of its gates. Acting is S = 1, replaying the whole trial with memory {}.
     """
     weights = [theta[name] for name in ("w_x", "w_h", "b_x", "b_h")]
-    H, settings = theta["w_h"].shape[1], (True, 1, 0.0, False, False, True)  # biases, 1 layer, .., batch first
+    H = theta["w_h"].shape[1]
+    settings = True, 1, 0.0, True, False, True  # biases, layers, dropout, train (for cuDNN), one direction, batch first
     cell, names = (torch.gru, ("h",)) if len(theta["w_h"]) == 3 * H else (torch.lstm, ("h", "c"))
     old = [memory.get(name, x_NSI.new_zeros(1, len(x_NSI), H)) for name in names]
     feature_NSH, *new = cell(x_NSI, old if len(old) > 1 else old[0], weights, *settings)
@@ -182,25 +187,25 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
     encode, choices = ENCODERS[args.encoder][1], "log_std" not in theta
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    size = args.episodes_per_trial * args.horizon, len(tasks_NP), len(theta["b_policy"])
-    noise_SNA = torch.rand(size, generator=generator) if choices else torch.randn(size, generator=generator)
+    S, N, A = envs.episodes * args.horizon, len(tasks_NP), len(theta["b_policy"])
+    noise_SNA = (torch.rand if choices else torch.randn)(S, N, A, generator=generator)
     # With Gumbel's noise the argmax of logits is a draw from their softmax.
     noise_SNA = (-(-noise_SNA.log()).log() if choices else noise_SNA).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
-    past_NK, return_NE = obs_NO.new_zeros(len(obs_NO), size[2] + 2), obs_NO.new_zeros(len(obs_NO), envs.episodes)
+    past_NJ, return_NE = obs_NO.new_zeros(N, A + 2), obs_NO.new_zeros(N, envs.episodes)
     memory, mask_N, records, threads = {}, torch.ones_like(obs_NO[:, 0]), [], torch.get_num_threads()  # [2]
-    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
+    torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
     for noise_NA in noise_SNA:
-        x_NI = torch.cat([obs_NO, past_NK], 1)
+        x_NI = torch.cat([obs_NO, past_NJ], 1)
         feature_N1H, memory = encode(theta, x_NI[:, None], memory, mask_N)
         output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
         action = (output_NA + noise_NA).argmax(1) if choices else output_NA + theta["log_std"].exp() * noise_NA
         obs_NO, reward_N, _, _, info = envs.step(action)
         records.append((x_NI, action, output_NA, value_N, reward_N, mask_N))
         return_NE[:, info["episode"]] += reward_N
-        action_NA = functional.one_hot(action, size[2]).to(obs_NO) if choices else action
-        now_NK = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
-        past_NK = torch.where(mask_N[:, None] > 0, now_NK, past_NK)
+        action_NA = functional.one_hot(action, A).to(obs_NO) if choices else action
+        now_NJ = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
+        past_NJ = torch.where(mask_N[:, None] > 0, now_NJ, past_NJ)
         mask_N = 1 - info["waits"].to(obs_NO)
         if envs.is_over:
             break
@@ -210,8 +215,8 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
     log_prob_NS = distribution(theta, output_NSA).log_prob(action)
     reward_NS, value_NS, count = reward_NS * mask_NS, value_NS * mask_NS, mask_NS.sum()
-    total_NS = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)
-    reward_NS = reward_NS / (total_NS[mask_NS > 0].std(correction=0) + 1e-8)
+    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
     advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
     target_NS, advantage_NS = advantage_NS + value_NS, (advantage_NS - advantage_NS.sum() / count) * mask_NS
     advantage_NS = advantage_NS / ((advantage_NS.square().sum() / count).sqrt() + 1e-8)
@@ -329,7 +334,7 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.args.track:
             self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post")) or "_k" in name]
+        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
         self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
@@ -389,8 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
+    if wrong := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
+        raise SystemExit(f"--resume {args.resume}: --env-id and the network's flags must be the run's, see {wrong}")
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, args, run, state)

@@ -17,8 +17,8 @@ Algorithm:
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma and lambda of [4] =
     gamma, gae_lambda; V is in units of the batch's standard deviation of returns.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S further steps of a trial, C steps so far,
-    I what the network sees, H features, G heads of width D, W and U other widths, A actions (choices, or dimensions),
-    K = A + 2, O observation, E episodes of a trial, P task vector.
+    I what the network sees, H the encoder's features, F a layer's, U other layers', G heads of width D, A actions
+    (choices, or dimensions), J = A + 2, O observation, E episodes of a trial, P task vector.
 Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial (Melo: a
     window of 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, 4, .., as many as a trial needs (paper: 2, 4,
     ..), blocks of convolutions and attention in turn. Episodes' ends: as rl2_ppo.py.
@@ -43,6 +43,7 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]
 Memory = dict[str, Tensor | int]  # what an encoder keeps of a trial's past; {} at its beginning
+HORIZONS = {"TabularMDP-v0": 10, "SparseNavigation2D-v0": 20, "MouseCheese-v0": 30}
 HEAD_WIDTH = 16  # of the transformer's attention
 
 
@@ -55,11 +56,11 @@ class Args:
     iterations: int = 400
     """meta-updates"""
     meta_batch_size: int = 500
-    """tasks per meta-update and per evaluation, a trial of each (N); the paper: 250,000 steps (N E T) a meta-update"""
+    """tasks per meta-update and per evaluation, a trial of each (N); in RL2's paper N E T is 250,000"""
     episodes_per_trial: int = 10
-    """episodes of a trial (E); the paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
-    horizon: int = 1
-    """steps of an episode (T); the paper: 1 for bandits, 10 for MDPs"""
+    """episodes of a trial (E); RL2's: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
+    horizon: int | None = None
+    """steps of an episode (T); default: bandits 1, TabularMDP 10, SparseNavigation2D 20, MouseCheese 30, others 100"""
     encoder: Literal["transformer", "snail"] = "transformer"
     """snail: temporal convolutions and attention in turn"""
     layers: int = 2
@@ -77,9 +78,9 @@ class Args:
     clip: float = 0.2
     """how far a probability ratio may profit (c)"""
     gamma: float = 0.99
-    """discount, through the episodes' ends; 0.99 in the paper"""
+    """discount, through the episodes' ends; 0.99 in RL2's paper"""
     gae_lambda: float = 0.9
-    """lambda of GAE; 0.3 in the paper; small values trust the value's opinion of what exploring is worth"""
+    """lambda of GAE; 0.3 in RL2's paper; small values trust the value's opinion of what exploring is worth"""
     value_coef: float = 0.5
     """weight of the value's squared error (c_V)"""
     entropy_coef: float = 0.02
@@ -98,6 +99,8 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
+        usual = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
+        self.horizon = usual if self.horizon is None else self.horizon
         ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1)) | {"seed": (0, 2**31)}
         ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6)) | {"minibatches": (1, self.meta_batch_size)}
         for name, value in vars(self).items():
@@ -160,46 +163,46 @@ def init_snail(num_inputs: int, args: Args, generator: Generator) -> Params:
 
 
 def further(memory: Memory, x_NSI: Tensor, mask_N: Tensor | None) -> Memory:
-    """A memory's dictionary for S further steps: their places in the trials, and how long the longest trial is now."""
+    """A memory's dictionary for S further steps: their places in the trials; how many were played, waits included."""
     N, S, device = *x_NSI.shape[:2], x_NSI.device
     start_N = memory.get("end", torch.zeros(N, dtype=torch.int64, device=device))
-    place_NS = start_N[:, None] + torch.arange(S, device=device)
-    end_N = start_N + (S if mask_N is None else S * (mask_N > 0))  # what is written where mask is 0, is overwritten
-    return memory | {"place": place_NS, "end": end_N, "count": memory.get("count", 0) + S}
+    place_NS, worlds_N1 = start_N[:, None] + torch.arange(S, device=device), torch.arange(N, device=device)[:, None]
+    end_N = start_N + (S if mask_N is None else S * (mask_N > 0))  # where mask is 0, what is written is never read
+    return memory | {"place": place_NS, "worlds": worlds_N1, "end": end_N, "count": memory.get("count", 0) + S}
 
 
-def recall(memory: Memory, name: str, new_NSW: Tensor) -> Tensor:
-    """What a layer has kept of all steps so far [N, C, W], the new ones included, which go into its cache, in place.
+def recall(memory: Memory, name: str, new_NSF: Tensor) -> Tensor:
+    """What a layer has kept of all steps so far [N, C, F], the new ones included, which go into its cache, in place.
 
-    In a replay from an empty memory that is `new_NSW` itself. The cache's length doubles when it is full.
+    In a replay from an empty memory that is `new_NSF` itself. The cache's length doubles when it is full.
     """
     if name not in memory:
-        memory[name] = new_NSW
+        memory[name] = new_NSF
     else:
-        cache, worlds_N1 = memory[name], torch.arange(len(new_NSW), device=new_NSW.device)[:, None]
+        cache = memory[name]
         if (length := cache.shape[1]) < memory["count"]:
             cache = functional.pad(cache, (0, 0, 0, max(length, memory["count"] - length)))
-        cache[worlds_N1, memory["place"]] = new_NSW
+        cache[memory["worlds"], memory["place"]] = new_NSF
         memory[name] = cache
     return memory[name][:, : memory["count"]]
 
 
-def attention(memory: Memory, name: str, qkv_NSW: Tensor, heads: int) -> Tensor:
+def attention(memory: Memory, name: str, qkv_NSF: Tensor, heads: int) -> Tensor:
     """What each step reads [N, S, H] from itself and from the trial's steps before it."""
-    H, is_replay = qkv_NSW.shape[2] // 3, name not in memory
-    parts = qkv_NSW[..., :H], *recall(memory, name, qkv_NSW[..., H:]).chunk(2, 2)
+    H, is_replay = qkv_NSF.shape[2] // 3, name not in memory
+    parts = qkv_NSF[..., :H], *recall(memory, name, qkv_NSF[..., H:]).chunk(2, 2)
     q_NGSD, k_NGCD, v_NGCD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in parts)
     causal_N1SC = torch.arange(k_NGCD.shape[2], device=q_NGSD.device) <= memory["place"][:, None, :, None]
     mask = {"is_causal": True} if is_replay else {"attn_mask": causal_N1SC}  # the same, and faster
     return functional.scaled_dot_product_attention(q_NGSD, k_NGCD, v_NGCD, **mask).transpose(1, 2).flatten(2)
 
 
-def delayed(memory: Memory, name: str, new_NSW: Tensor, steps: int) -> Tensor:
-    """What a layer put out some steps earlier [N, S, W]; 0 before the trial."""
+def delayed(memory: Memory, name: str, new_NSF: Tensor, steps: int) -> Tensor:
+    """What a layer put out some steps earlier [N, S, F]; 0 before the trial."""
     if name not in memory:
-        return functional.pad(recall(memory, name, new_NSW), (0, 0, steps, 0))[:, : new_NSW.shape[1]]
-    place_NS, worlds_N1 = memory["place"] - steps, torch.arange(len(new_NSW), device=new_NSW.device)[:, None]
-    return recall(memory, name, new_NSW)[worlds_N1, place_NS.clamp_min(0)] * (place_NS >= 0)[..., None]
+        return functional.pad(recall(memory, name, new_NSF), (0, 0, steps, 0))[:, : new_NSF.shape[1]]
+    place_NS = memory["place"] - steps
+    return recall(memory, name, new_NSF)[memory["worlds"], place_NS.clamp_min(0)] * (place_NS >= 0)[..., None]
 
 
 def transformer(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
@@ -217,25 +220,24 @@ def transformer(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | N
     for i in range(sum(name.startswith("w_qkv") for name in theta)):
         read_NSH = attention(memory, f"past{i}", norm(f"attention{i}") @ theta[f"w_qkv{i}"].mT, H // HEAD_WIDTH)
         hidden_NSH = hidden_NSH + read_NSH @ theta[f"w_read{i}"].mT
-        wide_NSW = functional.gelu(norm(f"mlp{i}") @ theta[f"w_wide{i}"].mT)
-        hidden_NSH = hidden_NSH + wide_NSW @ theta[f"w_narrow{i}"].mT
+        wide_NSF = functional.gelu(norm(f"mlp{i}") @ theta[f"w_wide{i}"].mT)
+        hidden_NSH = hidden_NSH + wide_NSF @ theta[f"w_narrow{i}"].mT
     return norm("out"), memory
 
 
 def snail(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
     """As `transformer`, with the paper's blocks: each layer's output is appended to all that came before it."""
     memory = further(memory, x_NSI, mask_N)
-    hidden_NSW = x_NSI @ theta["w_in"].mT
-    for name in [name for name in theta if name.startswith(("w_conv", "w_qkv"))]:
-        if name.startswith("w_qkv"):
-            new_NSH = attention(memory, name, hidden_NSW @ theta[name].mT, 1)
-        else:
-            now_NSU, past_NSU = (hidden_NSW @ theta[name].mT).chunk(2, 2)
-            before_NSU = delayed(memory, name, past_NSU, 2 ** int(name.split("_")[-1]))
-            filter_NSH, gate_NSH = (now_NSU + before_NSU + theta["b" + name[1:]]).chunk(2, 2)
-            new_NSH = torch.tanh(filter_NSH) * torch.sigmoid(gate_NSH)
-        hidden_NSW = torch.cat([hidden_NSW, new_NSH], 2)
-    return hidden_NSW @ theta["w_out"].mT + theta["b_out"], memory
+    hidden_NSF, blocks = x_NSI @ theta["w_in"].mT, sum(name.startswith("w_qkv") for name in theta)
+    for i in range(blocks):
+        for j in range(sum(name.startswith("w_conv0") for name in theta)):
+            now_NSU, past_NSU = (hidden_NSF @ theta[f"w_conv{i}_{j}"].mT).chunk(2, 2)
+            before_NSU = delayed(memory, f"conv{i}_{j}", past_NSU, 2**j)
+            filter_NSH, gate_NSH = (now_NSU + before_NSU + theta[f"b_conv{i}_{j}"]).chunk(2, 2)
+            hidden_NSF = torch.cat([hidden_NSF, torch.tanh(filter_NSH) * torch.sigmoid(gate_NSH)], 2)
+        read_NSH = attention(memory, f"past{i}", hidden_NSF @ theta[f"w_qkv{i}"].mT, 1)
+        hidden_NSF = torch.cat([hidden_NSF, read_NSH], 2)
+    return hidden_NSF @ theta["w_out"].mT + theta["b_out"], memory
 
 
 ENCODERS = {"transformer": (init_transformer, transformer), "snail": (init_snail, snail)}
@@ -268,25 +270,25 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
     encode, choices = ENCODERS[args.encoder][1], "log_std" not in theta
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    size = args.episodes_per_trial * args.horizon, len(tasks_NP), len(theta["b_policy"])
-    noise_SNA = torch.rand(size, generator=generator) if choices else torch.randn(size, generator=generator)
+    S, N, A = envs.episodes * args.horizon, len(tasks_NP), len(theta["b_policy"])
+    noise_SNA = (torch.rand if choices else torch.randn)(S, N, A, generator=generator)
     # With Gumbel's noise the argmax of logits is a draw from their softmax.
     noise_SNA = (-(-noise_SNA.log()).log() if choices else noise_SNA).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
-    past_NK, return_NE = obs_NO.new_zeros(len(obs_NO), size[2] + 2), obs_NO.new_zeros(len(obs_NO), envs.episodes)
+    past_NJ, return_NE = obs_NO.new_zeros(N, A + 2), obs_NO.new_zeros(N, envs.episodes)
     memory, mask_N, records, threads = {}, torch.ones_like(obs_NO[:, 0]), [], torch.get_num_threads()  # [2]
-    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
+    torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
     for noise_NA in noise_SNA:
-        x_NI = torch.cat([obs_NO, past_NK], 1)
+        x_NI = torch.cat([obs_NO, past_NJ], 1)
         feature_N1H, memory = encode(theta, x_NI[:, None], memory, mask_N)
         output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
         action = (output_NA + noise_NA).argmax(1) if choices else output_NA + theta["log_std"].exp() * noise_NA
         obs_NO, reward_N, _, _, info = envs.step(action)
         records.append((x_NI, action, output_NA, value_N, reward_N, mask_N))
         return_NE[:, info["episode"]] += reward_N
-        action_NA = functional.one_hot(action, size[2]).to(obs_NO) if choices else action
-        now_NK = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
-        past_NK = torch.where(mask_N[:, None] > 0, now_NK, past_NK)
+        action_NA = functional.one_hot(action, A).to(obs_NO) if choices else action
+        now_NJ = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
+        past_NJ = torch.where(mask_N[:, None] > 0, now_NJ, past_NJ)
         mask_N = 1 - info["waits"].to(obs_NO)
         if envs.is_over:
             break
@@ -296,8 +298,8 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
     log_prob_NS = distribution(theta, output_NSA).log_prob(action)
     reward_NS, value_NS, count = reward_NS * mask_NS, value_NS * mask_NS, mask_NS.sum()
-    total_NS = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)
-    reward_NS = reward_NS / (total_NS[mask_NS > 0].std(correction=0) + 1e-8)
+    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
     advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
     target_NS, advantage_NS = advantage_NS + value_NS, (advantage_NS - advantage_NS.sum() / count) * mask_NS
     advantage_NS = advantage_NS / ((advantage_NS.square().sum() / count).sqrt() + 1e-8)
@@ -415,7 +417,7 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.args.track:
             self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post")) or "_k" in name]
+        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
         self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
@@ -475,8 +477,8 @@ def main(argv: list[str] | None = None) -> None:
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
+    if wrong := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
+        raise SystemExit(f"--resume {args.resume}: --env-id and the network's flags must be the run's, see {wrong}")
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, args, run, state)

@@ -211,7 +211,8 @@ def discount(reward: Tensor, gamma: float) -> Tensor:
 def advantages(reward: Tensor, value: Tensor, mask: Tensor, args) -> tuple[Tensor, Tensor]:
     """Normalised advantages and the value's targets [S, N]; reward and value are 0 where mask is."""
     is_step = mask.bool()
-    reward = reward / (discount(reward, args.gamma)[is_step].std(correction=0) + 1e-8)
+    unit = discount(reward, args.gamma)[is_step].std(correction=0)
+    reward = reward / torch.where(unit > 1e-6, unit, 1.0)
     next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])
     advantage = discount(reward + args.gamma * next_value - value, args.gamma * args.gae_lambda)
     own = advantage[is_step]

@@ -31,6 +31,7 @@ from benchmark.classic import summary  # noqa: E402
 from envs import Trials, make  # noqa: E402
 from envs.mouse_cheese import MOVES, SIDE, cheese, shortest_path, walls  # noqa: E402
 
+BERNOULLI = ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0")
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/rl2"
 
 
@@ -46,24 +47,32 @@ class Options:
     """seed of the tasks and of the trials"""
 
 
+def load(folder: Path):
+    """The module that made a run, the run's Args and its state."""
+    if not (folder / "checkpoint.pt").exists():
+        raise SystemExit(f"{folder} is no folder of a run: it has no checkpoint.pt")
+    name = torch.load(folder / "checkpoint.pt", weights_only=True)["algorithm"]
+    module = importlib.import_module(f"algos.{name}")
+    state = module.load_checkpoint(str(folder), name)
+    return module, state["args"], state
+
+
 def played(folder: Path, tasks: int, seed: int):
-    """The run's Args and state, the worlds, the tasks [N, P], and what `play_trials` says of a trial of each."""
-    algorithm = json.loads((folder / "args.json").read_text())
-    module = importlib.import_module(
-        "algos.rl2_ppo" if algorithm["encoder"] in ("gru", "lstm") else "algos.rl2_transformer_ppo"
-    )
-    state = module.load_checkpoint(str(folder), module.__name__.split(".")[1])
-    args, batch = state["args"], min(tasks, 1000)
-    envs = Trials(
-        make(args.env_id, batch, args.horizon, False, args.action_scale, discrete=True), args.episodes_per_trial
-    )
-    generator = Generator().manual_seed(seed)
-    parts = []
+    """Up to 1,000 trials at a time with held-out tasks: tasks [N, P], their `Steps`, and the returns [N, E]."""
+    module, args, state = load(folder)
+    batch = min(tasks, 1000)
+    if batch < 1 or tasks % batch:
+        raise SystemExit(f"--tasks {tasks}: allowed is 1 to 1000, or a multiple of 1000")
+    envs = make(args.env_id, batch, args.horizon, False, args.action_scale, discrete=True)
+    envs, generator = Trials(envs, args.episodes_per_trial), Generator().manual_seed(seed)
     for _ in range(tasks // batch):
         tasks_NP = envs.unwrapped.sample_tasks(batch, generator, "test")
-        steps, return_NE = module.play_trials(envs, tasks_NP, state["theta"], args, generator)
-        parts.append((tasks_NP, steps, return_NE))
-    return args, state, parts
+        yield tasks_NP, *module.play_trials(envs, tasks_NP, state["theta"], args, generator)
+
+
+def require(folder: Path, env_ids: tuple[str, ...]) -> None:
+    if (env_id := load(folder)[1].env_id) not in env_ids:
+        raise SystemExit(f"{folder} is a run on {env_id}; this picture is of {', '.join(env_ids)}")
 
 
 def paper(args) -> dict:
@@ -73,7 +82,7 @@ def paper(args) -> dict:
         return dict(
             zip(classic_bandits.COLUMNS, classic_bandits.PAPER.get((n, int(args.env_id[6:-3])), ()), strict=False)
         )
-    if args.env_id == "TabularMDP-v0":
+    if args.env_id == "TabularMDP-v0" and args.horizon == 10:
         return dict(zip(classic_mdps.COLUMNS, classic_mdps.PAPER.get(args.episodes_per_trial, ()), strict=False))
     return {}
 
@@ -87,25 +96,25 @@ def searched(steps, return_NE: Tensor) -> Tensor:
 
 def line(folder: Path, options: Options) -> dict:
     """What is known of a run, and how it does on held-out tasks."""
-    args, state, parts = played(folder, options.tasks, options.seed)
-    return_NE = torch.cat([part[2] for part in parts])
+    (_, args, state), parts, steps_of_mouse = load(folder), [], []
+    for tasks_NP, steps, return_NE in played(folder, options.tasks, options.seed):
+        parts.append((tasks_NP, return_NE))
+        steps_of_mouse += [searched(steps, return_NE)] if args.env_id == "MouseCheese-v0" else []
+    tasks_NP, return_NE = (torch.cat(x) for x in zip(*parts, strict=True))
     names = "encoder", "hidden_size", "episodes_per_trial", "horizon", "meta_batch_size", "iterations"
     result = {"env_id": args.env_id} | {name: getattr(args, name) for name in names}
     result |= {"env_steps": state["env_steps"], "minutes": round(state["seconds"] / 60, 1), "tasks": len(return_NE)}
     result |= {"reward": summary(return_NE.sum(1))}
     result |= {"episodes": [round(float(x), 3) for x in return_NE.mean(0)]} if args.episodes_per_trial <= 10 else {}
     result |= {"gain": summary(return_NE[:, -1] - return_NE[:, 0])}
-    if args.env_id in ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0"):  # Gittins on the very same problems
-        p_BK, n = torch.cat([part[0] for part in parts]), args.episodes_per_trial * args.horizon
-        gittins_B = classic_bandits.run(classic_bandits.gittins, p_BK, n, Generator().manual_seed(options.seed))
+    if args.env_id in BERNOULLI:  # Gittins on the very same problems
+        n, generator = args.episodes_per_trial * args.horizon, Generator().manual_seed(options.seed)
+        gittins_B = classic_bandits.run(classic_bandits.gittins, tasks_NP, n, generator)
         result |= {"gittins": summary(gittins_B), "difference": summary(return_NE.sum(1) - gittins_B)}
     if args.env_id == "MouseCheese-v0":
-        steps = torch.stack([searched(part[1], part[2]) for part in parts]).mean(0)
-        result |= {
-            "steps": [round(float(x), 2) for x in steps],
-            "found": [round(float(x), 3) for x in (return_NE > 0).float().mean(0)],
-        }
-        result |= {"shortest": float(torch.cat([shortest_path(part[0]) for part in parts]).float().mean())}
+        steps, found = torch.stack(steps_of_mouse).mean(0), (return_NE > 0).float().mean(0)
+        result |= {"steps": [round(float(x), 2) for x in steps], "found": [round(float(x), 3) for x in found]}
+        result |= {"shortest": float(shortest_path(tasks_NP).float().mean())}
     return result | ({"paper": numbers} if (numbers := paper(args)) else {})
 
 
@@ -121,7 +130,8 @@ def keep(options: Options) -> None:
     for folder in options.runs:
         result = line(folder, options)
         numbers = f"{result['episodes_per_trial']}x{result['horizon']}"
-        name = f"{result['env_id'].removesuffix('-v0')}_{numbers}_{result['encoder']}"
+        seed = json.loads((folder / "args.json").read_text())["seed"]
+        name = f"{result['env_id'].removesuffix('-v0')}_{numbers}_{result['encoder']}_seed{seed}"
         (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
         shutil.copy(folder / "args.json", RESULTS / f"{name}.args.json")
         with gzip.GzipFile(RESULTS / f"{name}.metrics.jsonl.gz", "wb", mtime=0) as file:
@@ -133,9 +143,10 @@ def regret(options: Options) -> None:
     """What always pulling the best arm would have paid more, expected of the arms pulled, after each pull."""
     axis, arms = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots(), {}
     for folder in options.runs:  # the same problems for all
-        args, _, parts = played(folder, options.tasks, options.seed)
-        p_BK, arm_BS = (torch.cat([part[i] if i == 0 else part[1].action for part in parts]) for i in (0, 1))
-        arms[f"RL2, {args.encoder}"] = arm_BS
+        require(folder, BERNOULLI)
+        parts = [(tasks_NP, steps.action) for tasks_NP, steps, _ in played(folder, options.tasks, options.seed)]
+        p_BK, arm_BS = (torch.cat(x) for x in zip(*parts, strict=True))
+        arms[f"RL2, {load(folder)[1].encoder}"] = arm_BS
     n, generator = arm_BS.shape[1], Generator().manual_seed(options.seed)
     for label, name in (("Gittins", "gittins"), ("UCB1", "ucb1"), ("Thompson", "thompson"), ("greedy", "greedy")):
         policy = getattr(classic_bandits, name)
@@ -153,16 +164,19 @@ def regret(options: Options) -> None:
 
 
 def mouse(options: Options) -> None:
-    """Three unseen mazes, a row each: the mouse's path in every episode of one trial."""
-    args, _, parts = played(options.runs[0], options.tasks, options.seed)
-    tasks_NP, steps, return_NE = parts[0]
+    """Three unseen mazes, a row each: the mouse's path in every episode of one trial.
+
+    Of the first 1,000 trials: the longest shortest path to the cheese, the one at a sixth, the one at a third.
+    """
+    require(options.runs[0], ("MouseCheese-v0",))
+    args = load(options.runs[0])[1]
+    tasks_NP, steps, return_NE = next(played(options.runs[0], options.tasks, options.seed))
     episode_NS = (steps.x[..., -1] * steps.mask).cumsum(1)
     place_NS = steps.x[..., SIDE**2 : 2 * SIDE**2].argmax(2)
     far = shortest_path(tasks_NP).argsort(descending=True)[: len(tasks_NP) // 2]  # where there is something to search
     figure = Figure(figsize=(2.4 * args.episodes_per_trial, 7.6), layout="constrained")
-    for row, (axes, i) in enumerate(
-        zip(figure.subplots(3, args.episodes_per_trial), far[:: len(far) // 3], strict=False)
-    ):
+    grid = figure.subplots(3, args.episodes_per_trial, squeeze=False)
+    for row, (axes, i) in enumerate(zip(grid, far[:: max(1, len(far) // 3)], strict=False)):
         for k, axis in enumerate(axes):
             here = (episode_NS[i] == k) & (steps.mask[i] > 0)
             path = place_NS[i][here].tolist()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "algos").glob("*.py"))
 RECORDS = ("Run", "load_checkpoint")  # the block that every file repeats
 SUPERVISED = ("maml", "fomaml", "reptile")
-LONGEST = {"rl2_transformer_ppo": 490}  # lines: two encoders, each with a cache
+LONGEST = {"rl2_transformer_ppo": 495}  # lines: two encoders, each with a cache
 HEADINGS = ("Paper", "Run", "Result", "Algorithm", "Symbols", "Shapes", "Differs")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -196,7 +196,7 @@ class PrimeSizes:
 
 
 class PrimeTrials(PrimeSizes):
-    """Trials of as many worlds as tasks."""
+    """Trials of as many worlds as tasks; one of them is a step shorter."""
 
     num_envs, episodes = SIZES["N"], SIZES["E"]
 
@@ -207,8 +207,9 @@ class PrimeTrials(PrimeSizes):
     def step(self, action):
         self.steps += 1
         obs, reward, over, *_ = super().step(action)
-        self.is_over = self.steps == SIZES["E"] * SIZES["T"]
-        return obs, reward, over, over, {"done": over, "waits": over, "episode": (self.steps - 1) // SIZES["T"]}
+        self.is_over, waits = self.steps == SIZES["E"] * SIZES["T"], over.clone()
+        waits[0] = self.steps == 5  # one world waits for one step
+        return obs, reward, over, over, {"done": waits, "waits": waits, "episode": (self.steps - 1) // SIZES["T"]}
 
 
 class PrimeTasks:
@@ -241,7 +242,8 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     if hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
     elif hasattr(traced.Args, "episodes_per_trial"):
-        envs, wanted, sizes, init = PrimeTrials(), memory, SIZES | {"I": 13 + 2 + 2, "K": 2 + 2}, "init_network"
+        envs, wanted, sizes, init = PrimeTrials(), memory, SIZES | {"I": 13 + 2 + 2, "J": 2 + 2}, "init_network"
+        sizes.pop("F")  # of any layer
     else:
         envs, sizes, init = PrimeSizes(), SIZES, None
     wrong, checked = set(), set()
@@ -269,7 +271,7 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
             theta = traced.init_policy(envs, args.hidden_size, generator)
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        known = sizes | {"W": sum(value.numel() for value in theta.values())} if init is None else sizes
+        known = sizes | {"W": sum(value.numel() for value in theta.values())}
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
         sys.setprofile(check)
         try:
@@ -287,7 +289,7 @@ def test_every_suffix_is_true(path, tmp_path):
     if path.stem in SUPERVISED:
         assert {"x_BX", "y_BY", "output_BY", "score_NK"} <= checked
     elif path.stem.startswith("rl2"):
-        assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NK", "log_ratio_NS", "return_NE", "tasks_NP"} <= checked
+        assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
     else:
         assert {"obs_NETO", "tasks_NP", "log_prob_NET"} <= checked

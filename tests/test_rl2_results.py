@@ -46,16 +46,16 @@ def test_kept_results_are_the_line_and_what_the_run_wrote(finished, capsys):
     folder = finished(rl2_ppo, "--env-id", "TabularMDP-v0", "--episodes-per-trial", "25", "--horizon", "10")
     rl2.keep(options := rl2.Options("keep", (folder,), tasks=20))
     results = folder.parent.parent / "results"
-    assert json.loads((results / "TabularMDP_25x10_gru.json").read_text()) == rl2.line(folder, options)
-    assert (results / "TabularMDP_25x10_gru.args.json").read_bytes() == (folder / "args.json").read_bytes()
-    with rl2.gzip.open(results / "TabularMDP_25x10_gru.metrics.jsonl.gz") as file:
+    assert json.loads((results / "TabularMDP_25x10_gru_seed1.json").read_text()) == rl2.line(folder, options)
+    assert (results / "TabularMDP_25x10_gru_seed1.args.json").read_bytes() == (folder / "args.json").read_bytes()
+    with rl2.gzip.open(results / "TabularMDP_25x10_gru_seed1.metrics.jsonl.gz") as file:
         assert file.read() == (folder / "metrics.jsonl").read_bytes()
     assert json.loads(capsys.readouterr().out.splitlines()[-1].split(" ", 1)[1])["paper"]["psrl"] == 408.8
 
 
 def test_steps_of_the_mouse_are_those_of_the_environment(finished):
     folder = finished(rl2_transformer_ppo, "--env-id", "MouseCheese-v0", "--episodes-per-trial", "3", "--horizon", "9")
-    _, _, ((tasks_NP, steps, return_NE),) = rl2.played(folder, 30, 1)
+    ((tasks_NP, steps, return_NE),) = rl2.played(folder, 30, 1)
     line = rl2.line(folder, rl2.Options("table", (folder,), tasks=30, seed=1))
     counts = torch.zeros(30, 3)
     for i in range(30):  # every trial again, alone
@@ -68,6 +68,17 @@ def test_steps_of_the_mouse_are_those_of_the_environment(finished):
     assert line["steps"] == pytest.approx(counts.mean(0).tolist(), abs=0.01)
     assert line["found"] == pytest.approx((return_NE > 0).float().mean(0).tolist(), abs=1e-3)
     assert line["shortest"] == pytest.approx(shortest_path(tasks_NP).float().mean().item())
+
+
+def test_what_cannot_be_shown_is_one_line(finished, tmp_path):
+    folder = finished(rl2_ppo, "--env-id", "TabularMDP-v0")
+    for what, message in (("regret", "is a run on TabularMDP-v0"), ("mouse", "is of MouseCheese-v0")):
+        with pytest.raises(SystemExit, match=message):
+            getattr(rl2, what)(rl2.Options(what, (folder,)))
+    with pytest.raises(SystemExit, match="--tasks 1500: allowed is"):
+        rl2.table(rl2.Options("table", (folder,), tasks=1500))
+    with pytest.raises(SystemExit, match="is no folder of a run"):
+        rl2.table(rl2.Options("table", (tmp_path,)))
 
 
 def test_the_pictures_are_drawn(finished, tmp_path):

@@ -146,16 +146,40 @@ def test_resume_equals_an_uninterrupted_run(name):
     assert all(torch.equal(value, theta(whole)[key]) for key, value in theta(part).items())
 
 
+@each
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_the_gpu_starts_from_the_same_tasks_and_ends(name):
+    on_gpu, on_cpu = rows(run("--cuda", "--iterations", "2", name=name)), rows(run("--iterations", "2", name=name))
+    assert [row["env_steps"] for row in on_gpu] == [row["env_steps"] for row in on_cpu]
+    first = next(key for key in on_cpu[0] if key.startswith("train/") and "_p" in key)
+    assert on_gpu[0][first] == pytest.approx(on_cpu[0][first], rel=0.05)
+
+
 @pytest.mark.parametrize(("name", "encoder"), [("rl2_ppo", "lstm"), ("rl2_transformer_ppo", "snail")])
-@pytest.mark.parametrize("env_id", ["MouseCheese-v0", "SparseNavigation2D-v0"])
-def test_other_encoders_early_ends_and_continuous_actions(name, encoder, env_id):
-    folder = run("--env-id", env_id, "--encoder", encoder, "--iterations", "3", name=name)
-    whole = rows(folder)
-    assert whole[0]["env_steps"] == 45 or env_id == "MouseCheese-v0"
-    assert 0 < whole[0]["env_steps"] <= 45
-    assert {"test/return_k0", "test/return_k1", "test/return_k2", "test/return_trial"} <= set(whole[-1])
-    total = sum(whole[-1][f"test/return_k{k}"] for k in range(3))
-    assert whole[-1]["test/return_trial"] == pytest.approx(total, abs=1e-5)
+@pytest.mark.parametrize(("env_id", "horizon"), [("MouseCheese-v0", 30), ("SparseNavigation2D-v0", 5)])
+def test_other_encoders_early_ends_and_continuous_actions(name, encoder, env_id, horizon):
+    flags = ["--env-id", env_id, "--horizon", str(horizon), "--encoder", encoder, "--iterations", "4"]
+    whole, part = run(*flags, name=name), run(*flags, name=name, stop_at=2)
+    run("--resume", str(part), name=name)
+    assert rows(part) == rows(whole)
+    last, full = rows(whole)[-1], 4 * 3 * 3 * horizon
+    assert last["env_steps"] < full if env_id == "MouseCheese-v0" else last["env_steps"] == full
+    assert last["test/return_trial"] == pytest.approx(sum(last[f"test/return_k{k}"] for k in range(3)), abs=1e-5)
+
+
+def test_the_step_size_falls_and_equal_rewards_do_no_harm():
+    folder = run("--env-id", "MouseCheese-v0", "--horizon", "1", "--gamma", "0", "--iterations", "3", name="rl2_ppo")
+    assert all(row["train/value_loss"] < 10 for row in rows(folder))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(3e-3 / 3)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "horizon"), [("Bandit50-v0", 1), ("TabularMDP-v0", 10), ("MouseCheese-v0", 30), ("AntDir2D-v0", 100)]
+)
+def test_the_horizon_follows_the_family(env_id, horizon):
+    for name in ("rl2_ppo", "rl2_transformer_ppo"):
+        assert importlib.import_module(f"algos.{name}").Args(env_id=env_id).horizon == horizon
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
