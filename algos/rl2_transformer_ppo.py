@@ -3,7 +3,8 @@
 Paper: SNAIL: Mishra et al. 2018, arXiv:1707.03141; transformers: Melo 2022, arXiv:2206.06614; RL2: 1611.02779. PPO:
     1707.06347, GAE: 1506.02438.
 Run: python algos/rl2_transformer_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda uses the GPU)
-Result: docs/rl2_transformer_ppo.md
+Result: bandits of 5 arms, 10 pulls: transformer 6.65, SNAIL 6.66, the Gittins index 6.63 (SNAIL's paper: 6.6, 6.6);
+    docs/rl2_transformer_ppo.md
 Algorithm:
     [1] repeat: draw N tasks, and with each play a trial: E episodes of T steps, S = E T steps in a row
     [2]     a trial begins with an empty memory; before its first step the action, the reward and done are 0

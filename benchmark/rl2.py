@@ -30,6 +30,7 @@ from benchmark import classic_bandits, classic_mdps  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
 from envs import Trials, make  # noqa: E402
 from envs.mouse_cheese import MOVES, SIDE, cheese, shortest_path, walls  # noqa: E402
+from envs.tabular_mdp import tables  # noqa: E402
 
 BERNOULLI = ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0")
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/rl2"
@@ -82,7 +83,7 @@ def paper(args) -> dict:
         return dict(
             zip(classic_bandits.COLUMNS, classic_bandits.PAPER.get((n, int(args.env_id[6:-3])), ()), strict=False)
         )
-    if args.env_id == "TabularMDP-v0" and args.horizon == 10:
+    if args.env_id == "TabularMDP-v0" and args.horizon == classic_mdps.HORIZON:
         return dict(zip(classic_mdps.COLUMNS, classic_mdps.PAPER.get(args.episodes_per_trial, ()), strict=False))
     return {}
 
@@ -107,10 +108,15 @@ def line(folder: Path, options: Options) -> dict:
     result |= {"reward": summary(return_NE.sum(1))}
     result |= {"episodes": [round(float(x), 3) for x in return_NE.mean(0)]} if args.episodes_per_trial <= 10 else {}
     result |= {"gain": summary(return_NE[:, -1] - return_NE[:, 0])}
+    # Another seed: the tasks' own would repeat, in rewards and posterior samples, the very numbers that made the tasks.
     if args.env_id in BERNOULLI:  # Gittins on the very same problems
-        n, generator = args.episodes_per_trial * args.horizon, Generator().manual_seed(options.seed)
+        n, generator = args.episodes_per_trial * args.horizon, Generator().manual_seed(options.seed + 1)
         gittins_B = classic_bandits.run(classic_bandits.gittins, tasks_NP, n, generator)
         result |= {"gittins": summary(gittins_B), "difference": summary(return_NE.sum(1) - gittins_B)}
+    if args.env_id == "TabularMDP-v0" and args.horizon == classic_mdps.HORIZON:  # likewise PSRL
+        generator = Generator().manual_seed(options.seed + 1)
+        psrl_B = classic_mdps.run(classic_mdps.psrl, tables(tasks_NP), args.episodes_per_trial, generator)
+        result |= {"psrl": summary(psrl_B), "difference": summary(return_NE.sum(1) - psrl_B)}
     if args.env_id == "MouseCheese-v0":
         steps, found = torch.stack(steps_of_mouse).mean(0), (return_NE > 0).float().mean(0)
         result |= {"steps": [round(float(x), 2) for x in steps], "found": [round(float(x), 3) for x in found]}
@@ -147,7 +153,7 @@ def regret(options: Options) -> None:
         parts = [(tasks_NP, steps.action) for tasks_NP, steps, _ in played(folder, options.tasks, options.seed)]
         p_BK, arm_BS = (torch.cat(x) for x in zip(*parts, strict=True))
         arms[f"RL2, {load(folder)[1].encoder}"] = arm_BS
-    n, generator = arm_BS.shape[1], Generator().manual_seed(options.seed)
+    n, generator = arm_BS.shape[1], Generator().manual_seed(options.seed + 1)
     for label, name in (("Gittins", "gittins"), ("UCB1", "ucb1"), ("Thompson", "thompson"), ("greedy", "greedy")):
         policy = getattr(classic_bandits, name)
         if name in classic_bandits.GRIDS:  # tuned on other problems, as in the tables

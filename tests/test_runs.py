@@ -160,7 +160,7 @@ def test_a_run_on_the_gpu_starts_from_the_same_tasks_and_ends(name):
 def test_other_encoders_early_ends_and_continuous_actions(name, encoder, env_id, horizon):
     flags = ["--env-id", env_id, "--horizon", str(horizon), "--encoder", encoder, "--iterations", "4"]
     whole, part = run(*flags, name=name), run(*flags, name=name, stop_at=2)
-    run("--resume", str(part), name=name)
+    run(*flags, "--resume", str(part), name=name)
     assert rows(part) == rows(whole)
     last, full = rows(whole)[-1], 4 * 3 * 3 * horizon
     assert last["env_steps"] < full if env_id == "MouseCheese-v0" else last["env_steps"] == full
