@@ -182,6 +182,15 @@ def trial_gae(reward_NS: Tensor, value_NS: Tensor, gamma: float, gae_lambda: flo
     return torch.stack(tails[:0:-1], 1)
 
 
+def advantages(reward_NS: Tensor, value_NS: Tensor, mask_NS: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Normalised advantages and V's targets [N, S], from rewards and values that are 0 where mask is."""
+    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
+    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
+    own = advantage_NS[mask_NS > 0]
+    return (advantage_NS - own.mean()) / (own.std(correction=0) + 1e-8) * mask_NS, advantage_NS + value_NS
+
+
 @torch.no_grad()
 def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple[Steps, Tensor]:
     """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
@@ -214,12 +223,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     records = records if records[-1].all() else without_waiting(records)
     x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
     log_prob_NS = distribution(theta, output_NSA).log_prob(action)
-    reward_NS, value_NS, count = reward_NS * mask_NS, value_NS * mask_NS, mask_NS.sum()
-    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
-    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
-    target_NS, advantage_NS = advantage_NS + value_NS, (advantage_NS - advantage_NS.sum() / count) * mask_NS
-    advantage_NS = advantage_NS / ((advantage_NS.square().sum() / count).sqrt() + 1e-8)
+    advantage_NS, target_NS = advantages(reward_NS * mask_NS, value_NS * mask_NS, mask_NS, args)
     return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), return_NE
 
 

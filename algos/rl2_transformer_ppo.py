@@ -158,8 +158,7 @@ def init_snail(num_inputs: int, args: Args, generator: Generator) -> Params:
         for j in range(max(1, math.ceil(math.log2(S)))):
             theta |= {f"w_conv{i}_{j}": dense(4 * H, width, generator), f"b_conv{i}_{j}": torch.zeros(2 * H)}
             width += H
-        theta |= {f"w_qkv{i}": dense(3 * H, width, generator)}
-        width += H
+        theta[f"w_qkv{i}"], width = dense(3 * H, width, generator), width + H
     return theta | {"w_out": dense(H, width, generator), "b_out": torch.zeros(H)}
 
 
@@ -211,8 +210,7 @@ def transformer(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | N
 
     Acting is S = 1 with keys and values of the past in the memory; replaying is the whole trial with memory {}.
     """
-    memory = further(memory, x_NSI, mask_N)
-    H = theta["w_in"].shape[0]
+    memory, H = further(memory, x_NSI, mask_N), theta["w_in"].shape[0]
 
     def norm(name: str) -> Tensor:
         return functional.layer_norm(hidden_NSH, (H,), theta["scale_" + name], theta["shift_" + name])
@@ -266,6 +264,15 @@ def trial_gae(reward_NS: Tensor, value_NS: Tensor, gamma: float, gae_lambda: flo
     return torch.stack(tails[:0:-1], 1)
 
 
+def advantages(reward_NS: Tensor, value_NS: Tensor, mask_NS: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Normalised advantages and V's targets [N, S], from rewards and values that are 0 where mask is."""
+    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
+    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
+    own = advantage_NS[mask_NS > 0]
+    return (advantage_NS - own.mean()) / (own.std(correction=0) + 1e-8) * mask_NS, advantage_NS + value_NS
+
+
 @torch.no_grad()
 def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple[Steps, Tensor]:
     """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
@@ -298,12 +305,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     records = records if records[-1].all() else without_waiting(records)
     x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
     log_prob_NS = distribution(theta, output_NSA).log_prob(action)
-    reward_NS, value_NS, count = reward_NS * mask_NS, value_NS * mask_NS, mask_NS.sum()
-    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
-    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
-    target_NS, advantage_NS = advantage_NS + value_NS, (advantage_NS - advantage_NS.sum() / count) * mask_NS
-    advantage_NS = advantage_NS / ((advantage_NS.square().sum() / count).sqrt() + 1e-8)
+    advantage_NS, target_NS = advantages(reward_NS * mask_NS, value_NS * mask_NS, mask_NS, args)
     return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), return_NE
 
 
