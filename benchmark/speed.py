@@ -4,6 +4,7 @@
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
+    python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
 maml_trpo, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds,
@@ -37,22 +38,25 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_rl2, speed_supervised  # noqa: E402
+from benchmark import speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
 @dataclass
 class Options:
-    algorithm: tyro.conf.Positional[Literal["maml_trpo", "maml", "fomaml", "reptile", "rl2_ppo", "rl2_transformer_ppo"]]
+    algorithm: tyro.conf.Positional[
+        Literal["maml_trpo", "maml", "fomaml", "reptile", "rl2_ppo", "rl2_transformer_ppo", "pearl_sac"]
+    ]
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations, after one that warms up; default 5, of RL2 20, of supervised algorithms 40"""
+    """measured iterations (PEARL: blocks), after one that warms up; default 5, RL2 20, supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
     """also measure the same algorithm written the usual way (always done for supervised ones; of RL2 for its GRU)"""
     peer_iterations: int = 1
-    """measured iterations of the peer, at most `iterations`, after one that warms up (maml_trpo: on a single task)"""
+    """measured iterations of the peer, at most `iterations`, after one that warms up (maml_trpo: on a single task);
+    PEARL's are always all"""
     peer_tasks: int = 0
     """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all"""
 
@@ -244,6 +248,8 @@ def runner(name: str):
     """The function that measures this algorithm, and how many iterations unless told."""
     if name in ALGORITHMS:
         return run_reinforcement, 5
+    if name == "pearl_sac":
+        return run_pearl, 5
     return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
 
 
@@ -272,6 +278,13 @@ def run_rl2(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> 
     with suppress(FinishedError):
         speed_rl2.measure(options, algorithm, args, envs, watch)
     return speed_rl2.report(options, watch) | speed_rl2.sizes(options, args, envs, watch) | about
+
+
+def run_pearl(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    about, envs = describe(options, args), speed_pearl.make_worlds(options, args)
+    with suppress(FinishedError):
+        speed_pearl.measure(options, algorithm, args, envs, watch)
+    return speed_pearl.report(args, watch) | speed_pearl.sizes(options, args, envs, watch) | about
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:

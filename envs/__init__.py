@@ -7,7 +7,16 @@ from gymnasium.vector import VectorEnv
 from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
 from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
 from envs.fewshot import Glyphs, Omniglot
-from envs.locomotion import AntDir, AntDir2D, AntGoal, AntVel, HalfCheetahDir, HalfCheetahVel, HumanoidDir
+from envs.locomotion import (
+    AntDir,
+    AntDir2D,
+    AntGoal,
+    AntVel,
+    HalfCheetahDir,
+    HalfCheetahVel,
+    HalfCheetahVel3,
+    HumanoidDir,
+)
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
@@ -22,6 +31,7 @@ HORIZONS = {
     SparseNavigation2D: 20,
     HalfCheetahDir: 200,
     HalfCheetahVel: 200,
+    HalfCheetahVel3: 200,
     AntDir: 200,
     AntDir2D: 200,
     AntVel: 200,

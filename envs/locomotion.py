@@ -281,6 +281,13 @@ class HalfCheetahVel(HalfCheetahDir):
         return -(next_obs[..., 17] - task[..., 0]).abs() - 0.05 * action.square().sum(-1)
 
 
+class HalfCheetahVel3(HalfCheetahVel):
+    """`HalfCheetahVel` with targets up to 3 m/s, as in PEARL, ProMP and VariBAD; all else is the same."""
+
+    def __init__(self, num_envs, *args, **kwargs):
+        super().__init__(num_envs, *args, max_velocity=3.0, **kwargs)
+
+
 class AntDir(MujocoTaskVectorEnv):
     """A four-legged ant walks forward or backward.
 

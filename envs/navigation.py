@@ -66,7 +66,8 @@ class SparseNavigation2D(Navigation2D):
 
     Source: Rakelly et al. 2019 (PEARL, arXiv:1903.08254), section 6.3; katerakelly/oyster `point_robot.py`.
     Observation: the position [2], starting at the origin. Action: a displacement [2], clipped to +-0.1.
-    Reward: 1 - d if d = ||next position - goal||_2 is at most 0.2, else 0.
+    Reward: 1 - d if d = ||next position - goal||_2 is at most 0.2, else 0. `info["dense_reward"]` [B] is -d, for
+    algorithms that train on what they will not see at test time.
     Tasks: the goal [2] = (cos a, sin a), a uniform in [0, pi]; test angles lie in arcs that training never sees.
     Horizon: 20.
     Differs: goals are drawn afresh from the whole half circle; the authors' code shuffles 100 fixed angles.
@@ -85,3 +86,9 @@ class SparseNavigation2D(Navigation2D):
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
         distance = torch.linalg.vector_norm(next_obs - task, dim=-1)
         return torch.where(distance <= 0.2, 1 - distance, torch.zeros_like(distance))
+
+    dense_reward = staticmethod(Navigation2D.reward)
+
+    def _advance(self, action):
+        next_obs, ended, info = super()._advance(action)
+        return next_obs, ended, info | {"dense_reward": self.dense_reward(self._obs, action, next_obs, self.tasks)}

@@ -212,6 +212,12 @@ class PrimeTrials(PrimeSizes):
         return obs, reward, over, over, {"done": waits, "waits": waits, "episode": (self.steps - 1) // SIZES["T"]}
 
 
+class PrimeWorlds(PrimeSizes):
+    """A world for each task."""
+
+    num_envs = SIZES["N"]
+
+
 class PrimeTasks:
     """Supervised tasks whose axes all differ in size."""
 
@@ -239,7 +245,12 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     memory |= {"layers": 2, "minibatches": 1}
     supervised = {"meta_batch_size": 5, "eval_tasks": 5, "shots": 3, "inner_shots": 3, "hidden_sizes": (17,)}
     supervised |= {"iterations": 1, "eval_steps": 3, "inner_steps": 2}
-    if hasattr(traced.Args, "shots"):
+    pearl = {"meta_batch_size": 5, "tasks_per_iteration": 5, "train_tasks": 19, "horizon": 7, "batch_size": 23}
+    pearl |= {"context_size": 29, "latent_size": 3, "hidden_size": 17, "iterations": 1, "updates": 2, "replay_size": 37}
+    if hasattr(traced.Args, "latent_size"):
+        envs, wanted, sizes, init = PrimeWorlds(), pearl, SIZES | {"M": 19, "Z": 3, "V": 31, "I": 16}, "init_state"
+        sizes.pop("B")  # of a batch, or of a context
+    elif hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
     elif hasattr(traced.Args, "episodes_per_trial"):
         envs, wanted, sizes, init = PrimeTrials(), memory, SIZES | {"I": 13 + 2 + 2, "J": 2 + 2}, "init_network"
@@ -271,8 +282,9 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
             theta = traced.init_policy(envs, args.hidden_size, generator)
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        known = sizes | {"W": sum(value.numel() for value in theta.values())}
-        state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
+        known = sizes | ({} if init == "init_state" else {"W": sum(value.numel() for value in theta.values())})
+        state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
+        state |= theta if init == "init_state" else {"theta": theta}
         sys.setprofile(check)
         try:
             traced.train(envs, args, Quiet, state)  # its first iteration evaluates, too
@@ -288,6 +300,8 @@ def test_every_suffix_is_true(path, tmp_path):
     assert wrong == set()
     if path.stem in SUPERVISED:
         assert {"x_BX", "y_BY", "output_BY", "score_NK"} <= checked
+    elif path.stem == "pearl_sac":
+        assert {"rows_NTV", "noise_TNA", "uniform_NB", "context_NSI", "precision_NSZ", "z_NBZ", "obs_NBO"} <= checked
     elif path.stem.startswith("rl2"):
         assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
@@ -299,7 +313,8 @@ def test_every_suffix_is_true(path, tmp_path):
 
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "score_NK", "score_KN")]
-FALSE += [("rl2_ppo", "x_NSI", "x_SNI"), ("rl2_transformer_ppo", "k_NGCD", "k_GNCD")]
+FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "rows_NTV", "rows_NTI"), ("rl2_ppo", "x_NSI", "x_SNI")]
+FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD")]
 
 
 @pytest.mark.parametrize(("name", "true", "false"), FALSE)

@@ -234,7 +234,8 @@ def test_test_tasks_are_held_out(name):
         strips = 10 if name in ("GaussianBandit5", "TabularMDP") else 1
         train_part, test_part = (strips * tasks[:, 0] % 1 for tasks in (train, test))
     else:
-        low, high = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "AntVel": (0, 3)}.get(name, (-3, 3))
+        ranges = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "HalfCheetahVel3": (0, 3), "AntVel": (0, 3)}
+        low, high = ranges.get(name, (-3, 3))
         train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
     # In fiftieths of the range, no interval holds tasks of both kinds, and together they cover all of it.
     train_cells, test_cells = ({*(50 * part).floor().int().tolist()} for part in (train_part, test_part))
@@ -253,8 +254,8 @@ def test_task_distributions():
     assert draw["SparseNavigation2D"][:, 1].min() >= 0
     assert draw["SparseNavigation2D"][:, 1].mean() == pytest.approx(2 / np.pi, abs=0.03)
     assert draw["HalfCheetahVel"].mean() == pytest.approx(1, abs=0.05)
-    wide = locomotion.HalfCheetahVel(1, max_velocity=3.0).sample_tasks(4000, seeded(0))
-    assert wide.max() > 2.9
+    assert draw["HalfCheetahVel3"].mean() == pytest.approx(1.5, abs=0.075)
+    assert draw["HalfCheetahVel"].max() <= 2 < 2.9 < draw["HalfCheetahVel3"].max() <= 3
     for name in ("HopperRandParams", "WalkerRandParams"):
         assert draw[name].mean(0).abs().max() < 0.15
         assert draw[name].std(0).sub(6 / 12**0.5).abs().max() < 0.1
@@ -351,6 +352,8 @@ def test_navigation_against_numpy(name):
     tasks = venv.sample_tasks(5, seeded(0))
     actions = 0.1 * tasks + 0.03 * torch.randn(20, 5, 2, generator=seeded(1), dtype=torch.float64)
     obs, reward, _, _ = play(venv, actions, tasks)
+    venv.reset(seed=0, options={"tasks": tasks})
+    infos = [venv.step(action)[4] for action in actions]
     position, goal = np.zeros((5, 2)), tasks.numpy()
     paid = 0
     for step in range(20):
@@ -361,6 +364,10 @@ def test_navigation_against_numpy(name):
         # The bounds are float32 numbers: 0.1 is only known to 1e-9 there.
         np.testing.assert_allclose(obs[step + 1].numpy(), position, atol=1e-7)
         np.testing.assert_allclose(reward[step].numpy(), expected, atol=1e-7)
+        if name == "SparseNavigation2D":
+            np.testing.assert_allclose(infos[step]["dense_reward"].numpy(), -distance, atol=1e-7)
+        else:
+            assert infos[step] == {}
     assert paid > 0
 
 
@@ -369,6 +376,7 @@ def test_navigation_against_numpy(name):
 ORIGINAL = {
     "HalfCheetahDir": "HalfCheetah-v5",
     "HalfCheetahVel": "HalfCheetah-v5",
+    "HalfCheetahVel3": "HalfCheetah-v5",
     "AntDir": "Ant-v5",
     "AntDir2D": "Ant-v5",
     "AntVel": "Ant-v5",
@@ -385,7 +393,7 @@ def expected_reward(name, before, after, dt, action, task):
     match name:
         case "HalfCheetahDir":
             return task[0] * velocity[0] - 0.05 * cost
-        case "HalfCheetahVel":
+        case "HalfCheetahVel" | "HalfCheetahVel3":
             return -abs(velocity[0] - task[0]) - 0.05 * cost
         case "AntDir":
             return task[0] * velocity[0] - 0.5 * cost + 1

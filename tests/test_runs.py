@@ -42,6 +42,9 @@ CURVES = [
 CURVES += ["--eval-steps", "2"]
 TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
 TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
+EPISODES = ["--env-id", "Navigation2D-v0", "--train-tasks", "5", "--tasks-per-iteration", "3", "--meta-batch-size", "3"]
+EPISODES += ["--initial-episodes", "1", "--horizon", "5", "--updates", "2", "--batch-size", "4", "--context-size", "6"]
+EPISODES += ["--hidden-size", "8", "--replay-size", "20", "--eval-every", "2"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
@@ -49,7 +52,9 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
+    "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
 }
+BEFORE = {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
 each = pytest.mark.parametrize("name", FLAGS)
 
 
@@ -105,7 +110,7 @@ def test_folder_and_metrics(name):
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
     assert json.loads((folder / "args.json").read_text())["meta_batch_size"] == 3
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
-    assert [row["env_steps"] for row in rows(folder)] == [FLAGS[name][1] * k for k in (1, 2, 3)]
+    assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
     (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
     assert {f"test/{what}_k{k}" for k in range(3)} | {f"train/{what}_post", "test/gain_ci95"} <= set(rows(folder)[-1])
 
@@ -165,6 +170,22 @@ def test_other_encoders_early_ends_and_continuous_actions(name, encoder, env_id,
     last, full = rows(whole)[-1], 4 * 3 * 3 * horizon
     assert last["env_steps"] < full if env_id == "MouseCheese-v0" else last["env_steps"] == full
     assert last["test/return_trial"] == pytest.approx(sum(last[f"test/return_k{k}"] for k in range(3)), abs=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["SparseNavigation2D-v0", "HopperRandParams-v0"])
+def test_pearl_with_dense_rewards_with_early_ends_and_with_other_contexts(env_id):
+    flags = ["--env-id", env_id, "--auto-entropy", "--next-obs", "--iterations", "4", "--horizon", "60"]
+    flags += ["--replay-size", "90", *(["--dense-training"] if env_id == "SparseNavigation2D-v0" else [])]
+    whole, part = run(*flags, name="pearl_sac"), run(*flags, name="pearl_sac", stop_at=2)
+    run(*flags, "--resume", str(part), name="pearl_sac")
+    assert rows(part) == rows(whole)
+    steps, full = rows(whole)[-1]["env_steps"], (6 + 4 * 6) * 60
+    assert steps < full if env_id == "HopperRandParams-v0" else steps == full
+    assert theta(whole)["log_alpha"] != 0
+    with pytest.raises(SystemExit, match=r"--resume .*: other networks or buffers than the run's, see .*encoder_w0"):
+        importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--no-next-obs"])
+    with pytest.raises(SystemExit, match=r"--resume .*: other networks or buffers than the run's, see .*replay.rows"):
+        importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--train-tasks", "40"])
 
 
 def test_the_step_size_falls_and_equal_rewards_do_no_harm():
@@ -349,6 +370,11 @@ WRONG = {
         ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
     ],
     "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
+    "pearl_sac": [
+        ("--lr", "nan"), ("--gamma", "1.5"), ("--tau", "-1"), ("--meta-batch-size", "6"), ("--kl-weight", "-1"),
+        ("--tasks-per-iteration", "6"), ("--replay-size", "4"), ("--eval-prior-episodes", "4"), ("--latent-size", "0"),
+        ("--posterior-episodes", "0"), ("--prior-episodes", "0"), ("--entropy-coef", "0"), ("--reward-scale", "inf"),
+    ],
 }  # fmt: skip
 
 
@@ -392,8 +418,11 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--cuda: torch sees no CUDA device"):
             algorithm.main([*TINY, "--cuda"])
-    with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
-        algorithm.main(["--env-id", "Bandit5-v0"])
+    for name in ("maml_trpo", "pearl_sac"):
+        with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
+            importlib.import_module(f"algos.{name}").main(["--env-id", "Bandit5-v0"])
+    with pytest.raises(SystemExit, match=r"--dense-training: .*Navigation2D-v0 .*no dense reward"):
+        importlib.import_module("algos.pearl_sac").main([*EPISODES, "--dense-training"])
     for name in ("rl2_ppo", "rl2_transformer_ppo"):
         with pytest.raises(SystemExit, match=r"--env-id Sinusoid-v0 .*allowed.*Bandit5-v0"):
             importlib.import_module(f"algos.{name}").main(["--env-id", "Sinusoid-v0"])
@@ -435,3 +464,14 @@ def test_supervised_files_learn(name, steps):
     first, last = (row for row in rows(folder) if row["iteration"] in (300, 1200))
     assert last[f"test/loss_k{steps}"] < first[f"test/loss_k{steps}"] * 2 / 3
     assert last[f"test/loss_k{steps}"] < last["test/loss_k0"] / 2
+
+
+def test_pearl_learns():
+    """Navigation2D, unseen goals: two episodes are worth 2.5 and more, and beat standing still (-7.65 on average)."""
+    flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--train-tasks", "200", "--tasks-per-iteration", "100"]
+    flags += ["--initial-episodes", "5", "--hidden-size", "64", "--batch-size", "32", "--context-size", "40"]
+    flags += ["--gamma", "0.9", "--kl-weight", "0.01", "--tau", "0.02", "--lr", "0.003", "--reward-scale", "20"]
+    importlib.import_module("algos.pearl_sac").main([*flags, "--updates", "700", "--iterations", "5"])
+    (folder,) = Path().glob("runs/*")
+    last = rows(folder)[-1]
+    assert last["test/return_k2"] > max(last["test/return_k0"] + 2.5, -6.5)

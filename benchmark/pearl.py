@@ -1,0 +1,195 @@
+"""The table and the pictures of docs/pearl_sac.md, from finished runs.
+
+    python benchmark/pearl.py table runs/A ..          returns of successive episodes with held-out tasks, a line a run
+    python benchmark/pearl.py keep runs/A runs/B ..    the same, with args and metrics (of any file's) into results/
+    python benchmark/pearl.py paths runs/A             SparseNavigation2D: paths with z from the prior and the posterior
+    python benchmark/pearl.py latent runs/A            what the encoder makes of held-out tasks, one colour for each
+    python benchmark/pearl.py curves runs/A runs/B ..  held-out return after adaptation over environment steps
+
+`table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` takes runs of other files, too.
+"""
+
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Generator, Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from algos import pearl_sac  # noqa: E402
+from benchmark.classic import summary  # noqa: E402
+from benchmark.rl2 import load  # noqa: E402
+from envs import make  # noqa: E402
+
+IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/pearl"
+AFTER = {"pearl_sac": 2, "rl2_ppo": 1, "maml_trpo": 1}  # episodes, or inner steps, behind which `curves` looks
+
+
+@dataclass
+class Options:
+    what: tyro.conf.Positional[Literal["table", "keep", "paths", "latent", "curves"]]
+    """what to make"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs"""
+    tasks: int = 300
+    """held-out tasks, a world for each"""
+    episodes: int = 3
+    """episodes of a task (of the latent picture: after how many)"""
+    seed: int = 100
+    """seed of tasks and noise"""
+
+
+class Explorer:
+    """Held-out tasks and the transitions seen of them so far; z always from the posterior, in the first
+    `eval_prior_episodes` episodes from the prior."""
+
+    def __init__(self, folder: Path, num_tasks: int, seed: int):
+        module, self.args, state = load(folder)
+        if module is not pearl_sac:
+            raise SystemExit(f"{folder}: a run of {module.__name__}, not of pearl_sac")
+        self.theta, self.generator = state["theta"], Generator().manual_seed(seed)
+        self.width = self.theta["encoder_w0"].shape[1]
+        self.envs = make(self.args.env_id, num_tasks, self.args.horizon)
+        self.tasks = self.envs.unwrapped.sample_tasks(num_tasks, self.generator, "test")
+        self.context, self.mask = torch.zeros(num_tasks, 0, self.width), torch.zeros(num_tasks, 0)
+        self.played = 0
+
+    def guess(self) -> Tensor:
+        """z [N, Z] for the next episode."""
+        known = self.mask * (self.played >= self.args.eval_prior_episodes)
+        return pearl_sac.guess(self.theta, self.context, known, self.generator)
+
+    def rehearse(self, z: Tensor, tasks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """An episode by the policy's means that leaves no trace: transitions, mask, returns."""
+        tasks = self.tasks if tasks is None else tasks
+        return pearl_sac.play_episode(self.envs, tasks, self.theta, z, self.args, self.generator, 0.0)
+
+    def play(self) -> Tensor:
+        """An episode that is remembered; its returns [N]."""
+        rows, mask, returns = self.rehearse(self.guess())
+        self.context = torch.cat([self.context, rows[..., : self.width]], 1)
+        self.mask, self.played = torch.cat([self.mask, mask], 1), self.played + 1
+        return returns
+
+
+def table(folder: Path, options: Options) -> dict:
+    explorer = Explorer(folder, options.tasks, options.seed)
+    returns = torch.stack([explorer.play() for _ in range(options.episodes)], 1)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    names = "env_id", "seed", "hidden_size", "batch_size", "meta_batch_size", "updates"
+    return {
+        "run": folder.name,
+        **{name: getattr(explorer.args, name) for name in names},
+        **{name: last[name] for name in ("iteration", "env_steps", "seconds")},
+        "episodes": [summary(returns[:, k]) for k in range(options.episodes)],
+        "gain": summary(returns[:, -1] - returns[:, 0]),
+    }
+
+
+def keep(folder: Path, options: Options) -> dict:
+    """Into benchmark/results/pearl/: the run's arguments and metrics; of a run of PEARL its table."""
+    module, args, _ = load(folder)
+    name = f"{args.env_id.removesuffix('-v0')}_{module.__name__.removeprefix('algos.')}_seed{args.seed}"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.args.json").write_bytes((folder / "args.json").read_bytes())
+    with open(RESULTS / f"{name}.metrics.jsonl.gz", "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        packed.write((folder / "metrics.jsonl").read_bytes())
+    if module is not pearl_sac:
+        return {"kept": name}
+    result = table(folder, options)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def draw_paths(axes, rows: Tensor, goal: Tensor | None, title: str) -> None:
+    """Paths [N, T, ..] from the origin, the half circle of goals, and the goal with its radius of reward."""
+    angle = torch.linspace(0, torch.pi, 100)
+    axes.plot(angle.cos(), angle.sin(), ":", color="0.6")
+    start = rows[:, :1, :2]
+    columns = slice(-4, -2)  # the next position, before the dense reward and the early end
+    for path in torch.cat([start, rows[..., columns]], 1):
+        axes.plot(path[:, 0], path[:, 1], "C0", alpha=0.6, linewidth=1)
+    if goal is not None:
+        turn = torch.linspace(0, 2 * torch.pi, 50)
+        axes.fill(goal[0] + 0.2 * turn.cos(), goal[1] + 0.2 * turn.sin(), "C2", alpha=0.4)
+    axes.set(title=title, xlim=(-1.5, 1.5), ylim=(-0.6, 1.5), aspect="equal", xticks=(), yticks=())
+
+
+def paths(folder: Path, options: Options) -> dict:
+    """A row for each of three held-out goals: 20 paths with z from the prior, then 20 from the posterior after 1, 2, ..
+    episodes of that task."""
+    worlds, moments = 20, (0, 1, 2, 5, 10, 20)
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    for i, row in enumerate(figure.subplots(3, len(moments))):
+        explorer = Explorer(folder, worlds, options.seed + i)
+        goal = explorer.tasks[0]
+        explorer.tasks = goal.expand(worlds, -1)  # the first world's history is what all guesses are made from
+        for axes, seen in zip(row, moments, strict=True):
+            while explorer.played < seen:
+                explorer.play()
+            own = explorer.context[:1].expand(worlds, -1, -1), explorer.mask[:1].expand(worlds, -1)
+            z = pearl_sac.guess(explorer.theta, *own, explorer.generator)
+            rows, _, returns = explorer.rehearse(z)
+            when = f"after {seen} episodes" if seen > 1 else ("after 1 episode" if seen else "z from the prior")
+            draw_paths(axes, rows, goal, f"{when}: {float(returns.mean()):.1f}")
+    figure.savefig(IMAGES / "pearl_paths.png", dpi=100)
+    return {"picture": str(IMAGES / "pearl_paths.png")}
+
+
+def latent(folder: Path, options: Options) -> dict:
+    """Means of q(z|c) after some episodes, in the two directions in which they differ most."""
+    explorer = Explorer(folder, options.tasks, options.seed)
+    for _ in range(options.episodes):
+        explorer.play()
+    with torch.no_grad():
+        mean, variance = pearl_sac.posterior(explorer.theta, explorer.context, explorer.mask)
+    _, _, directions = torch.linalg.svd(mean - mean.mean(0), full_matrices=False)
+    x, y = ((mean - mean.mean(0)) @ directions[:2].T).T
+    tasks = explorer.tasks
+    value = torch.atan2(tasks[:, 1], tasks[:, 0]).rad2deg() if tasks.shape[1] == 2 else tasks[:, 0]
+    axes = (figure := Figure(figsize=(6, 4.5), layout="constrained")).subplots()
+    points = axes.scatter(x, y, c=value, cmap="viridis", s=14)
+    figure.colorbar(points, label="angle of the goal (degrees)" if tasks.shape[1] == 2 else "target speed (m/s)")
+    name = explorer.args.env_id.removesuffix("-v0")
+    axes.set(title=f"{name}: mean of q(z|c) after {options.episodes} episodes", xlabel="z, first principal direction")
+    axes.set(ylabel="second")
+    figure.savefig(IMAGES / f"pearl_latent_{name}.png", dpi=100)
+    return {"posterior_std": float(variance.sqrt().mean()), "spread_of_means": float(mean.std(0).mean())}
+
+
+def curves(folders: tuple[Path, ...]) -> dict:
+    """Held-out return over environment steps (log scale) of runs of pearl_sac, rl2_ppo and maml_trpo side by side."""
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for folder in folders:
+        module, args, _ = load(folder)
+        name = module.__name__.removeprefix("algos.")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_k0" in line]
+        unit = "inner step of 20 episodes" if name == "maml_trpo" else "episode"
+        label = f"{name}, after {AFTER[name]} {unit}{'s' * (AFTER[name] > 1)}"
+        axes.plot([row["env_steps"] for row in rows], [row[f"test/return_k{AFTER[name]}"] for row in rows], label=label)
+    axes.set(xscale="log", xlabel="env_steps (training)", ylabel="return of held-out tasks", title=args.env_id)
+    axes.legend()
+    picture = IMAGES / f"pearl_curves_{args.env_id.removesuffix('-v0')}.png"
+    figure.savefig(picture, dpi=100)
+    return {"picture": str(picture)}
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if options.what == "curves":
+        print(json.dumps(curves(options.runs)))
+        return
+    for folder in options.runs:
+        made = {"table": table, "keep": keep, "paths": paths, "latent": latent}[options.what](folder, options)
+        print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""benchmark/pearl.py: the table and pictures of the docs come from what runs left and from the file's own functions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from algos import maml_trpo, pearl_sac
+from benchmark import pearl
+from envs import make
+
+SMALL = ["--train-tasks", "40", "--tasks-per-iteration", "4", "--meta-batch-size", "4", "--initial-episodes", "1"]
+SMALL += ["--horizon", "7", "--updates", "3", "--batch-size", "4", "--context-size", "6", "--hidden-size", "8"]
+SMALL += ["--replay-size", "20", "--iterations", "2", "--env-id", "SparseNavigation2D-v0", "--eval-prior-episodes", "2"]
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Makes a tiny run of a file: its folder."""
+    monkeypatch.setattr(pearl, "IMAGES", tmp_path)
+    monkeypatch.setattr(pearl, "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *flags):
+        module.main(list(flags))
+        return max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+
+    return run
+
+
+def test_the_table_plays_as_the_files_own_evaluation(finished):
+    folder = finished(pearl_sac, *SMALL)
+    line = pearl.table(folder, pearl.Options("table", (folder,), tasks=30, episodes=4, seed=6))
+    state = pearl_sac.load_checkpoint(str(folder), "pearl_sac")
+    args = replace(state["args"], tasks_per_iteration=30, eval_episodes=4, seed=5)  # evaluate() adds 1 to the seed
+    stats = pearl_sac.evaluate(make("SparseNavigation2D-v0", 30, 7), state["theta"], args)
+    assert [mean for mean, _ in line["episodes"]] == pytest.approx(
+        [stats[f"test/return_k{k}"] for k in range(4)], abs=1e-3
+    )
+    assert line["gain"][1] == pytest.approx(stats["test/gain_ci95"] * (30 / 29) ** 0.5, abs=1e-3)
+    assert (line["iteration"], line["env_steps"]) == (2, (40 + 2 * 2 * 4) * 7)
+
+
+def test_kept_results_are_what_the_run_wrote(finished):
+    folder = finished(pearl_sac, *SMALL)
+    kept = pearl.keep(folder, options := pearl.Options("keep", (folder,), tasks=10))
+    results, name = folder.parent.parent / "results", "SparseNavigation2D_pearl_sac_seed1"
+    assert json.loads((results / f"{name}.json").read_text()) == kept == pearl.table(folder, options)
+    assert (results / f"{name}.args.json").read_bytes() == (folder / "args.json").read_bytes()
+    with pearl.gzip.open(results / f"{name}.metrics.jsonl.gz") as file:
+        assert file.read() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_rehearsals_leave_no_trace_and_paths_go_where_the_world_went(finished):
+    folder = finished(pearl_sac, *SMALL)
+    explorer = pearl.Explorer(folder, 5, 3)
+    explorer.play()
+    seen = explorer.context.clone()
+    rows, _, returns = explorer.rehearse(explorer.guess())
+    assert torch.equal(explorer.context, seen)
+    assert explorer.played == 1
+    from matplotlib.figure import Figure
+
+    pearl.draw_paths(axes := Figure().subplots(), rows, explorer.tasks[0], "")
+    lines = [torch.as_tensor(line.get_xydata()) for line in axes.lines[1:]]
+    position = torch.zeros(5, 2)
+    for t in range(7):  # along the actions, columns 2 and 3 of a transition
+        assert all(torch.allclose(line[t].float(), position[i], atol=1e-6) for i, line in enumerate(lines))
+        position = position + 0.1 * rows[:, t, 2:4]
+    assert all(torch.allclose(line[7].float(), position[i], atol=1e-6) for i, line in enumerate(lines))
+    near = [torch.linalg.vector_norm(line[1:].float() - explorer.tasks[i], dim=1) for i, line in enumerate(lines)]
+    expected = torch.stack([torch.where(d <= 0.2, 1 - d, 0 * d).sum() for d in near])
+    assert returns == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pictures_are_drawn_and_what_cannot_be_is_one_line(finished, tmp_path):
+    point = finished(pearl_sac, *SMALL)
+    other = finished(
+        maml_trpo, "--env-id", "Navigation2D-v0", "--horizon", "5", "--iterations", "1", "--meta-batch-size", "2"
+    )
+    pearl.paths(point, pearl.Options("paths", (point,)))
+    pearl.latent(point, pearl.Options("latent", (point,), tasks=20))
+    pearl.curves((point, other))
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {"pearl_paths.png", "pearl_latent_SparseNavigation2D.png", "pearl_curves_Navigation2D.png"}
+    with pytest.raises(SystemExit, match=r"a run of algos.maml_trpo, not of pearl_sac"):
+        pearl.table(other, pearl.Options("table", (other,)))
