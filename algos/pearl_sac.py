@@ -159,7 +159,7 @@ def init_networks(envs, args: Args, generator: Generator) -> Params:
 
 
 def mlp(theta: Params, part: str, x: Tensor) -> Tensor:
-    """Outputs [.., M] of one of the networks for inputs [.., I]."""
+    """Outputs [.., outputs] of one of the networks for x [.., inputs]."""
     shape, x = x.shape[:-1], x.flatten(0, -2)  # rows: a matrix is faster, and can be changed in place
     for i in range(4):
         x = functional.linear(x if i == 0 else x.relu_(), theta[f"{part}_w{i}"], theta[f"{part}_b{i}"])

@@ -173,7 +173,9 @@ def curves(folders: tuple[Path, ...]) -> dict:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_k0" in line]
         unit = "inner step of 20 episodes" if name == "maml_trpo" else "episode"
         label = f"{name}, after {AFTER[name]} {unit}{'s' * (AFTER[name] > 1)}"
-        axes.plot([row["env_steps"] for row in rows], [row[f"test/return_k{AFTER[name]}"] for row in rows], label=label)
+        known = label in axes.get_legend_handles_labels()[1]  # another seed of an algorithm has its colour
+        x, y = zip(*((row["env_steps"], row[f"test/return_k{AFTER[name]}"]) for row in rows), strict=True)
+        axes.plot(x, y, f"C{list(AFTER).index(name)}", label=None if known else label)
     axes.set(xscale="log", xlabel="env_steps (training)", ylabel="return of held-out tasks", title=args.env_id)
     axes.legend()
     picture = IMAGES / f"pearl_curves_{args.env_id.removesuffix('-v0')}.png"
