@@ -16,7 +16,7 @@ Algorithm:
     [9]         the targets Q' follow Q slowly
     [10]    now and then: returns of episodes 1, 2, .. with held-out tasks, each z ~ q(z|all transitions before it)
 Symbols: theta = encoder, policy, critics q1 and q2; Q' = target; alpha = entropy_coef, or learned; beta = kl_weight;
-    r in [6] = reward_scale times the reward, or the dense one.
+    r in [6] = reward_scale times the reward, or the dense one; recent = the tasks' contexts.
 Shapes: a suffix names a tensor's axes (rows_NTV): N tasks of a batch, M training tasks, R stored transitions, V numbers
     of one, S transitions of a context, I what the encoder sees of one, B transitions of a batch, T steps, Z latent, O
     observation, A action, P task vector.
@@ -320,7 +320,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         state["iteration"] = iteration
         for k in range(math.ceil(args.initial_episodes * M / N) if iteration == 1 else 0):
             index_N = (torch.arange(N, device=device) + k * N) % M
-            collect_episodes(envs, index_N, state, args, generator, 0)
+            collect_episodes(envs, index_N, state, args, generator, 0)  # [1]
         index_N = torch.randperm(M, generator=generator)[:N].to(device)
         state["recent"]["count"][index_N] = 0  # [2]
         returns = [collect_episodes(envs, index_N, state, args, generator, size) for size in sizes]

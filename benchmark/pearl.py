@@ -44,32 +44,41 @@ class Options:
     """episodes of a task (of the latent picture: after how many)"""
     seed: int = 100
     """seed of tasks and noise"""
+    spread: float = 0.0
+    """of the policy's noise: 0 plays its means, as `evaluate()` does, 1 as in training"""
+    context: int = 0
+    """sample this many transitions of those seen, as in training, for the encoder; 0 takes all, as `evaluate()` does"""
 
 
 class Explorer:
     """Held-out tasks and the transitions seen of them so far; z always from the posterior, in the first
     `eval_prior_episodes` episodes from the prior."""
 
-    def __init__(self, folder: Path, num_tasks: int, seed: int):
+    def __init__(self, folder: Path, num_tasks: int, seed: int, spread: float = 0.0, size: int = 0):
         module, self.args, state = load(folder)
         if module is not pearl_sac:
             raise SystemExit(f"{folder}: a run of {module.__name__}, not of pearl_sac")
         self.theta, self.generator = state["theta"], Generator().manual_seed(seed)
         self.width = self.theta["encoder_w0"].shape[1]
+        if not 0 <= size <= self.args.horizon:
+            raise SystemExit(f"--context {size}: allowed is 0 to {self.args.horizon}, the steps of an episode")
         self.envs = make(self.args.env_id, num_tasks, self.args.horizon)
         self.tasks = self.envs.unwrapped.sample_tasks(num_tasks, self.generator, "test")
         self.context, self.mask = torch.zeros(num_tasks, 0, self.width), torch.zeros(num_tasks, 0)
-        self.played = 0
+        self.played, self.spread, self.size = 0, spread, size
 
     def guess(self) -> Tensor:
         """z [N, Z] for the next episode."""
-        known = self.mask * (self.played >= self.args.eval_prior_episodes)
-        return pearl_sac.guess(self.theta, self.context, known, self.generator)
+        context, known = self.context, self.mask * (self.played >= self.args.eval_prior_episodes)
+        if self.size and self.played:
+            place = torch.rand(len(known), context.shape[1], generator=self.generator).mul(self.mask).topk(self.size)[1]
+            context, known = context[torch.arange(len(known))[:, None], place], known.gather(1, place)
+        return pearl_sac.guess(self.theta, context, known, self.generator)
 
     def rehearse(self, z: Tensor, tasks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """An episode by the policy's means that leaves no trace: transitions, mask, returns."""
+        """An episode that leaves no trace: transitions, mask, returns."""
         tasks = self.tasks if tasks is None else tasks
-        return pearl_sac.play_episode(self.envs, tasks, self.theta, z, self.args, self.generator, 0.0)
+        return pearl_sac.play_episode(self.envs, tasks, self.theta, z, self.args, self.generator, self.spread)
 
     def play(self) -> Tensor:
         """An episode that is remembered; its returns [N]."""
@@ -80,7 +89,7 @@ class Explorer:
 
 
 def table(folder: Path, options: Options) -> dict:
-    explorer = Explorer(folder, options.tasks, options.seed)
+    explorer = Explorer(folder, options.tasks, options.seed, options.spread, options.context)
     returns = torch.stack([explorer.play() for _ in range(options.episodes)], 1)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     names = "env_id", "seed", "hidden_size", "batch_size", "meta_batch_size", "updates"

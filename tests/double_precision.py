@@ -19,3 +19,18 @@ def seeded(seed):
 
 def flat(params):
     return torch.cat([value.flatten() for value in params.values()])
+
+
+class Recorder:
+    """In place of Run."""
+
+    stopping = False
+
+    def __init__(self):
+        self.logged, self.saved = [], []
+
+    def log(self, state, stats):
+        self.logged.append((state["iteration"], state["env_steps"], stats))
+
+    def save(self, state):
+        self.saved.append(state["iteration"])

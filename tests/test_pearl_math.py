@@ -34,7 +34,7 @@ from algos.pearl_sac import (
 )
 from envs import ScaleActions
 from envs.navigation import Navigation2D
-from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 OBS, A, Z = 3, 2, 4  # where no world is played
 STRIDE = float(np.float32(0.1))  # of a full action in the plane
@@ -1017,21 +1017,6 @@ def test_evaluation_guesses_from_all_episodes_before(seen, next_obs, priors):
     lab.args.seed += 1
     evaluate(lab.envs, lab.theta, lab.args)
     assert not torch.equal(seen[-1].tasks, tasks)
-
-
-class Recorder:
-    """In place of Run."""
-
-    stopping = False
-
-    def __init__(self):
-        self.logged, self.saved = [], []
-
-    def log(self, state, stats):
-        self.logged.append((state["iteration"], state["env_steps"], stats))
-
-    def save(self, state):
-        self.saved.append(state["iteration"])
 
 
 @pytest.fixture

@@ -74,6 +74,30 @@ def test_rehearsals_leave_no_trace_and_paths_go_where_the_world_went(finished):
     assert returns == pytest.approx(expected, abs=1e-5)
 
 
+def test_contexts_can_be_samples_and_actions_noisy_as_in_training(finished, monkeypatch):
+    folder, asked, original = finished(pearl_sac, *SMALL), [], pearl_sac.guess
+
+    def spy(theta, context, mask, generator):
+        asked.append((context, mask))
+        return original(theta, context, mask, generator)
+
+    monkeypatch.setattr(pearl_sac, "guess", spy)
+    explorer = pearl.Explorer(folder, 5, 3, spread=1.0, size=4)
+    for _ in range(4):
+        explorer.play()
+    assert [context.shape[1] for context, _ in asked] == [0, 4, 4, 4]
+    assert [float(mask.sum()) for _, mask in asked] == [0, 0, 5 * 4, 5 * 4]  # the first two episodes: the prior
+    for i, (sample, seen) in enumerate(zip(asked[3][0], explorer.context[:, :21], strict=True)):
+        places = [(seen == row).all(1).nonzero().flatten().tolist() for row in sample]
+        assert all(len(place) == 1 for place in places), i
+        assert len({place[0] for place in places}) == 4
+    state = pearl_sac.load_checkpoint(str(folder), "pearl_sac")
+    means, _ = pearl_sac.act(state["theta"], explorer.context[:, 0, :2], torch.zeros(5, 5), torch.zeros(5, 2))
+    assert (explorer.context[:, 0, 2:4] - means).abs().max() > 0.1  # an untrained policy's means are near 0
+    with pytest.raises(SystemExit, match="--context 8: allowed is 0 to 7"):
+        pearl.Explorer(folder, 5, 3, size=8)
+
+
 def test_the_pictures_are_drawn_and_what_cannot_be_is_one_line(finished, tmp_path):
     point = finished(pearl_sac, *SMALL)
     other = finished(

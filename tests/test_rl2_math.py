@@ -16,7 +16,7 @@ from envs import ScaleActions, Trials
 from envs.bandit import Bandit5, DependentBandit
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import SparseNavigation2D
-from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 FILES = {"gru": rl2_ppo, "lstm": rl2_ppo, "transformer": rl2_transformer_ppo, "snail": rl2_transformer_ppo}
 FAMILIES = {  # class, horizon, episodes, worlds
@@ -664,21 +664,6 @@ def test_an_update_is_adam_on_minibatches_of_whole_trials(lab):
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate and train
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """In place of Run."""
-
-    stopping = False
-
-    def __init__(self):
-        self.logged, self.saved = [], []
-
-    def log(self, state, stats):
-        self.logged.append((state["iteration"], state["env_steps"], stats))
-
-    def save(self, state):
-        self.saved.append(state["iteration"])
 
 
 def start(theta, seed=5):
