@@ -163,33 +163,35 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
 
 
 @torch.no_grad()
-def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Episodes:
-    """E episodes of each task, all worlds in step, with one policy for all or one per task; and their advantages."""
-    N, E, T = len(tasks_NP), args.episodes_per_task, args.horizon
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(T, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
+def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
+    """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
+    N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
+    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
-        obs_NEO = obs.view(N, E, -1)
-        mean_NEA, std = policy(params, obs_NEO)
+        mean_NEA, std = policy(params, obs_NEO := obs.view(N, E, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
         log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
         steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
         mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
     torch.set_num_threads(threads)
-    obs_NETO, action_NETA, log_prob_NET, mask_NET, reward_NET = (torch.stack(x, 2) for x in zip(*steps, strict=True))
-    value_NET = linear_baseline(obs_NETO, gae(reward_NET, 0 * reward_NET, args.gamma, 1.0), mask_NET)  # [3]
+    return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
+
+
+def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Episodes:
+    """E episodes of each task, and their advantages."""
+    *data, mask_NET, reward_NET = rollout(envs, tasks_NP, params, args, generator)
+    value_NET = linear_baseline(data[0], gae(reward_NET, 0 * reward_NET, args.gamma, 1.0), mask_NET)  # [3]
     advantage_NET = gae(reward_NET, value_NET, args.gamma, args.gae_lambda)
-    count_N11 = mask_NET.sum((1, 2), keepdim=True)
-    mean_N11 = (advantage_NET * mask_NET).sum((1, 2), keepdim=True) / count_N11
-    advantage_NET = (advantage_NET - mean_N11) * mask_NET
-    std_N11 = (advantage_NET.square().sum((1, 2), keepdim=True) / count_N11).sqrt() + 1e-8
-    scale_NET = args.gamma ** torch.arange(T).to(mask_NET) * mask_NET / std_N11
-    scaled = (advantage_NET / std_N11, scale_NET * reward_NET, scale_NET * (value_NET + mean_N11))
-    return Episodes(obs_NETO, action_NETA, log_prob_NET, mask_NET, *scaled, reward_NET.sum(-1))
+    weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
+    mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
+    std_N11 = (weight_NET * (advantage_NET - mean_N11).square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    scale_NET = args.gamma ** torch.arange(args.horizon).to(mask_NET) * mask_NET / std_N11
+    scaled = (advantage_NET - mean_N11) * mask_NET / std_N11, scale_NET * reward_NET, scale_NET * (value_NET + mean_N11)
+    return Episodes(*data, mask_NET, *scaled, reward_NET.sum(-1))
 
 
 def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
@@ -235,10 +237,9 @@ def adapted_policies(theta: Params, supports: list[Episodes], query: Episodes, a
         params = adapt(params, support, args)
     mean_NBA, std_N1A = policy(params, query.obs.flatten(1, 2))
     log_prob_NB = Normal(mean_NBA, std_N1A, False).log_prob(query.action.flatten(1, 2)).sum(-1)
-    log_ratio_NET = (log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask
-    J_N = (log_ratio_NET.exp() * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
-    return_N = query.reward.sum((1, 2)) / query.mask.sum((1, 2))  # in the units of J; baseline: the other tasks' mean
-    credit_N = return_N - (return_N.sum() - return_N) / max(1, len(return_N) - 1)
+    ratio_NET = ((log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask).exp()
+    J_N, return_N = (x.sum((1, 2)) / query.mask.sum((1, 2)) for x in (ratio_NET * query.advantage, query.reward))
+    credit_N = return_N - (return_N.sum() - return_N) / max(1, len(return_N) - 1)  # baseline: the other tasks' mean
     return J_N + credit_N * score_N, mean_NBA, std_N1A
 
 
@@ -308,8 +309,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
 def train(envs, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 3, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device) for name, value in state["theta"].items()}
-    generator = Generator()
-    generator.set_state(state["generator"])
+    (generator := Generator()).set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]

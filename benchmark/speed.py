@@ -2,17 +2,19 @@
 
     python benchmark/speed.py maml_trpo --peer
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
+    python benchmark/speed.py promp                          (reptile_ppo, multitask_ppo: likewise, without a peer)
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
-maml_trpo, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the same worlds,
-control steps and thread pool, actions like the untrained policy's; for analytic tasks the environment's own `step`).
-`--peer` adds iterations of the same algorithm written the usual way (benchmark/peer_*.py). Figures are medians.
+maml_trpo and its like, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the
+same worlds, control steps and thread pool, actions like the untrained policy's; for analytic tasks the environment's
+own `step`). `--peer` adds iterations of the same algorithm written the usual way (benchmark/peer_*.py). Figures are
+medians.
 
-To add an algorithm like maml_trpo: a function in ALGORITHMS that calls its `train()`, and its sampling functions' names
-in SAMPLING. One of another kind: a module with `measure` and `report`, and a function like `run_rl2` in `runner`.
+To add an algorithm like maml_trpo: its sampling function's name in SAMPLING. One of another kind: a module with
+`measure` and `report`, and a function like `run_rl2` in `runner`.
 """
 
 import importlib.util
@@ -45,8 +47,11 @@ from envs import locomotion  # noqa: E402
 @dataclass
 class Options:
     algorithm: tyro.conf.Positional[
-        Literal["maml_trpo", "maml", "fomaml", "reptile", "rl2_ppo", "rl2_transformer_ppo", "pearl_sac"]
-    ]
+        Literal[
+            "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
+            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac",
+        ]
+    ]  # fmt: skip
     """file of algos/"""
     iterations: int | None = None
     """measured iterations (PEARL: blocks), after one that warms up; default 5, RL2 20, supervised algorithms 40"""
@@ -179,16 +184,15 @@ def peer(options: Options, args, envs, theta: dict, watch: Stopwatch):
     return measure
 
 
-def maml_trpo(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) -> None:
-    """train() of algos/maml_trpo.py, from the state that its main() makes."""
+def from_policy(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) -> None:
+    """train() of a file that begins with a policy, from the state that its main() makes."""
     generator = torch.Generator().manual_seed(args.seed)
     state = {"theta": algorithm.init_policy(envs, args.hidden_size, generator), "generator": generator.get_state()}
     prepare(state["theta"])
     algorithm.train(envs, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
 
 
-ALGORITHMS = {"maml_trpo": maml_trpo}
-SAMPLING = {"maml_trpo": ["collect"]}
+SAMPLING = {"maml_trpo": "collect", "promp": "sample", "reptile_ppo": "sample", "multitask_ppo": "sample"}
 RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
 
@@ -246,7 +250,7 @@ def describe(options: Options, args) -> dict:
 
 def runner(name: str):
     """The function that measures this algorithm, and how many iterations unless told."""
-    if name in ALGORITHMS:
+    if name in SAMPLING:
         return run_reinforcement, 5
     if name == "pearl_sac":
         return run_pearl, 5
@@ -256,11 +260,11 @@ def runner(name: str):
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     algorithm, (run, iterations) = load(ROOT / f"algos/{options.algorithm}.py"), runner(options.algorithm)
-    default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in ALGORITHMS else {}
+    default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in SAMPLING else {}
     args = tyro.cli(algorithm.Args, args=rest, **default)
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
     options.iterations = options.iterations or iterations
-    algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in ALGORITHMS else {}
+    algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in SAMPLING else {}
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
@@ -288,11 +292,13 @@ def run_pearl(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    if options.peer and options.algorithm != "maml_trpo":
+        raise SystemExit(f"--peer: {options.algorithm} has none; allowed with maml_trpo, rl2_ppo, pearl_sac")
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
+    envs = task_envs.TaskGiven(envs) if getattr(args, "task_given", False) else envs
     about = sizes(options, args, envs) | describe(options, args)
-    for name in SAMPLING[options.algorithm]:
-        setattr(algorithm, name, watch.around(getattr(algorithm, name)))
+    setattr(algorithm, SAMPLING[options.algorithm], watch.around(getattr(algorithm, SAMPLING[options.algorithm])))
 
     def prepare(theta: dict) -> None:
         watch.extras.append(physics(envs, args.horizon, watch))
@@ -300,7 +306,7 @@ def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stop
             watch.extras.append(peer(options, args, envs, theta, watch))
 
     with suppress(FinishedError):
-        ALGORITHMS[options.algorithm](algorithm, envs, args, watch, prepare)
+        from_policy(algorithm, envs, args, watch, prepare)
     return report(options, args, envs, watch) | about
 
 

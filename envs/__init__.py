@@ -24,6 +24,7 @@ from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif
 from envs.tabular_mdp import TabularMDP
+from envs.task_given import TaskGiven
 from envs.trials import Trials
 
 HORIZONS = {
@@ -50,8 +51,8 @@ HORIZONS = {
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 
-__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskVectorEnv", "Trials"]
-__all__ += ["adaptation_gif", "held_out_uniform", "make", "make_supervised"]
+__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskGiven", "TaskVectorEnv"]
+__all__ += ["Trials", "adaptation_gif", "held_out_uniform", "make", "make_supervised"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:

@@ -306,7 +306,7 @@ def test_every_suffix_is_true(path, tmp_path):
         assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
     else:
-        assert {"obs_NETO", "tasks_NP", "log_prob_NET"} <= checked
+        assert {"mask_NET", "tasks_NP", "obs_NETO"} <= checked
     if path.stem == "maml_trpo":
         assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETK", "vector_W", "J_N"} <= checked
 

@@ -146,3 +146,20 @@ def test_speed_prints_one_line(env_id, monkeypatch, capsys):
     assert result["sample_s"] > 0 < result["update_s"]
     assert result["steps_per_batch"] == 30
     assert result["args"]["hidden_size"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("promp", 60), ("reptile_ppo", 120), ("multitask_ppo", 30), ("multitask_ppo --task-given", 30)],
+)
+def test_speed_of_files_without_a_peer(name, steps, monkeypatch, capsys):
+    flags = f"{name} --env-id Navigation2D-v0 --meta-batch-size 2 --episodes-per-task 3 --horizon 5 --iterations 1"
+    monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split()])
+    speed.main()
+    result = json.loads(capsys.readouterr().out)
+    iteration_s = result["sample_s"] + result["update_s"]
+    assert result["end_to_end_steps_per_s"] == pytest.approx(steps / iteration_s, rel=1e-3)
+    assert not any("peer" in key for key in result)
+    monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split(), "--peer"])
+    with pytest.raises(SystemExit, match=r"--peer: .* has none; allowed with maml_trpo"):
+        speed.main()

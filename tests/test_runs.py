@@ -52,6 +52,9 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
+    "promp": (TINY, 60),
+    "reptile_ppo": ([*TINY, "--inner-steps", "2"], 60),
+    "multitask_ppo": (TINY, 30),  # nobody adapts in training
     "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
 }
 BEFORE = {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
@@ -370,6 +373,17 @@ WRONG = {
         ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
     ],
     "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
+    "promp": [
+        ("--outer-lr", "nan"), ("--clip", "1.5"), ("--kl-coef", "-1"), ("--target-kl", "inf"), ("--epochs", "0"),
+        ("--inner-lr", "0"), ("--inner-steps", "0"),
+    ],
+    "reptile_ppo": [
+        ("--outer-lr", "1.1"), ("--inner-epochs", "0"), ("--inner-steps", "0"), ("--clip", "-1"), ("--inner-lr", "nan"),
+    ],
+    "multitask_ppo": [
+        ("--lr", "0"), ("--minibatches", "7"), ("--epochs", "0"), ("--entropy-coef", "-1"), ("--inner-lr", "inf"),
+        ("--inner-epochs", "0"), ("--eval-steps", "0"),
+    ],
     "pearl_sac": [
         ("--lr", "nan"), ("--gamma", "1.5"), ("--tau", "-1"), ("--meta-batch-size", "6"), ("--kl-weight", "-1"),
         ("--tasks-per-iteration", "6"), ("--replay-size", "4"), ("--eval-prior-episodes", "4"), ("--latent-size", "0"),
@@ -453,6 +467,42 @@ def test_maml_trpo_learns():
     first, last = rows(folder)[0], rows(folder)[-1]
     assert last["test/return_k1"] > first["test/return_k1"] + 40
     assert last["test/return_k1"] > last["test/return_k0"] + 10
+
+
+NAVIGATION = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--eval-every", "100"]
+NAVIGATION += ["--episodes-per-task", "10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "rise", "gain"),
+    [
+        ("promp", ["--iterations", "12", "--outer-lr", "0.003"], 40, 5),
+        ("reptile_ppo", ["--iterations", "6"], 10, 10),
+        ("multitask_ppo", ["--iterations", "10"], 10, 5),
+    ],
+)
+def test_the_gradient_family_learns(name, flags, rise, gain):
+    """Navigation2D: returns on held-out goals rise after adaptation, and by it."""
+    importlib.import_module(f"algos.{name}").main([*NAVIGATION, *flags])
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert last["test/return_k3"] > first["test/return_k3"] + rise
+    assert last["test/return_k3"] > last["test/return_k0"] + gain
+
+
+def test_the_oracle_is_above_whoever_does_not_see_the_task():
+    """Navigation2D, where nothing but the goal matters: the same iterations, with it and without it."""
+    last = {}
+    for flag in ("--task-given", "--no-task-given"):
+        folder = run("--iterations", "12", "--meta-batch-size", "10", "--horizon", "50", flag, name="multitask_ppo")
+        last[flag] = rows(folder)[-1]
+    assert last["--task-given"]["test/return_k0"] > last["--no-task-given"]["test/return_k0"] + 5
+
+
+@pytest.mark.parametrize("name", ["promp", "reptile_ppo", "multitask_ppo"])
+def test_videos_of_the_gradient_family(name):
+    folder = run("--iterations", "1", "--capture-video", *(["--task-given"] * (name == "multitask_ppo")), name=name)
+    assert (folder / "adaptation.gif").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
