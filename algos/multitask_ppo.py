@@ -209,7 +209,8 @@ def learn_all(theta: Params, optimizer, batch: Rollouts, args: Args, remaining: 
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     batch = Rollouts(*(x.flatten(0, 1) for x in batch))  # which task an episode is from no longer matters
     for _ in range(args.epochs):
-        for rows in torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device).chunk(args.minibatches):
+        order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+        for rows in order.tensor_split(args.minibatches):
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             gain = clipped_gain(weights, minibatch := Rollouts(*(x[rows] for x in batch)), args)
             _, std_1A = policy(weights, minibatch.obs.flatten(0, 1))

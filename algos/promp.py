@@ -96,7 +96,7 @@ class Args:
 
     def __post_init__(self):
         ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1)) | {"seed": (0, 2**31)}
-        ranges |= dict.fromkeys(("kl_coef", "target_kl"), (0, 1e6))
+        ranges |= {"target_kl": (0, 1e6), "kl_coef": (1e-12 if self.target_kl else 0, 1e6)}  # 0 would stay 0
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:

@@ -336,7 +336,7 @@ def ppo(theta: Params, optimizer, steps: Steps, args: Args, remaining: float, ge
     """Epochs of PPO on a batch of trials, which change theta in place; statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
-        for rows in torch.randperm(len(steps.x), generator=generator).chunk(args.minibatches):  # [5]
+        for rows in torch.randperm(len(steps.x), generator=generator).tensor_split(args.minibatches):  # [5]
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             minibatch = Steps(*(x[rows.to(x.device)] for x in steps))
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)

@@ -52,7 +52,7 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
-    "promp": (TINY, 60),
+    "promp": ([*TINY, "--target-kl", "0.01"], 60),
     "reptile_ppo": ([*TINY, "--inner-steps", "2"], 60),
     "multitask_ppo": (TINY, 30),  # nobody adapts in training
     "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
@@ -375,7 +375,7 @@ WRONG = {
     "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
     "promp": [
         ("--outer-lr", "nan"), ("--clip", "1.5"), ("--kl-coef", "-1"), ("--target-kl", "inf"), ("--epochs", "0"),
-        ("--inner-lr", "0"), ("--inner-steps", "0"),
+        ("--inner-lr", "0"), ("--inner-steps", "0"), ("--kl-coef", "0"),
     ],
     "reptile_ppo": [
         ("--outer-lr", "1.1"), ("--inner-epochs", "0"), ("--inner-steps", "0"), ("--clip", "-1"), ("--inner-lr", "nan"),
