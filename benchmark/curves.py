@@ -377,14 +377,19 @@ def draw_line(axes, name: str, x, values) -> None:
     """A mean with its band, in the colour that belongs to the name in all pictures."""
     mean, half = interval(values)
     i, n = [*CURVES, RANDOM].index(name), len(values)
-    legend = f"{name} ({n} seed{'s' * (n > 1)})"
-    axes.plot(x, mean, f"C{i % 10}", linestyle="--" if i >= 10 else "-", label=legend)
-    if half is not None:
-        axes.fill_between(x, mean - half, mean + half, color=f"C{i % 10}", alpha=0.15, linewidth=0)
+    legend, color = f"{name} ({n} seed{'s' * (n > 1)})", "black" if name == RANDOM else f"C{i % 10}"
+    axes.plot(x, mean, color, linestyle="--" if i >= 10 else "-", label=legend)
+    if half is not None and name != RANDOM:  # wide, and not in question
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
 def save(figure: Figure, axes, path: Path) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    """With a legend, and cut to where the means are: bands of few seeds are wide where runs begin."""
+    means = np.concatenate([np.ravel(line.get_ydata()) for line in axes.lines if RANDOM not in line.get_label()])
+    margin = 0.1 * np.ptp(means) + 1e-9
+    axes.set_ylim(means.min() - margin, means.max() + margin)
+    columns = 4 if figure.get_figwidth() > 10 else 3
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(path)
@@ -393,7 +398,7 @@ def save(figure: Figure, axes, path: Path) -> None:
 def draw_adaptation(env: str) -> None:
     returns = json.loads((RESULTS / f"adapt_{env}.json").read_text())["returns"]
     names = {curve.label: name for name, curve in CURVES.items()} | {"random": RANDOM}
-    axes = (figure := Figure(figsize=(7, 5), layout="constrained")).subplots()
+    axes = (figure := Figure(figsize=(8, 5.5), layout="constrained")).subplots()
     for label, name in names.items():
         if label in returns:
             draw_line(axes, name, range(STEPS + 1), returns[label])

@@ -469,3 +469,51 @@ def test_the_adaptation_curve_of_a_random_policy_is_that_of_the_runs_first_line(
     for label, theirs, what, line in (("multitask", "multitask", "test", -1), ("random", "multitask", "random", 0)):
         expected = [rows(curves.Job("Navigation2D", theirs, 1))[line][f"{what}/return_k{k}"] for k in range(3)]
         assert returns[label][0][:3] == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- what is published
+
+
+def published() -> dict:
+    """Environment and name in the legend -> the kept runs' evaluations."""
+    return curves.kept_curves(curves.Options("table"))
+
+
+def test_the_tables_of_the_page_are_those_of_the_kept_results(capsys):
+    curves.main(["table"])
+    page = (curves.ROOT / "docs/curves.md").read_text()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 30
+    assert [line for line in lines if line not in page] == []
+    rows = re.findall(r"^\| (?:.*?) \| \d \| [\d,]+ \| .*\|$", page, re.MULTILINE)
+    assert set(rows) <= set(lines)  # and nothing that is not kept
+
+
+def test_kept_runs_have_the_flags_of_the_table_and_the_gradient_family_has_three_seeds():
+    kept = {path.name.removesuffix(".args.json"): path for path in curves.RESULTS.glob("*.args.json")}
+    table = {job.kept: job for job in curves.jobs(curves.Options("table"))}
+    assert set(kept) <= set(table)
+    for name, path in kept.items():
+        record, job = json.loads(path.read_text()), table[name]
+        args = tyro.cli(import_module(f"algos.{curves.TABLE[job.label].script}").Args, args=job.flags)
+        assert record["args"] == json.loads(json.dumps(vars(args))), name
+        lines = gzip.decompress((curves.RESULTS / f"{name}.metrics.jsonl.gz").read_bytes()).splitlines()
+        assert json.loads(lines[-1])["iteration"] == args.iterations == len(lines)
+    for env, found in published().items():
+        for name in ("MAML", "first-order MAML", "ProMP", "Reptile (k = 4)"):
+            assert len(found[name]) >= 3, (env, name)
+
+
+@pytest.mark.parametrize("env", curves.ENVS)
+def test_adaptation_curves_begin_with_the_last_evaluation_of_their_runs(env):
+    """Up to the rounding of another build of torch, which chaos makes larger on MuJoCo."""
+    record = json.loads((curves.RESULTS / f"adapt_{env}.json").read_text())
+    assert set(record["versions"]) == {"python", "torch", "mujoco", "gymnasium", "numpy"}
+    for label, returns in record["returns"].items():
+        if label != "random":
+            ends = []
+            for seed in record["seeds"][label]:
+                (run,) = curves.kept_rows(env, curves.Curve(label), [seed])
+                ends.append([run[-1][f"test/return_k{k}"] for k in range(4)])
+            spread = 6 if env.startswith("Half") else 1
+            assert torch.tensor(returns)[:, :4].sub(torch.tensor(ends)).abs().mean() < spread, label
