@@ -374,13 +374,14 @@ def kept_curves(options: Options) -> dict[str, dict[str, list[list[dict]]]]:
 
 
 def draw_line(axes, name: str, x, values) -> None:
-    """A mean with its band, in the colour that belongs to the name in all pictures."""
+    """A mean with its band, in the colour that belongs to the name in all pictures; of two seeds, whose interval would
+    cover everything (t is 12.7), only the mean."""
     mean, half = interval(values)
     i, n = [*CURVES, RANDOM].index(name), len(values)
     legend, color = f"{name} ({n} seed{'s' * (n > 1)})", "black" if name == RANDOM else f"C{i % 10}"
     axes.plot(x, mean, color, linestyle="--" if i >= 10 else "-", label=legend)
-    if half is not None and name != RANDOM:  # wide, and not in question
-        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+    if n > 2 and name != RANDOM:  # whose band is wide, and not in question
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
 
 
 def save(figure: Figure, axes, path: Path) -> None:
