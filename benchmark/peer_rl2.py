@@ -233,7 +233,7 @@ def update(agent: Agent, optimizer, batch: Batch, args, remaining: float, genera
     """Epochs of PPO over minibatches of whole trials; `remaining` is the part of training that lies ahead."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
-        for rows in torch.randperm(batch.x.shape[1], generator=generator).chunk(args.minibatches):
+        for rows in torch.randperm(batch.x.shape[1], generator=generator).tensor_split(args.minibatches):
             rows = rows.to(batch.x.device)
             loss = ppo_loss(agent, Batch(*(value[:, rows] for value in batch)), args, remaining * args.entropy_coef)
             optimizer.zero_grad()
