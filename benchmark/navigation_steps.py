@@ -58,7 +58,8 @@ def without_noise(params: dict[str, Tensor]) -> dict[str, Tensor]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     command = f"python benchmark/navigation_steps.py runs/curves/Navigation2D/maml/*/runs/* --seed {options.seed}"
-    result = origin(command) | {"runs": len(options.runs), "schedules": {}}
+    spreads = [float(load(folder)[2]["theta"]["log_std"].exp().mean()) for folder in options.runs]
+    result = origin(command) | {"standard_deviations": spreads, "schedules": {}}
     for name, scales in SCHEDULES.items():
         both = [returns(folder, scales, options.seed) for folder in options.runs]
         shown = {}
