@@ -7,6 +7,8 @@ from gymnasium.vector import VectorEnv
 from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
 from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
 from envs.fewshot import Glyphs, Omniglot
+from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
+from envs.imagined import Imagined
 from envs.locomotion import (
     AntDir,
     AntDir2D,
@@ -40,6 +42,11 @@ HORIZONS = {
     HumanoidDir: 200,
     HopperRandParams: 200,
     WalkerRandParams: 200,
+    HalfCheetahForward: 200,
+    AntForward: 200,
+    SwimmerForward: 200,
+    HopperForward: 200,
+    Walker2dForward: 200,
     Bandit5: 10,
     Bandit10: 10,
     Bandit50: 10,
@@ -51,8 +58,8 @@ HORIZONS = {
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 
-__all__ = ["HORIZONS", "SUPERVISED", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskGiven", "TaskVectorEnv"]
-__all__ += ["Trials", "adaptation_gif", "held_out_uniform", "make", "make_supervised"]
+__all__ = ["HORIZONS", "SUPERVISED", "Imagined", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskGiven"]
+__all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "make", "make_supervised"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -95,6 +102,14 @@ def make(
     if envs.unwrapped.is_discrete and not discrete:
         raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")
     return envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale)
+
+
+def imagine(envs: ScaleActions, num_envs: int) -> Imagined:
+    """Worlds of the same family that move as a model says; what cannot be imagined is one clear line."""
+    try:
+        return Imagined(envs, num_envs)
+    except TypeError as error:
+        raise SystemExit(f"--env-id: {error}") from None
 
 
 def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False) -> SupervisedTasks:

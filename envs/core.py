@@ -16,8 +16,8 @@ episodes of a batch start together and end together at the horizon.
 * Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
   episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
-* `reward(obs, action, next_obs, task)` is pure and static, so that model-based algorithms can call it too. Where
-  rewards are random (bandits, TabularMDP) it is their mean.
+* `reward(obs, action, next_obs, task)` and `ended(obs)` are pure and static, so that model-based algorithms can call
+  them too (`envs/imagined.py`). Where rewards are random (bandits, TabularMDP) it is their mean.
 """
 
 from abc import abstractmethod
@@ -113,6 +113,11 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Rewards [..]; obs [.., O], action [.., A] within its bounds (Discrete: [..]), next_obs [.., O], task [.., P].
 
         The mean, where rewards are random."""
+
+    @staticmethod
+    def ended(obs: Tensor) -> Tensor:
+        """Which observations [.., O] are of states that end an episode [..] (bool), where the observation tells."""
+        return torch.zeros_like(obs[..., 0], dtype=torch.bool)
 
     @abstractmethod
     def _start(self, task: Tensor, generator: Generator) -> Tensor:
@@ -245,8 +250,16 @@ class ScaleActions(gym.vector.VectorWrapper):
         self.single_action_space = Box(-scale, scale, space.shape, space.dtype)
         self.action_space = batch_space(self.single_action_space, envs.num_envs)
 
+    def mapped(self, action: Tensor) -> Tensor:
+        """Actions [.., A] in the family's units, not yet clipped to its bounds."""
+        return self.low + (action / self.scale + 1) / 2 * self.range
+
+    def executed(self, action: Tensor) -> Tensor:
+        """Actions [.., A] as the family executes them, in its units and clipped to its bounds."""
+        return self.mapped(action).clamp(self.unwrapped._low, self.unwrapped._high)
+
     def step(self, action: Tensor):
-        return self.env.step(self.low + (action / self.scale + 1) / 2 * self.range)
+        return self.env.step(self.mapped(action))
 
     def single_world(self) -> "ScaleActions":
         """One world of the same family, horizon, device and action scale, for pictures."""

@@ -82,7 +82,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
     """Base class of the MuJoCo families: float64 physics on the CPU's threads, tensors on `device`.
 
     A family names its model and start states (class attributes), builds the observation in `_observe` and, if bodies
-    can fall, tells in `_fallen` which have. Results are bit-identical for any number of threads.
+    can fall, tells in `ended` which have. Results are bit-identical for any number of threads.
 
     A world whose physics diverge ends early: `terminated` is latched, its state stays at the last good one, and
     `info["diverged"]` [B] (bool) stays true for it until the reset. Worlds that are over are not simulated any more.
@@ -126,9 +126,9 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
         """Observation [B, O] (float64) from the states [B, 1 + nq + nv] around a control step (at a reset: equal)."""
         raise NotImplementedError
 
-    def _fallen(self, state: np.ndarray) -> np.ndarray | bool:
-        """Which worlds [B] (bool) have left the healthy states."""
-        return False
+    def _fallen(self, state: np.ndarray, obs: np.ndarray) -> np.ndarray:
+        """Which worlds [B] (bool) have left the healthy states: what `ended` says in float64."""
+        return self.ended(torch.from_numpy(obs)).numpy()
 
     def _models(self, worlds: np.ndarray) -> list[mujoco.MjModel]:
         """The model of each of these worlds."""
@@ -164,7 +164,8 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
     def _advance(self, action):
         before, worlds = self._state, np.flatnonzero(self._alive)
         after, good = self._simulate(before, worlds, action.cpu().numpy())
-        fallen = self._fallen(after) & self._alive
+        obs = self._observe(before, after)
+        fallen = self._fallen(after, obs) & self._alive
         ended = self._never
         if not good.all():
             diverged = np.zeros(self.num_envs, dtype=bool)
@@ -175,7 +176,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
             self._alive = self._alive & ~fallen
             ended = torch.from_numpy(fallen).to(self.device)
         self._state = after
-        return self._to_device(self._observe(before, after)), ended, {"diverged": self._diverged.clone()}
+        return self._to_device(obs), ended, {"diverged": self._diverged.clone()}
 
     def _simulate(self, state: np.ndarray, worlds: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """States [B, ..] after a control step of the given worlds, and which of those [len(worlds)] did not diverge."""
@@ -319,9 +320,9 @@ class AntDir(MujocoTaskVectorEnv):
     def _observe(self, before, after):
         return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
 
-    def _fallen(self, state):
-        height = self.qpos(state)[:, 2]
-        return (height < 0.2) | (height > 1.0)
+    @staticmethod
+    def ended(obs: Tensor) -> Tensor:
+        return (obs[..., 0] < 0.2) | (obs[..., 0] > 1.0)
 
 
 class AntDir2D(AntDir):
@@ -391,8 +392,7 @@ class AntGoal(AntDir):
     def _observe(self, before, after):
         return after[:, 1:].copy()
 
-    def _fallen(self, state):
-        return False
+    ended = staticmethod(TaskVectorEnv.ended)
 
 
 class HumanoidDir(MujocoTaskVectorEnv):
@@ -425,6 +425,6 @@ class HumanoidDir(MujocoTaskVectorEnv):
     def _observe(self, before, after):
         return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
 
-    def _fallen(self, state):
-        height = self.qpos(state)[:, 2]
-        return (height < 1.0) | (height > 2.0)
+    @staticmethod
+    def ended(obs: Tensor) -> Tensor:
+        return (obs[..., 0] < 1.0) | (obs[..., 0] > 2.0)

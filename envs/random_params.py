@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from envs.core import held_out_uniform
+from envs.forward import HopperForward, Walker2dForward
 from envs.locomotion import MujocoTaskVectorEnv, load_model
 
 
@@ -84,10 +85,10 @@ class HopperRandParams(RandomParamsEnv):
     task_dim = 37
     model_file = "hopper.xml"
 
-    def _fallen(self, state):
-        qpos = self.qpos(state)
-        wild = (np.abs(state[:, 3:]) >= 100).any(axis=1)
-        return wild | (qpos[:, 1] <= 0.7) | (np.abs(qpos[:, 2]) >= 0.2)
+    ended = staticmethod(HopperForward.ended)
+
+    def _fallen(self, state, obs):
+        return super()._fallen(state, obs) | (np.abs(self.qvel(state)) >= 100).any(axis=1)  # unclipped
 
 
 class WalkerRandParams(RandomParamsEnv):
@@ -107,6 +108,4 @@ class WalkerRandParams(RandomParamsEnv):
     task_dim = 61
     model_file = "walker2d_v5.xml"
 
-    def _fallen(self, state):
-        height, angle = self.qpos(state)[:, 1], self.qpos(state)[:, 2]
-        return (height <= 0.8) | (height >= 2.0) | (np.abs(angle) >= 1.0)
+    ended = staticmethod(Walker2dForward.ended)

@@ -11,24 +11,31 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import envs
 from envs import locomotion
-from envs.core import ScaleActions
+from envs.core import ScaleActions, TaskVectorEnv
+from envs.locomotion import HumanoidDir
+from envs.navigation import Navigation2D
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomotion.MujocoTaskVectorEnv)]
 SAME_TASKS = {"HalfCheetahDir", "AntDir"}  # train and test are the same two directions
+ONE_TASK = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]  # always [1]
 DISCRETE = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP", "MouseCheese"]
 RANDOM = DISCRETE[:-1]  # chance decides rewards and states; tests/test_envs_discrete.py has the oracles
+FALLING = ["AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams"]
+FALLING += ["AntForward", "HopperForward", "Walker2dForward"]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
 every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
+every_falling = pytest.mark.parametrize("name", FALLING)
 
 
 def make(name, num_envs, horizon=None, **kwargs):
@@ -90,7 +97,7 @@ def test_seeds_decide_everything(name):
     assert torch.equal(venv.tasks, other.tasks)
     assert torch.equal(venv.reset()[0], other.reset()[0])  # the second episodes, unseeded, follow from the first seed
     assert torch.equal(venv.tasks, other.tasks)
-    assert not torch.equal(venv.tasks, make(name, 4).sample_tasks(4, seeded(99))) or name in SAME_TASKS
+    assert not torch.equal(venv.tasks, make(name, 4).sample_tasks(4, seeded(99))) or name in {*SAME_TASKS, *ONE_TASK}
     if name in MUJOCO:
         assert not torch.equal(first, venv.reset(seed=6)[0])
 
@@ -146,8 +153,7 @@ def test_horizon_is_the_only_truncation(name):
 def test_an_early_end_is_latched_and_pays_nothing(name):
     venv = make(name, 24, horizon=60, dtype=torch.float64)
     obs, reward, terminated, truncated = play(venv, random_actions(venv, 60), venv.sample_tasks(24, seeded(0)))
-    falls = name in ("AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams")
-    assert bool(terminated.any()) == (falls or name == "MouseCheese")
+    assert bool(terminated.any()) == (name in FALLING or name == "MouseCheese")
     assert not truncated[:-1].any()
     for world in range(24):
         ends = terminated[:, world].nonzero()
@@ -157,6 +163,21 @@ def test_an_early_end_is_latched_and_pays_nothing(name):
             assert reward[end, world] != 0  # the step that ends an episode is paid
             assert (reward[end + 1 :, world] == 0).all()
             assert (obs[end + 1 :, world] == obs[end + 1, world]).all()
+
+
+@every_box
+def test_the_observation_tells_which_episodes_have_ended(name):
+    """`ended`, a pure function, against the flags of real episodes; both say so from the end on."""
+    family, venv = FAMILIES[name], make(name, 24, horizon=60, dtype=torch.float64)
+    obs, _, terminated, _ = play(venv, random_actions(venv, 60), venv.sample_tasks(24, seeded(0)))
+    ended = family.ended(obs)
+    assert (ended.shape, ended.dtype) == ((61, 24), torch.bool)
+    assert not ended[0].any()
+    assert torch.equal(ended[1:], terminated)
+    assert bool(ended.any()) == (name in FALLING)
+    assert family.ended(obs[-1, 3]) == ended[-1, 3]
+    if name not in FALLING:
+        assert not family.ended(1e6 * torch.randn(1000, obs.shape[-1], generator=seeded(0))).any()
 
 
 @every_determined
@@ -221,6 +242,10 @@ def test_test_tasks_are_held_out(name):
     if name in SAME_TASKS:
         assert {*train.flatten().tolist()} == {*test.flatten().tolist()} == {1.0, -1.0}
         assert train.sum() == 0
+        return
+    if name in ONE_TASK:
+        assert torch.equal(train, torch.ones(3000, 1, dtype=torch.float64))
+        assert torch.equal(test, train)
         return
     if name == "MouseCheese":
         train_mazes, test_mazes = ({tuple(doors) for doors in tasks[:, :4].tolist()} for tasks in (train, test))
@@ -332,6 +357,34 @@ def test_scaled_actions_span_the_bounds():
     torch.testing.assert_close(scaled.step(action)[0], plain.step(action * plain._high / 10)[0], rtol=0, atol=1e-9)
 
 
+class Lopsided(Navigation2D):
+    """Bounds that are symmetric neither about 0 nor to each other."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__(num_envs, **kwargs)
+        low, high = np.array([-1, 2], np.float32), np.array([3, 2.5], np.float32)
+        TaskVectorEnv.__init__(self, num_envs, self.single_observation_space, Box(low, high), **kwargs)
+
+
+@pytest.mark.parametrize("family", [Lopsided, Navigation2D, HumanoidDir])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_executed_actions_are_those_of_the_family(family, scale):
+    scaled, plain = ScaleActions(family(3, dtype=torch.float64), scale), family(3, dtype=torch.float64)
+    low, high = (bound.astype(np.float64) for bound in (plain.single_action_space.low, plain.single_action_space.high))
+    # Uniform in +-2 scale: about half the numbers are out of bounds, and are clipped.
+    unit = 4 * torch.rand(5, 3, len(low), generator=seeded(0), dtype=torch.float64) - 2
+    executed = scaled.executed(scale * unit)
+    expected = low + (unit.numpy() + 1) / 2 * (high - low)
+    np.testing.assert_allclose(scaled.mapped(scale * unit), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(executed, np.clip(expected, low, high), rtol=0, atol=1e-12)
+    assert 0.3 < float((executed != scaled.mapped(scale * unit)).double().mean()) < 0.7
+    tasks = plain.sample_tasks(3, seeded(0))
+    scaled.reset(seed=0, options={"tasks": tasks}), plain.reset(seed=0, options={"tasks": tasks})
+    for action, units in zip(scale * unit, executed, strict=True):
+        results = scaled.step(action)[:4], plain.step(units)[:4]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @every_family
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_sees_the_same_worlds(name):
@@ -384,6 +437,11 @@ ORIGINAL = {
     "HumanoidDir": "Humanoid-v5",
     "HopperRandParams": "Hopper-v5",
     "WalkerRandParams": "Walker2d-v5",
+    "HalfCheetahForward": "HalfCheetah-v5",
+    "AntForward": "Ant-v5",
+    "SwimmerForward": "Swimmer-v5",
+    "HopperForward": "Hopper-v5",
+    "Walker2dForward": "Walker2d-v5",
 }
 
 
@@ -405,6 +463,12 @@ def expected_reward(name, before, after, dt, action, task):
             return -abs(after[0] - task[0]) - abs(after[1] - task[1]) - 0.1 * cost
         case "HumanoidDir":
             return 1.25 * velocity @ task - 0.1 * cost + 5
+        case "HalfCheetahForward":
+            return velocity[0] - 0.1 * cost
+        case "AntForward":
+            return velocity[0] + 1 - 0.005 * cost
+        case "SwimmerForward":
+            return velocity[0] - 1e-4 * cost
         case _:
             return velocity[0] + 1 - 1e-3 * cost
 
@@ -413,11 +477,11 @@ def expected_obs(name, before, after, velocity_after, dt):
     velocity = (after - before)[:2] / dt
     if name == "AntGoal":
         return np.concatenate([after, velocity_after])
-    if name.endswith("RandParams"):
+    if name.startswith(("Hopper", "Walker")):
         return np.concatenate([after[1:], np.clip(velocity_after, -10, 10), velocity[:1]])
     if name.startswith("HalfCheetah"):
         return np.concatenate([after[1:], velocity_after, velocity[:1]])
-    return np.concatenate([after[2:], velocity_after, velocity])
+    return np.concatenate([after[2:], velocity_after, velocity[: 1 if name in ONE_TASK else 2]])
 
 
 def original(name):
@@ -483,6 +547,46 @@ def test_physics_equal_gymnasium(name, seed):
     compare(name, original(name), venv, tasks, actions, atol=1e-5 if name == "HumanoidDir" else 1e-8)
 
 
+@pytest.mark.parametrize("name", ["HalfCheetahForward", "SwimmerForward", "HopperForward", "Walker2dForward"])
+@pytest.mark.parametrize("seed", [1, 2])  # with 2 the hopper and the walker fall within 20 steps, with 1 they do not
+def test_forward_rewards_are_gymnasiums_own(name, seed):
+    """What Gymnasium's `step` returns; where a fall ends the episode it withholds the bonus of 1, and ours does not."""
+    venv, single = make(name, 1, horizon=20, dtype=torch.float64), original(name)
+    venv.reset(seed=seed)
+    single.reset(seed=0)
+    single.set_state(venv.qpos(venv._state)[0], venv.qvel(venv._state)[0])
+    paid = 0
+    for action in random_actions(venv, 20, seed):
+        _, expected, single_terminated, _, _ = single.step(action[0].numpy())
+        _, reward, terminated, truncated, _ = venv.step(action)
+        assert bool(terminated[0]) == single_terminated
+        assert float(reward[0]) == pytest.approx(expected + float(terminated[0]), abs=1e-8)
+        if terminated[0]:
+            break
+        paid += 1
+    assert bool(terminated[0]) == (seed == 2 and name in FALLING)
+    assert truncated[0] or (terminated[0] and paid >= 10)
+
+
+@pytest.mark.parametrize("name", ONE_TASK)
+def test_forward_families_go_on_for_gymnasiums_horizon(name):
+    assert make(name, 1).horizon == 200
+    assert gym.spec(ORIGINAL[name]).max_episode_steps == 1000
+    venv = make(name, 1, horizon=1000)
+    venv.reset(seed=0)
+    truncated = [bool(venv.step(torch.zeros(1, *venv.single_action_space.shape))[3][0]) for _ in range(1000)]
+    assert truncated == [False] * 999 + [True]
+    with pytest.raises(gym.error.ResetNeeded):
+        venv.step(torch.zeros(1, *venv.single_action_space.shape))
+
+
+@pytest.mark.parametrize("name", ONE_TASK)
+def test_the_one_task_means_nothing(name):
+    venv = make(name, 3, horizon=5, dtype=torch.float64)
+    one, other = (play(venv, random_actions(venv, 5), torch.full((3, 1), number)) for number in (1.0, -7.0))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "coordinate", "value", "speed"),
     [
@@ -490,6 +594,9 @@ def test_physics_equal_gymnasium(name, seed):
         ("HumanoidDir", 2, 1.96, 1.0),
         ("HopperRandParams", 2, 0.19, 0.5),
         ("WalkerRandParams", 2, -0.99, -1.0),
+        ("AntForward", 2, 0.85, 2.2),
+        ("HopperForward", 2, 0.19, 0.5),
+        ("Walker2dForward", 2, -0.99, -1.0),
     ],
 )
 def test_falls_end_episodes_when_gymnasiums_do(name, coordinate, value, speed):
@@ -502,28 +609,55 @@ def test_falls_end_episodes_when_gymnasiums_do(name, coordinate, value, speed):
     assert compare(name, single, venv, tasks, random_actions(venv, 20), warm_start=False, start=start) in range(1, 19)
 
 
-@pytest.mark.parametrize("name", ["AntDir", "HumanoidDir", "HopperRandParams", "WalkerRandParams"])
+@every_falling
 def test_early_ends_equal_gymnasium(name):
-    """States put on either side of each limit of health."""
-    single = original(name)
+    """States put on either side of each limit of health, and on it."""
+    single, body = original(name), ORIGINAL[name]
     venv = make(name, 2)
     venv.reset(seed=0)
-    limits = {"AntDir": (0.2, 1.0), "HumanoidDir": (1.0, 2.0), "HopperRandParams": (0.7,), "WalkerRandParams": (0.8, 2)}
-    height = {"AntDir": 2, "HumanoidDir": 2}.get(name, 1)
-    cases = [(height, limit + side) for limit in limits[name] for side in (-1e-3, 1e-3)]
+    limits = {"Ant-v5": (0.2, 1.0), "Humanoid-v5": (1.0, 2.0), "Hopper-v5": (0.7,), "Walker2d-v5": (0.8, 2.0)}[body]
+    height = 2 if body in ("Ant-v5", "Humanoid-v5") else 1
+    # Gymnasium's humanoid is unhealthy at its limits, ours is not.
+    sides = (-1e-3, 1e-3) if body == "Humanoid-v5" else (-1e-3, 0, 1e-3)
+    cases = [(height, limit + side) for limit in limits for side in sides]
     if height == 1:
-        limit = 0.2 if name == "HopperRandParams" else 1.0
-        cases += [(2, sign * (limit + side)) for sign in (1, -1) for side in (-1e-3, 1e-3)]
-        cases += [(len(single.init_qpos) + 3, speed) for speed in (-101.0, 99.0, 101.0)]
+        limit, knee = 0.2 if body == "Hopper-v5" else 1.0, 4
+        cases += [(2, sign * (limit + side)) for sign in (1, -1) for side in sides]
+        cases += [(knee, sign * value) for sign in (1, -1) for value in (99.9, 100, 100.1)]
+        cases += [(0, 101), (0, -101), (height, 101)]  # x and the hopper's height are not limited
+        # Of velocities, clipped to +-10 in the observation, only HopperRandParams looks at the unclipped ones.
+        speeds = (-99.0, 99.0) if name == "HopperForward" else (-101.0, -100.0, -99.0, 99.0, 100.0, 101.0)
+        cases += [(len(single.init_qpos) + 3, speed) for speed in speeds]
     seen = set()
     for coordinate, value in cases:
         state = np.concatenate([single.init_qpos, single.init_qvel])
         state[coordinate] = value
         single.set_state(state[: single.model.nq], state[single.model.nq :])
         healthy = bool(single.is_healthy)
-        assert bool(venv._fallen(np.concatenate([[0.0], state])[None])[0]) != healthy, (coordinate, value)
+        state = np.concatenate([[0.0], state])[None]
+        assert bool(venv._fallen(state, venv._observe(state, state))[0]) != healthy, (coordinate, value)
         seen.add(healthy)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["HopperRandParams", "WalkerRandParams", "HopperForward", "Walker2dForward"])
+def test_speeds_beyond_the_clipped_observation(name):
+    """A body at 150 m/s: Gymnasium's hopper is unhealthy from 100 on. The forward hopper looks at what is observed."""
+    venv, single = make(name, 2, horizon=3, dtype=torch.float64), original(name)
+    tasks = torch.zeros(2, venv.task_dim, dtype=torch.float64)
+    action = torch.zeros(venv.action_space.shape, dtype=torch.float64)
+    start = np.concatenate([single.init_qpos, single.init_qvel])
+    start[single.model.nq] = 150
+    single.set_state(start[: single.model.nq], start[single.model.nq :])
+    venv.reset(seed=0, options={"tasks": tasks})
+    venv._state[0, 1:] = start
+    obs, _, terminated, _, info = venv.step(action)
+    assert obs[0, -1] > 140  # the mean velocity is not clipped, and is no coordinate
+    assert obs[0, venv.model.nq - 1 : -1].abs().max() == 10
+    assert not venv.ended(obs).any()
+    assert single.step(action[0].numpy())[2] == (ORIGINAL[name] == "Hopper-v5")
+    assert terminated.tolist() == [name == "HopperRandParams", False]
+    assert not info["diverged"].any()
 
 
 @pytest.mark.parametrize("name", ["HopperRandParams", "WalkerRandParams"])

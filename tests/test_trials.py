@@ -12,7 +12,9 @@ from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D
 
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
-PHYSICS = [name for name, family in FAMILIES.items() if family.__module__.endswith(("locomotion", "random_params"))]
+PHYSICS = [
+    name for name, family in FAMILIES.items() if family.__module__.endswith(("locomotion", "random_params", "forward"))
+]
 UP, DOWN, RIGHT = 0, 1, 3
 
 

@@ -1,0 +1,61 @@
+"""Imagined: worlds of a family that move as a learned model says, for algorithms that practise in their models."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from envs.core import ScaleActions, TaskVectorEnv
+
+
+class Imagined(ScaleActions):
+    """A batch of the same family, horizon and action scale as another, whose transitions come from a function.
+
+        imagined = Imagined(envs.make("HalfCheetahForward-v0", 20, horizon=200), num_envs=100)
+        imagined.follow(dynamics, low, high)               # next_obs [B, O] = dynamics(obs [B, O], action [B, A])
+        obs, info = imagined.reset(seed=0, options={"tasks": tasks})      # the family's own start states and tasks
+        obs, reward, terminated, truncated, info = imagined.step(action)  # its rewards, early ends and horizon
+
+    An imagined world whose prediction leaves [low, high], or is not finite, has diverged: as in the physics, it ends
+    there, stays at the last good observation, and `info["diverged"]` [B] (bool) stays true for it until the reset.
+
+    Args:
+        envs: a `TaskVectorEnv` in a `ScaleActions`; it is not changed. TypeError for another, or if its reward is not a
+            function of observations, action and task.
+        num_envs: number of imagined worlds B.
+    """
+
+    def __init__(self, envs: ScaleActions, num_envs: int):
+        family = envs.unwrapped
+        if (
+            not isinstance(envs, ScaleActions)
+            or type(family)._transition_reward is not TaskVectorEnv._transition_reward
+        ):
+            raise TypeError("its reward is not known as a function of what is observed, so that it cannot be imagined")
+        size = {"max_episode_steps": family.horizon, "device": family.device, "dtype": family.dtype}
+        super().__init__(type(family)(num_envs, **size), envs.scale)
+        self.unwrapped.can_terminate = True
+        self.unwrapped._advance = self._predict  # all else is the family's own
+
+    def follow(self, dynamics: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> None:
+        """Move by `dynamics` from now on, within [low, high] ([O] each); actions are within the family's bounds."""
+        self.dynamics, self.lowest, self.highest = dynamics, low, high
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """As the family's own `reset`."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.diverged = torch.zeros(self.num_envs, dtype=torch.bool, device=obs.device)
+        return obs, info
+
+    @property
+    def diverged_share(self) -> float:
+        """Of the worlds, how many have diverged since the reset, from 0 to 1."""
+        return float(self.diverged.float().mean())
+
+    def _predict(self, action: Tensor) -> tuple[Tensor, Tensor, dict]:
+        family = self.unwrapped
+        next_obs = self.dynamics(family._obs, action)
+        wild = ~((next_obs >= self.lowest) & (next_obs <= self.highest)).all(-1)
+        self.diverged = self.diverged | (wild & ~family._over)
+        next_obs = torch.where(wild[:, None], family._obs, next_obs)
+        return next_obs, family.ended(next_obs) | wild, {"diverged": self.diverged.clone()}
