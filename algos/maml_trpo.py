@@ -254,12 +254,12 @@ def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
     return x_W
 
 
-def fisher_product(vector_W: Tensor, like: Params, supports: list[Episodes], query: Episodes, args: Args):
+def fisher_product(vector_W: Tensor, like: Params, adapted, supports: list, query: NamedTuple, args: Args):
     """v -> F v + damping v on a share of the episodes: F, the KL's Hessian at theta, as J^T M J, linearised once."""
     keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    *supports, query = (Episodes(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
+    *supports, query = (type(batch)(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
     weight_NB1 = (query.mask / query.mask.sum((1, 2), keepdim=True)).flatten(1)[..., None] / len(query.mask)
-    outputs, transposed = vjp(lambda w_W: adapted_policies(unflatten(w_W, like), supports, query, args)[1:], vector_W)
+    outputs, transposed = vjp(lambda w_W: adapted(unflatten(w_W, like), supports, query, args)[1:], vector_W)
     _, jacobian = vjp(lambda cotangents: transposed(cotangents)[0], outputs)  # J^T c is linear in c: its vjp is J v
 
     def product(v_W: Tensor) -> Tensor:
@@ -271,16 +271,16 @@ def fisher_product(vector_W: Tensor, like: Params, supports: list[Episodes], que
     return product
 
 
-def trpo_step(theta: Params, supports: list[Episodes], query: Episodes, args: Args) -> tuple[Params, dict]:
-    """One constrained step on theta, and its statistics; theta stays where no tried step satisfies the constraint."""
+def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: Args) -> tuple[Params, dict]:
+    """One constrained step on theta, or none, and its statistics; `adapted` gives J_i [N] and the policies' outputs."""
     vector_W = torch.cat([value.flatten() for value in theta.values()])
 
     def objective(w_W: Tensor):
-        J_N, *outputs = adapted_policies(unflatten(w_W, theta), supports, query, args)
+        J_N, *outputs = adapted(unflatten(w_W, theta), supports, query, args)
         return J_N.mean(), outputs  # [6]
 
     gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)  # [7]
-    product = fisher_product(vector_W, theta, supports, query, args)
+    product = fisher_product(vector_W, theta, adapted, supports, query, args)
     direction_W = conjugate_gradient(product, gradient_W)  # [8]
     step_W = direction_W * (2 * args.max_kl / (direction_W @ product(direction_W)).clamp_min(1e-30)).sqrt()
     for fraction in (*(0.8**k for k in range(15)), 0.0):
@@ -318,7 +318,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
             batches.append(collect(envs, tasks_NP, params, args, generator))  # [2]
             params = adapt(params, batches[-1], args)
         batches.append(collect(envs, tasks_NP, params, args, generator))  # [5]
-        theta, stats = trpo_step(theta, batches[:-1], batches[-1], args)
+        theta, stats = trpo_step(theta, adapted_policies, batches[:-1], batches[-1], args)
         state["env_steps"] += int(sum(batch.mask.sum() for batch in batches))
         state |= {"theta": theta, "generator": generator.get_state()}
         stats |= {f"train/return_{name}": float(batches[i].total.mean()) for i, name in ((0, "pre"), (-1, "post"))}

@@ -188,7 +188,7 @@ def meta_gradient(theta, supports, query, args, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or b)
-        ours.trpo_step(theta, supports, query, args)
+        ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
     return seen[0]
 
 
@@ -541,7 +541,7 @@ def test_fisher_product_against_the_hessian_of_the_kl(estimator, inner_steps, le
     args.fisher_fraction, args.cg_damping = fraction, 0.01
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    product = ours.fisher_product(flat(theta), theta, supports, query, args)
+    product = ours.fisher_product(flat(theta), theta, ours.adapted_policies, supports, query, args)
     half = slice(None, round(fraction * E))
     *supports, query = (ours.Episodes(*(x[:, half] for x in batch)) for batch in (*supports, query))
     assert 0 < query.mask.mean() < 1
@@ -762,8 +762,8 @@ def test_nothing_behind_an_early_end_matters(estimator):
             for batch, x in ((batch, size * (1 - batch.mask)) for batch in (*supports, query))
         )
         J = ours.adapted_policies(ours.unflatten(away, theta), s, q, args)[0]
-        fisher = ours.fisher_product(flat(theta), theta, s, q, args)(away)
-        moved, stats = ours.trpo_step(theta, s, q, args)
+        fisher = ours.fisher_product(flat(theta), theta, ours.adapted_policies, s, q, args)(away)
+        moved, stats = ours.trpo_step(theta, ours.adapted_policies, s, q, args)
         results.append((J, fisher, flat(moved), torch.tensor(list(stats.values()))))
     for plain, disturbed in zip(*results, strict=True):
         close(disturbed, plain, 1e-8)
@@ -777,7 +777,7 @@ def test_trpo_step(estimator, inner_steps, max_kl, monkeypatch):
     args = make_args(estimator=estimator, inner_steps=inner_steps, max_kl=max_kl, cg_damping=0.5, inner_lr=0.2)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    moved, stats = ours.trpo_step(theta, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
     g = meta_gradient(theta, supports, query, args, monkeypatch)
     F = explicit_fisher(theta, supports, query, args) + 0.5 * torch.eye(len(g))
     direction = torch.linalg.solve(F, g)
@@ -810,13 +810,13 @@ def test_theta_stays_when_no_step_is_acceptable(obstacle, monkeypatch):
     args = make_args()
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    assert ours.trpo_step(theta, supports, query, args)[1]["train/step"] > 0
+    assert ours.trpo_step(theta, ours.adapted_policies, supports, query, args)[1]["train/step"] > 0
     if obstacle == "downhill":  # a direction that lowers J, with a small enough step
         monkeypatch.setattr(ours, "conjugate_gradient", lambda product, b: -b)
     else:  # a curvature that is underestimated, hence steps that are 1000 times too long
-        product = ours.fisher_product(flat(theta), theta, supports, query, args)
+        product = ours.fisher_product(flat(theta), theta, ours.adapted_policies, supports, query, args)
         monkeypatch.setattr(ours, "fisher_product", lambda *_: lambda v: 1e-6 * product(v))
-    moved, stats = ours.trpo_step(theta, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
     assert all(torch.equal(moved[name], theta[name]) for name in theta)
     assert stats["train/step"] == 0
     assert abs(stats["train/kl"]) < 1e-12
@@ -832,7 +832,7 @@ def test_no_reward_no_step_no_nan(estimator):
     *supports, query = (ours.collect(envs, tasks, theta, args, seeded(i)) for i in range(3))
     assert query.total.eq(0).all()
     assert query.advantage.eq(0).all()
-    moved, stats = ours.trpo_step(theta, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
     assert all(torch.equal(moved[name], theta[name]) for name in theta)
     assert all(math.isfinite(x) for x in stats.values())
     assert stats["train/gradient_norm"] == 0

@@ -123,10 +123,10 @@ def test_gradient_fisher_product_and_step_agree(inner_steps, variant):
     torch.testing.assert_close(grad(objective)(vector), gradient, rtol=1e-9, atol=1e-11)
 
     v = torch.randn(vector.shape, generator=generator, dtype=torch.float64)
-    own = ours.fisher_product(vector, theta, batches[:-1], batches[-1], args)(v)
+    own = ours.fisher_product(vector, theta, ours.adapted_policies, batches[:-1], batches[-1], args)(v)
     torch.testing.assert_close(own, peer.fisher_product(kl, leaves, args.cg_damping)(v), rtol=1e-9, atol=1e-11)
 
-    new, stats = ours.trpo_step(theta, batches[:-1], batches[-1], args)
+    new, stats = ours.trpo_step(theta, ours.adapted_policies, batches[:-1], batches[-1], args)
     peer_new, peer_stats = peer.trpo_step(leaves, lists, args)
     assert peer_stats["step"] == stats["train/step"] > 0
     assert peer_stats["kl"] == pytest.approx(stats["train/kl"], rel=1e-5)
