@@ -6,6 +6,7 @@
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
+    python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
 maml_trpo and its like, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the
@@ -40,7 +41,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_pearl, speed_rl2, speed_supervised  # noqa: E402
+from benchmark import speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
@@ -49,21 +50,24 @@ class Options:
     algorithm: tyro.conf.Positional[
         Literal[
             "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
-            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac",
+            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo",
         ]
     ]  # fmt: skip
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations (PEARL: blocks), after one that warms up; default 5, RL2 20, supervised algorithms 40"""
+    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 20,
+    supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
-    """also measure the same algorithm written the usual way (always done for supervised ones; of RL2 for its GRU)"""
+    """also measure the same algorithm written the usual way (always done for supervised ones and MB-MPO; of RL2 for its
+    GRU)"""
     peer_iterations: int = 1
     """measured iterations of the peer, at most `iterations`, after one that warms up (maml_trpo: on a single task);
-    PEARL's are always all"""
+    PEARL's and MB-MPO's are always all"""
     peer_tasks: int = 0
-    """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all"""
+    """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all, as it always is for the
+    models of MB-MPO"""
 
 
 def load(path: Path) -> ModuleType:
@@ -254,6 +258,8 @@ def runner(name: str):
         return run_reinforcement, 5
     if name == "pearl_sac":
         return run_pearl, 5
+    if name == "mbmpo":
+        return run_mbmpo, 10
     return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
 
 
@@ -291,9 +297,16 @@ def run_pearl(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
     return speed_pearl.report(args, watch) | speed_pearl.sizes(options, args, envs, watch) | about
 
 
+def run_mbmpo(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    about, worlds = describe(options, args), speed_mbmpo.make_worlds(args)
+    with suppress(FinishedError):
+        speed_mbmpo.measure(algorithm, args, *worlds, watch)
+    return speed_mbmpo.report(watch) | speed_mbmpo.sizes(args, watch) | about
+
+
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
     if options.peer and options.algorithm != "maml_trpo":
-        raise SystemExit(f"--peer: {options.algorithm} has none; allowed with maml_trpo, rl2_ppo, pearl_sac")
+        raise SystemExit(f"--peer: {options.algorithm} has none; allowed with maml_trpo, rl2_ppo, pearl_sac, mbmpo")
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
     envs = task_envs.TaskGiven(envs) if getattr(args, "task_given", False) else envs

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "algos").glob("*.py"))
 RECORDS = ("Run", "load_checkpoint")  # the block that every file repeats
 SUPERVISED = ("maml", "fomaml", "reptile")
-LONGEST = {"rl2_transformer_ppo": 495}  # lines: two encoders, each with a cache
+LONGEST = {"rl2_transformer_ppo": 495, "mbmpo": 480}  # lines: two encoders, each with a cache; models beside TRPO
 HEADINGS = ("Paper", "Run", "Result", "Algorithm", "Symbols", "Shapes", "Differs")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -218,6 +218,21 @@ class PrimeWorlds(PrimeSizes):
     num_envs = SIZES["N"]
 
 
+class PrimeModels(PrimeSizes):
+    """Real worlds and imagined ones, which are as many."""
+
+    diverged_share = 0.0
+
+    def sample_tasks(self, n, generator, split="train"):
+        return super().sample_tasks(n, generator, split)
+
+    def follow(self, *dynamics):
+        self.dynamics = dynamics
+
+    def executed(self, action):
+        return action.clamp(-1, 1)
+
+
 class PrimeTasks:
     """Supervised tasks whose axes all differ in size."""
 
@@ -250,6 +265,9 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     if hasattr(traced.Args, "latent_size"):
         envs, wanted, sizes, init = PrimeWorlds(), pearl, SIZES | {"M": 19, "Z": 3, "V": 31, "I": 16}, "init_state"
         sizes.pop("B")  # of a batch, or of a context
+    elif hasattr(traced.Args, "num_models"):
+        wanted |= {"num_models": 5, "real_episodes": 3, "model_size": 19, "meta_steps": 1, "model_epochs": 2}
+        envs, sizes, init = PrimeModels(), SIZES | {"I": 13 + 2}, None
     elif hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
     elif hasattr(traced.Args, "episodes_per_trial"):
@@ -285,9 +303,13 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         known = sizes | ({} if init == "init_state" else {"W": sum(value.numel() for value in theta.values())})
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
         state |= theta if init == "init_state" else {"theta": theta}
+        worlds = [envs]
+        if hasattr(args, "num_models"):
+            state |= {"models": traced.init_models(envs, args, generator), "data": {}}
+            worlds += [PrimeModels()]
         sys.setprofile(check)
         try:
-            traced.train(envs, args, Quiet, state)  # its first iteration evaluates, too
+            traced.train(*worlds, args, Quiet, state)  # its first iteration evaluates, too
         finally:
             sys.setprofile(None)
     del sys.modules["traced"]
@@ -307,6 +329,8 @@ def test_every_suffix_is_true(path, tmp_path):
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
     else:
         assert {"mask_NET", "tasks_NP", "obs_NETO"} <= checked
+    if path.stem == "mbmpo":
+        assert {"x_MI", "y_MO", "order_NM", "train_NR", "valid_NV", "error_N", "return_NE", "J_N"} <= checked
     if path.stem == "maml_trpo":
         assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETK", "vector_W", "J_N"} <= checked
 
@@ -314,7 +338,7 @@ def test_every_suffix_is_true(path, tmp_path):
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "score_NK", "score_KN")]
 FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "rows_NTV", "rows_NTI"), ("rl2_ppo", "x_NSI", "x_SNI")]
-FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD")]
+FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]
 
 
 @pytest.mark.parametrize(("name", "true", "false"), FALSE)

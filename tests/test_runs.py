@@ -45,6 +45,9 @@ TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
 EPISODES = ["--env-id", "Navigation2D-v0", "--train-tasks", "5", "--tasks-per-iteration", "3", "--meta-batch-size", "3"]
 EPISODES += ["--initial-episodes", "1", "--horizon", "5", "--updates", "2", "--batch-size", "4", "--context-size", "6"]
 EPISODES += ["--hidden-size", "8", "--replay-size", "20", "--eval-every", "2"]
+IMAGINED = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--num-models", "3", "--real-episodes", "2"]
+IMAGINED += ["--episodes-per-task", "4", "--horizon", "6", "--hidden-size", "8", "--model-size", "8"]
+IMAGINED += ["--model-epochs", "3", "--model-batch-size", "10", "--meta-steps", "2"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
@@ -56,6 +59,7 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "reptile_ppo": ([*TINY, "--inner-steps", "2"], 60),
     "multitask_ppo": (TINY, 30),  # nobody adapts in training
     "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
+    "mbmpo": (IMAGINED, 36),  # 3 models x 2 real episodes x 6 steps
 }
 BEFORE = {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
 each = pytest.mark.parametrize("name", FLAGS)
@@ -111,11 +115,14 @@ def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
 def test_folder_and_metrics(name):
     folder = run("--iterations", "3", name=name)
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
-    assert json.loads((folder / "args.json").read_text())["meta_batch_size"] == 3
+    assert json.loads((folder / "args.json").read_text())["num_models" if name == "mbmpo" else "meta_batch_size"] == 3
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
     assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
     (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
-    assert {f"test/{what}_k{k}" for k in range(3)} | {f"train/{what}_post", "test/gain_ci95"} <= set(rows(folder)[-1])
+    assert {f"test/{what}_k{k}" for k in range(2 if name == "mbmpo" else 3)} | {
+        f"train/{what}_post",
+        "test/gain_ci95",
+    } <= set(rows(folder)[-1])
 
 
 @each
@@ -145,7 +152,7 @@ def test_resume_equals_an_uninterrupted_run(name):
     flags = ["--iterations", "6", *(["--learn-inner-lr"] if name == "maml_trpo" else [])]
     whole = run(*flags, name=name)
     part = run(*flags, name=name, stop_at=4)
-    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in rows(part)] == [1, 2, 3, 4][: 3 if name == "mbmpo" else 4]  # it always saves
     with open(part / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 5, "behind": "the checkpoint"}\n{"itera')  # what a killed run may leave
     run("--resume", str(part), name=name)
@@ -389,6 +396,10 @@ WRONG = {
         ("--tasks-per-iteration", "6"), ("--replay-size", "4"), ("--eval-prior-episodes", "4"), ("--latent-size", "0"),
         ("--posterior-episodes", "0"), ("--prior-episodes", "0"), ("--entropy-coef", "0"), ("--reward-scale", "inf"),
     ],
+    "mbmpo": [
+        ("--inner-lr", "-1"), ("--num-models", "0"), ("--horizon", "5"), ("--model-lr", "nan"), ("--meta-steps", "0"),
+        ("--max-kl", "0"), ("--data-size", "9"), ("--real-episodes", "0"), ("--model-epochs", "0"), ("--gamma", "2"),
+    ],
 }  # fmt: skip
 
 
@@ -432,7 +443,7 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--cuda: torch sees no CUDA device"):
             algorithm.main([*TINY, "--cuda"])
-    for name in ("maml_trpo", "pearl_sac"):
+    for name in ("maml_trpo", "pearl_sac", "mbmpo"):
         with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
             importlib.import_module(f"algos.{name}").main(["--env-id", "Bandit5-v0"])
     with pytest.raises(SystemExit, match=r"--dense-training: .*Navigation2D-v0 .*no dense reward"):
@@ -525,3 +536,23 @@ def test_pearl_learns():
     (folder,) = Path().glob("runs/*")
     last = rows(folder)[-1]
     assert last["test/return_k2"] > max(last["test/return_k0"] + 2.5, -6.5)
+
+
+def test_mbmpo_learns():
+    """A point mass: 2,250 real steps are worth 8 and more, and what was imagined is what comes true."""
+    flags = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--horizon", "30", "--episodes-per-task", "10"]
+    flags += ["--model-size", "32", "--meta-steps", "10", "--real-episodes", "3", "--iterations", "5"]
+    importlib.import_module("algos.mbmpo").main(flags)
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert last["env_steps"] == 5 * 5 * 3 * 30
+    assert last["test/return_k1"] > first["train/return_post"] + 8  # of the untrained policy
+    assert last["test/return_k1"] == pytest.approx(last["train/imagined_post"], abs=0.5)
+
+
+def test_mbmpo_resumes_only_what_fits():
+    folder = run("--iterations", "1", name="mbmpo")
+    main = importlib.import_module("algos.mbmpo").main
+    for flag, value in (("--model-size", "9"), ("--hidden-size", "9"), ("--num-models", "4")):
+        with pytest.raises(SystemExit, match=rf"--resume .* it holds .* the flags ask for .*{value}"):
+            main(["--resume", str(folder), flag, value])
