@@ -33,7 +33,7 @@ from envs import make  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/mbmpo"
 PAPER = {"HalfCheetahForward": (100_000, 550)}  # the authors' real steps and return, as RLlib's README quotes them
-STEPS = 20_000, 40_000, 60_000, 100_000, 200_000, 400_000, 1_000_000, 2_000_000  # of the table
+STEPS = 20_000, 40_000, 60_000, 80_000, 100_000, 400_000, 1_000_000  # of the table
 LEVELS = 200, 300, 400, 500, 600, 700, 800  # returns, likewise
 LABELS = {  # of kept runs, and the metric that is drawn
     "mbmpo": ("MB-MPO, tailored policies", "test/return_k1"),
@@ -149,19 +149,23 @@ def table(options: Options) -> dict:
 
 
 def curves(options: Options) -> None:
-    """docs/images/mbmpo_ENV.png: return over real steps, mean and 95 % interval over seeds."""
+    """docs/images/mbmpo_ENV.png: return over real steps, each seed, and their mean and 95 % interval."""
     env = options.env_id.removesuffix("-v0")
     axes = (figure := Figure(figsize=(9, 5), layout="constrained")).subplots()
     for i, (which, runs) in enumerate(kept(env).items()):
+        for run in runs:
+            axes.plot(*smooth(run).T, f"C{i}", linewidth=0.8, alpha=0.6)  # seeds may end at different steps
         grid, values = common([smooth(run) for run in runs])
         mean, half = interval(values)
-        axes.plot(grid, mean, f"C{i}", label=f"{LABELS[which][0]} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+        axes.plot(
+            grid, mean, f"C{i}", linewidth=2.5, label=f"{LABELS[which][0]} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        )
         if len(runs) > 2:
             axes.fill_between(grid, mean - half, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
     if env in PAPER:
         axes.plot(*PAPER[env], "k*", markersize=12, label="the paper's MB-MPO, as RLlib quotes it")
     axes.set(xscale="log", xlabel="real environment steps", ylabel="return of a real episode", title=f"{env}, T = 200")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     write(figure, f"mbmpo_{env}.png")
 
 
