@@ -2,7 +2,7 @@
 
 Paper: Clavera, Rothfuss, Schulman, Fujita, Asfour, Abbeel 2018, arXiv:1809.05214, Algorithm 1. TRPO: 1502.05477.
 Run: python algos/mbmpo.py --env-id HalfCheetahForward-v0     (--help explains every flag; --cuda uses the GPU)
-Result: HalfCheetahForward, 100,000 real steps: 652, 525 (paper: about 550; TRPO: 13, at a million 483); docs/mbmpo.md
+Result: HalfCheetahForward, 100,000 real steps: 608, 510 (the authors: 550; TRPO: 13, at a million 483); docs/mbmpo.md
 Algorithm:
     [1] repeat: sample real episodes with the policy tailored to each model (at first: pi_theta), into the data D
     [2]     fit each model f_k(s, a) to its own random part of D, until its error on the rest stops falling
@@ -17,8 +17,8 @@ Algorithm:
 Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda of [3] = gae_lambda.
 Shapes: a suffix names a tensor's axes (obs_NETO): N models, E episodes per model, T steps, B samples, O observation,
     A action, P task vector, F features, W all of theta, M rows of D, R of them to fit, V to stop, I inputs (O + A).
-Differs from the paper: the inner gradient is ProMP's (LVC), not the score function's; each fit begins with fresh
-    moments of Adam; no weight normalisation; an imagined episode ends where it leaves far behind what was seen.
+Differs from the paper: `--action-scale` 10 (1), the setting that matters most; the inner gradient is ProMP's (LVC);
+    Adam's moments are fresh in each fit; no weight normalisation; imagination ends far outside what was seen.
 """
 
 import io
@@ -39,7 +39,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, grad_and_value, vjp, vmap
 
-Params = dict[str, Tensor]  # one policy for all models: w0 [O, H], b0 [H], ..; one policy per model: w0 [N, O, H], ..
+Params = dict[str, Tensor]  # a policy: w0 [O, H], b0 [H], ..; one per model: w0 [N, O, H], ..; also models and data
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Args:
     meta_steps: int = 30
     """meta-updates of an iteration; 30 in the authors' code"""
     episodes_per_task: int = 20
-    """imagined episodes in each model before, and again after each inner step (E); 200 in the authors' code"""
+    """imagined episodes in each model before, and again after the inner step (E); 200 in the authors' code"""
     horizon: int = 200
     """steps of an episode, real or imagined (T); 200 in the paper, 1000 in its long runs"""
     hidden_size: int = 32

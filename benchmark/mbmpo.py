@@ -123,7 +123,8 @@ def kept(env: str) -> dict[str, list[list[tuple[float, float]]]]:
 
 
 def smooth(run: list[tuple[float, float]], width: int = 5) -> np.ndarray:
-    """Points [G, 2] whose returns are means over up to `width` neighbours: one iteration's return is noisy."""
+    """Points [G, 2] whose returns are means over `width` neighbours: one iteration's return is noisy. At the ends the
+    outermost one counts several times, so that `table` gives the last returns as a plain mean, too."""
     points = np.array(run, float)
     ends = np.clip(np.arange(len(points))[:, None] + np.arange(width) - width // 2, 0, len(points) - 1)
     points[:, 1] = points[ends, 1].mean(1)
@@ -137,12 +138,14 @@ def first_reach(run: np.ndarray, level: float) -> float:
 
 
 def table(options: Options) -> dict:
-    """Returns of each seed at some numbers of real steps; and, per level that MB-MPO reaches, everyone's steps."""
-    curves = {which: [smooth(run) for run in runs] for which, runs in kept(options.env_id.removesuffix("-v0")).items()}
+    """Returns of each seed at some numbers of real steps, and in its last five rows; and its steps to some returns."""
+    found = kept(options.env_id.removesuffix("-v0"))
+    curves = {which: [smooth(run) for run in runs] for which, runs in found.items()}
     result = {}
     for which, runs in curves.items():
         at = {steps: [float(np.interp(steps, *run.T)) for run in runs if run[-1, 0] >= steps] for steps in STEPS}
         result[which] = {steps: [round(value) for value in values] for steps, values in at.items() if values}
+        result[which]["last five"] = [(int(run[-1][0]), round(np.mean(run[-5:], 0)[1])) for run in found[which]]
         result[which]["steps to"] = {level: [first_reach(run, level) for run in runs] for level in LEVELS}
     print(json.dumps(result, indent=1))
     return result

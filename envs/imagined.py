@@ -27,11 +27,9 @@ class Imagined(ScaleActions):
 
     def __init__(self, envs: ScaleActions, num_envs: int):
         family = envs.unwrapped
-        if (
-            not isinstance(envs, ScaleActions)
-            or type(family)._transition_reward is not TaskVectorEnv._transition_reward
-        ):
-            raise TypeError("its reward is not known as a function of what is observed, so that it cannot be imagined")
+        known = type(family)._transition_reward is TaskVectorEnv._transition_reward
+        if not known or not isinstance(envs, ScaleActions):
+            raise TypeError("its reward is not known as a function of what is observed, or its actions are choices")
         size = {"max_episode_steps": family.horizon, "device": family.device, "dtype": family.dtype}
         super().__init__(type(family)(num_envs, **size), envs.scale)
         self.unwrapped.can_terminate = True

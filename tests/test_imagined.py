@@ -396,6 +396,11 @@ def test_random_rewards_are_refused(name):
     assert "\n" not in str(error.value)
 
 
+def test_choices_are_refused_although_their_reward_is_known():
+    with pytest.raises(SystemExit, match=r"^--env-id.*actions are choices"):
+        envs.imagine(envs.make("MouseCheese-v0", 2, horizon=5, discrete=True), 3)
+
+
 def test_imagine_makes_what_can_be_imagined():
     imagined = envs.imagine(envs.make("HalfCheetahForward-v0", 2, horizon=7, action_scale=3.0), 5)
     assert type(imagined) is Imagined

@@ -60,6 +60,7 @@ def test_the_table_against_a_slow_version(finished, monkeypatch):
     assert result["mbmpo"][40_000] == [400]  # a straight line stays one when it is smoothed, but at its ends
     assert 400_000 not in result["mbmpo"]
     assert result["trpo"][400_000] == [100]
+    assert result["mbmpo"]["last five"] == [(100_000, 980)]  # 960, 970, .. 1000
     assert result["mbmpo"]["steps to"][300] == [30_000]
     assert result["trpo"]["steps to"][300] == [1_200_000]
     assert result["trpo"]["steps to"][500] == [inf]
