@@ -5,10 +5,24 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
+from envs.cartpole import CartPoleFixed, CartPoleLength
 from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
 from envs.fewshot import Glyphs, Omniglot
 from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
+from envs.gridworlds import (
+    EmptyRooms,
+    FixedABC,
+    KeyBox,
+    NonstationaryABC,
+    RandomABC,
+    RandomABCDiagonal,
+    RandomABCReversed,
+    SymABC,
+    SymABCDiagonal,
+    SymABCReversed,
+)
 from envs.imagined import Imagined
+from envs.lifetimes import Lifetimes
 from envs.locomotion import (
     AntDir,
     AntDir2D,
@@ -54,11 +68,32 @@ HORIZONS = {
     DependentBandit: 100,
     TabularMDP: 10,
     MouseCheese: 30,
+    CartPoleLength: 200,
+    CartPoleFixed: 200,
+    EmptyRooms: 100,
+    RandomABC: 10,
+    RandomABCReversed: 10,
+    RandomABCDiagonal: 10,
+    SymABC: 10,
+    SymABCReversed: 10,
+    SymABCDiagonal: 10,
+    FixedABC: 10,
+    NonstationaryABC: 10,
+    KeyBox: 100,
 }
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 
-__all__ = ["HORIZONS", "SUPERVISED", "Imagined", "ScaleActions", "SingleTaskEnv", "SupervisedTasks", "TaskGiven"]
+__all__ = [
+    "HORIZONS",
+    "SUPERVISED",
+    "Imagined",
+    "Lifetimes",
+    "ScaleActions",
+    "SingleTaskEnv",
+    "SupervisedTasks",
+    "TaskGiven",
+]
 __all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "make", "make_supervised"]
 
 

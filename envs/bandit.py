@@ -21,6 +21,7 @@ class Bandit(TaskVectorEnv):
     """
 
     arms = 5
+    world_state = ()
 
     def __init__(self, num_envs, max_episode_steps=10, device="cpu", dtype=torch.float32):
         self.task_dim = self.arms

@@ -11,6 +11,8 @@ episodes of a batch start together and end together at the horizon.
 
 * Autoreset is disabled: after `max_episode_steps` steps `truncated` is true for every world, and the next call must
   be `reset`. The horizon is the only truncation, so `terminated` never means a time-out.
+* `reset(options={"reset_mask": [B]})` restarts only some worlds, as in Gymnasium; from then on every world has its own
+  clock (`envs/lifetimes.py` does this, for algorithms that need endless streams of episodes).
 * An early end is latched: from the step that ends an episode on, `terminated` stays true, and in the later steps the
   reward is 0 and the observation repeats the last one.
 * Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
@@ -87,6 +89,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 20}
     task_dim: int
     can_terminate = False  # whether an episode of this family can end before the horizon
+    world_state: tuple[str, ...] | None = None  # attributes [B, ..] that the next step depends on, beside tasks and obs
 
     def __init__(self, num_envs, obs_space, action_space, max_episode_steps=200, device="cpu", dtype=torch.float32):
         if num_envs < 1 or max_episode_steps < 1:
@@ -115,6 +118,11 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         The mean, where rewards are random."""
 
     @staticmethod
+    def task_in_episode(task: Tensor, episode: Tensor) -> Tensor:
+        """The tasks [B, P] in episodes of these numbers [B] of a lifetime; in non-stationary families they change."""
+        return task
+
+    @staticmethod
     def ended(obs: Tensor) -> Tensor:
         """Which observations [.., O] are of states that end an episode [..] (bool), where the observation tells."""
         return torch.zeros_like(obs[..., 0], dtype=torch.bool)
@@ -136,8 +144,16 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         raise NotImplementedError(f"{type(self).__name__} cannot be rendered")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """Start all episodes: obs [B, O], info. `options={"tasks": [B, task_dim]}` sets the tasks, otherwise fresh
-        training tasks are drawn. Raises ValueError for tasks of another shape or with numbers that are not finite."""
+        """Start all episodes, or those of `options={"reset_mask": [B]}` (bool): obs [B, O], info.
+
+        `options={"tasks": [B, task_dim]}` sets the tasks of the worlds that start, otherwise they draw fresh training
+        tasks. Raises ValueError for tasks of another shape or with numbers that are not finite and for another mask,
+        NotImplementedError where a family's worlds can only start together."""
+        mask, before = (options or {}).get("reset_mask"), {}
+        if mask is not None:
+            before, mask = self._per_world(), torch.as_tensor(mask, device=self.device)
+            if mask.shape != (self.num_envs,) or mask.dtype != torch.bool:
+                raise ValueError(f"reset_mask must be bool [{self.num_envs}], got {mask.dtype} {list(mask.shape)}")
         if seed is not None:
             self._generator.manual_seed(seed)
         tasks = (options or {}).get("tasks")
@@ -156,14 +172,46 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._steps = 0
         self._over = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         self._obs = self._start(tasks, self._generator)
+        if mask is not None:
+            self._keep(before, ~mask)
         return self._obs.clone(), {}
+
+    def _per_world(self) -> dict:
+        """All that the next step depends on, by name: [B, ..] each."""
+        if self.world_state is None:
+            raise NotImplementedError(f"worlds of {type(self).__name__} can only start together")
+        if self._obs is None:
+            raise gym.error.ResetNeeded("call reset() before anything else")
+        if not isinstance(self._steps, Tensor):
+            self._steps = torch.full((self.num_envs,), self._steps, device=self.device)
+        return {name: getattr(self, name) for name in ("tasks", "_steps", "_over", "_obs", *self.world_state)}
+
+    def _keep(self, before: dict, kept: Tensor) -> None:
+        """Of the worlds where `kept` [B] is true, take back what they were."""
+        for name, now in self._per_world().items():
+            rows = kept.reshape(-1, *[1] * (now.ndim - 1))
+            where = torch.where if isinstance(now, Tensor) else np.where
+            setattr(self, name, where(rows if isinstance(now, Tensor) else rows.cpu().numpy(), before[name], now))
+
+    def save_worlds(self) -> dict[str, Tensor]:
+        """Everything that coming steps and resets depend on, for checkpoints."""
+        return {name: torch.as_tensor(value) for name, value in self._per_world().items()} | {
+            "generator": self._generator.get_state()
+        }
+
+    def load_worlds(self, saved: dict[str, Tensor]) -> None:
+        """Continue where `save_worlds` was called, bit-identically on the CPU, in worlds that have been reset once."""
+        for name, now in self._per_world().items():
+            value = saved[name].clone()
+            setattr(self, name, value.to(self.device) if isinstance(now, Tensor) else value.numpy())
+        self._generator.set_state(saved["generator"])
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Advance all worlds by `action` [B, A], clipped to its bounds, or int64 [B] (Discrete): obs [B, O], reward,
         terminated, truncated [B], info. Raises ResetNeeded after the horizon, ValueError for an action of another
         shape, not finite, or no number of a Discrete space."""
         if self._obs is None or self.at_horizon:
-            raise gym.error.ResetNeeded("call reset() before the first step and after every horizon")
+            raise gym.error.ResetNeeded("call reset() before the first step and for worlds at the horizon")
         action = self._checked(action)
         next_obs, ended, info = self._advance(action)
         if self.can_terminate:
@@ -173,14 +221,14 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             reward = torch.where(self._over, 0.0, reward)
             self._over = self._over | ended
         self._obs = next_obs
-        self._steps += 1
-        truncated = torch.full_like(self._over, self.at_horizon)
+        self._steps = self._steps + 1
+        truncated = torch.zeros_like(self._over) | (self._steps >= self.horizon)
         return next_obs.clone(), reward, self._over.clone(), truncated, info
 
     @property
     def at_horizon(self) -> bool:
-        """Whether the horizon is reached, so that `reset` must come next."""
-        return self._steps >= self.horizon
+        """Whether a world has reached the horizon, so that its `reset` must come next."""
+        return bool(torch.as_tensor(self._steps >= self.horizon).any())
 
     def _checked(self, action: Tensor) -> Tensor:
         action = torch.as_tensor(action, dtype=None if self.is_discrete else self.dtype, device=self.device)

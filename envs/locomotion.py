@@ -93,6 +93,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
     """
 
     can_terminate = True  # a world can diverge, even where nothing can fall
+    world_state = ("_state", "_alive", "_diverged")
     model_file: str
     frame_skip: int  # physics steps of one control step
     start_noise: float  # start positions: the model's own + U(-noise, noise); velocities: see `start_velocity`

@@ -23,6 +23,7 @@ class Navigation2D(TaskVectorEnv):
     """
 
     task_dim = 2
+    world_state = ()
     radius = 0.5  # half the side of the drawn square
 
     def __init__(self, num_envs, max_episode_steps=100, device="cpu", dtype=torch.float32):

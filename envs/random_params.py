@@ -22,6 +22,7 @@ class RandomParamsEnv(MujocoTaskVectorEnv):
         geom_friction   [ngeom, 3]      times 1.5 ** exponent   (the floor's too; MuJoCo takes the larger of a pair)
     """
 
+    world_state = None  # the models, compiled for all worlds together, are not among it
     frame_skip = 4
     start_noise, start_velocity = 0.005, "uniform"
 

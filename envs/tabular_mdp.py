@@ -41,6 +41,7 @@ class TabularMDP(TaskVectorEnv):
     """
 
     task_dim = STATES * ACTIONS * (1 + STATES)
+    world_state = ("_transition",)
 
     def __init__(self, num_envs, max_episode_steps=10, device="cpu", dtype=torch.float32):
         space = Box(0, 1, (STATES,), np.float32)

@@ -24,15 +24,22 @@ from envs.navigation import Navigation2D
 ROOT = Path(__file__).parent.parent
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomotion.MujocoTaskVectorEnv)]
-SAME_TASKS = {"HalfCheetahDir", "AntDir"}  # train and test are the same two directions
-ONE_TASK = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]  # always [1]
-DISCRETE = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP", "MouseCheese"]
-RANDOM = DISCRETE[:-1]  # chance decides rewards and states; tests/test_envs_discrete.py has the oracles
+SAME_TASKS = {"HalfCheetahDir", "AntDir", "NonstationaryABC"}  # train and test are the same two tasks
+FORWARD = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]
+ONE_TASK = {**{name: [1.0] for name in FORWARD}, "CartPoleFixed": [0.5], "FixedABC": [1.0, -0.5, 0.5]}
+# Chance decides rewards and states; tests/test_envs_discrete.py has the oracles.
+RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP"]
+POLES = ["CartPoleLength", "CartPoleFixed"]  # tests/test_gridworlds.py has the oracles of these and of the grid worlds
+SWAPPED = ["RandomABCReversed", "RandomABCDiagonal", "SymABCReversed", "SymABCDiagonal"]
+ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"]
+DISCRETE = [*RANDOM, "MouseCheese", *POLES, "EmptyRooms", *ABC]
 FALLING = ["AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams"]
 FALLING += ["AntForward", "HopperForward", "Walker2dForward"]
+ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
+every_telling = pytest.mark.parametrize("name", [n for n in FAMILIES if n not in (*DISCRETE[:7], "EmptyRooms")])
 every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
 every_falling = pytest.mark.parametrize("name", FALLING)
@@ -98,7 +105,7 @@ def test_seeds_decide_everything(name):
     assert torch.equal(venv.reset()[0], other.reset()[0])  # the second episodes, unseeded, follow from the first seed
     assert torch.equal(venv.tasks, other.tasks)
     assert not torch.equal(venv.tasks, make(name, 4).sample_tasks(4, seeded(99))) or name in {*SAME_TASKS, *ONE_TASK}
-    if name in MUJOCO:
+    if name in (*MUJOCO, *POLES):
         assert not torch.equal(first, venv.reset(seed=6)[0])
 
 
@@ -153,7 +160,7 @@ def test_horizon_is_the_only_truncation(name):
 def test_an_early_end_is_latched_and_pays_nothing(name):
     venv = make(name, 24, horizon=60, dtype=torch.float64)
     obs, reward, terminated, truncated = play(venv, random_actions(venv, 60), venv.sample_tasks(24, seeded(0)))
-    assert bool(terminated.any()) == (name in FALLING or name == "MouseCheese")
+    assert bool(terminated.any()) == (name in ENDING)
     assert not truncated[:-1].any()
     for world in range(24):
         ends = terminated[:, world].nonzero()
@@ -165,7 +172,7 @@ def test_an_early_end_is_latched_and_pays_nothing(name):
             assert (obs[end + 1 :, world] == obs[end + 1, world]).all()
 
 
-@every_box
+@every_telling
 def test_the_observation_tells_which_episodes_have_ended(name):
     """`ended`, a pure function, against the flags of real episodes; both say so from the end on."""
     family, venv = FAMILIES[name], make(name, 24, horizon=60, dtype=torch.float64)
@@ -174,9 +181,9 @@ def test_the_observation_tells_which_episodes_have_ended(name):
     assert (ended.shape, ended.dtype) == ((61, 24), torch.bool)
     assert not ended[0].any()
     assert torch.equal(ended[1:], terminated)
-    assert bool(ended.any()) == (name in FALLING)
+    assert bool(ended.any()) == (name in ENDING)
     assert family.ended(obs[-1, 3]) == ended[-1, 3]
-    if name not in FALLING:
+    if name not in ENDING:
         assert not family.ended(1e6 * torch.randn(1000, obs.shape[-1], generator=seeded(0))).any()
 
 
@@ -202,7 +209,7 @@ def test_a_world_does_not_depend_on_its_neighbours(name):
     alone.reset(seed=0, options={"tasks": tasks[2:3]})
     if start is not None:
         alone._state[0] = start
-        alone._obs = batch[0][0, 2:3]
+    alone._obs = batch[0][0, 2:3]
     for step in range(19):
         obs, reward, terminated, _, _ = alone.step(actions[step, 2:3])
         assert torch.equal(obs[0], batch[0][step + 1, 2])
@@ -240,16 +247,21 @@ def test_test_tasks_are_held_out(name):
     venv = make(name, 1, dtype=torch.float64)
     train, test = (venv.sample_tasks(3000, seeded(seed), split) for seed, split in ((0, "train"), (1, "test")))
     if name in SAME_TASKS:
-        assert {*train.flatten().tolist()} == {*test.flatten().tolist()} == {1.0, -1.0}
-        assert train.sum() == 0
+        assert {*train[:, 0].tolist()} == {*test[:, 0].tolist()} == {1.0, -1.0}
+        assert train[:, 0].sum() == 0
+        assert len(torch.cat([train, test]).unique(dim=0)) == 2
         return
     if name in ONE_TASK:
-        assert torch.equal(train, torch.ones(3000, 1, dtype=torch.float64))
+        assert torch.equal(train, torch.tensor(ONE_TASK[name], dtype=torch.float64).expand(3000, -1))
         assert torch.equal(test, train)
         return
     if name == "MouseCheese":
         train_mazes, test_mazes = ({tuple(doors) for doors in tasks[:, :4].tolist()} for tasks in (train, test))
         assert (len(train_mazes), len(test_mazes), len(train_mazes | test_mazes)) == (54, 27, 81)
+        return
+    if name == "EmptyRooms":
+        train_goals, test_goals = ({tuple(goal) for goal in tasks.tolist()} for tasks in (train, test))
+        assert (len(train_goals), len(test_goals), len(train_goals | test_goals)) == (82, 21, 103)
         return
     if name in ("SparseNavigation2D", "AntDir2D", "AntGoal", "HumanoidDir"):
         turns = [torch.atan2(tasks[:, 1], tasks[:, 0]) for tasks in (train, test)]
@@ -260,6 +272,7 @@ def test_test_tasks_are_held_out(name):
         train_part, test_part = (strips * tasks[:, 0] % 1 for tasks in (train, test))
     else:
         ranges = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "HalfCheetahVel3": (0, 3), "AntVel": (0, 3)}
+        ranges |= {"CartPoleLength": (0.5, 5)} | dict.fromkeys(ABC, (-1, 1))
         low, high = ranges.get(name, (-3, 3))
         train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
     # In fiftieths of the range, no interval holds tasks of both kinds, and together they cover all of it.
@@ -568,7 +581,7 @@ def test_forward_rewards_are_gymnasiums_own(name, seed):
     assert truncated[0] or (terminated[0] and paid >= 10)
 
 
-@pytest.mark.parametrize("name", ONE_TASK)
+@pytest.mark.parametrize("name", FORWARD)
 def test_forward_families_go_on_for_gymnasiums_horizon(name):
     assert make(name, 1).horizon == 200
     assert gym.spec(ORIGINAL[name]).max_episode_steps == 1000
@@ -580,7 +593,7 @@ def test_forward_families_go_on_for_gymnasiums_horizon(name):
         venv.step(torch.zeros(1, *venv.single_action_space.shape))
 
 
-@pytest.mark.parametrize("name", ONE_TASK)
+@pytest.mark.parametrize("name", FORWARD)
 def test_the_one_task_means_nothing(name):
     venv = make(name, 3, horizon=5, dtype=torch.float64)
     one, other = (play(venv, random_actions(venv, 5), torch.full((3, 1), number)) for number in (1.0, -7.0))
@@ -826,8 +839,9 @@ for family in pictured:
     single.reset(seed=0)
     first = single.render()
     assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3 and first.std() > 5, family
+    space = single.action_space
     for _ in range(5):
-        single.step(getattr(single.action_space, "high", 3))
+        single.step(space.n - 1 if hasattr(space, "n") else space.high)
     assert not np.array_equal(first, single.render()), family
     single.close()
 still, push = lambda obs: torch.zeros(1, 6), lambda obs: torch.ones(1, 6) * obs.sum().sign()
@@ -835,9 +849,11 @@ cheetahs, points = envs.make("HalfCheetahDir-v0", 2, 12), envs.make("Navigation2
 cheetahs.reset(), points.reset()
 adaptation_gif("a.gif", cheetahs, {{"before": still, "after": push}})
 adaptation_gif("b.gif", points, {{"x": lambda obs: torch.ones(1, 2)}}, every=1)
-mice = envs.make("MouseCheese-v0", 2, 7, discrete=True)
-mice.reset()
-adaptation_gif("c.gif", mice, {{"right": lambda obs: torch.tensor([3])}}, every=1)
+for family in (f for f in pictured if hasattr(f(1).single_action_space, "n")):
+    worlds = envs.make(f"{{family.__name__}}-v0", 2, 7, discrete=True)
+    worlds.reset()
+    last = worlds.action_space.nvec[:1] - 1
+    adaptation_gif(f"{{family.__name__}}.gif", worlds, {{"last": lambda obs: last}}, every=1)
 """
 
 
@@ -864,8 +880,10 @@ def test_rendering(tmp_path):
     with Image.open(tmp_path / "b.gif") as gif:
         assert gif.n_frames == 8
         assert gif.size == (240, 264)
-    with Image.open(tmp_path / "c.gif") as gif:
-        assert gif.n_frames > 1
+    for name in DISCRETE:
+        if name not in RANDOM:
+            with Image.open(tmp_path / f"{name}.gif") as gif:
+                assert gif.n_frames > 1
 
 
 def test_rendering_without_opengl_gives_a_hint(tmp_path):

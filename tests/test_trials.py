@@ -12,9 +12,8 @@ from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D
 
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
-PHYSICS = [
-    name for name, family in FAMILIES.items() if family.__module__.endswith(("locomotion", "random_params", "forward"))
-]
+MOVING = ("locomotion", "random_params", "forward", "cartpole")  # start states are drawn
+PHYSICS = [name for name, family in FAMILIES.items() if family.__module__.endswith(MOVING)]
 UP, DOWN, RIGHT = 0, 1, 3
 
 
