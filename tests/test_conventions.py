@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 
 from tools.sync import definitions, source, sync
 
@@ -218,6 +218,64 @@ class PrimeWorlds(PrimeSizes):
     num_envs = SIZES["N"]
 
 
+class PrimeStreams(PrimeWorlds):
+    """Endless episodes of each world: one ends early, one at its horizon."""
+
+    def sample_tasks(self, n, generator, split="train"):
+        return super().sample_tasks(n, generator, split)
+
+    def step(self, action):
+        obs, reward, over, *_ = super().step(action)
+        worlds = torch.arange(self.num_envs)
+        return obs, reward, over | (worlds == 1), over | (worlds == 2), {"final_obs": obs.clone()}
+
+    def save_worlds(self):
+        return {}
+
+
+class PrimeChoices(PrimeStreams):
+    """Such worlds with two choices; several worlds may have the same task. The last world's lifetimes end at once."""
+
+    is_discrete, single_action_space = True, Discrete(SIZES["A"])
+
+    def __init__(self, num_envs=SIZES["N"]):
+        self.num_envs = num_envs
+
+    def step(self, action):
+        obs, reward, over, late, info = super().step(action[:, None])
+        return obs, reward, over, late, info | {"born": torch.arange(self.num_envs) == self.num_envs - 1}
+
+    def load_worlds(self, saved):
+        return self.reset(seed=0, options={"tasks": self.sample_tasks(self.num_envs, torch.Generator())})[0]
+
+
+class PrimeLives(PrimeWorlds):
+    """Lifetimes of three episodes of four steps, each begun at another time; all end once or twice in a window."""
+
+    single_action_space = Discrete(SIZES["A"])
+
+    def __init__(self):
+        self.clock = torch.arange(SIZES["N"])
+
+    def sample_tasks(self, n, generator, split="train"):
+        return super().sample_tasks(n, generator, split)
+
+    def reset(self, *, seed, options):
+        return super().reset(seed=seed, options={"tasks": torch.zeros(SIZES["N"], SIZES["P"])} | options)
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action[:, None])
+        over, info = self.clock % 4 == 3, {"episode": self.clock // 4 % SIZES["E"], "born": self.clock % 12 == 11}
+        self.clock = self.clock + 1
+        return obs, reward, over & (action > 0), over & (action == 0), info | {"final_obs": -obs}
+
+    def save_worlds(self):
+        return {}
+
+    def load_worlds(self, saved):
+        return torch.randn(self.num_envs, SIZES["O"], generator=self.generator)
+
+
 class PrimeModels(PrimeSizes):
     """Real worlds and imagined ones, which are as many."""
 
@@ -262,9 +320,18 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     supervised |= {"iterations": 1, "eval_steps": 3, "inner_steps": 2}
     pearl = {"meta_batch_size": 5, "tasks_per_iteration": 5, "train_tasks": 19, "horizon": 7, "batch_size": 23}
     pearl |= {"context_size": 29, "latent_size": 3, "hidden_size": 17, "iterations": 1, "updates": 2, "replay_size": 37}
-    if hasattr(traced.Args, "latent_size"):
+    if hasattr(traced.Args, "own_critic_lr"):
+        wanted |= {"window_size": 7, "eval_episodes": 3, "latent_size": 3, "critic_size": 19, "eval_windows": 1}
+        envs, sizes, init = PrimeChoices(), {k: SIZES[k] for k in "NTOAP1"} | {"I": 13 + 2 + 1}, "first_actors"
+    elif hasattr(traced.Args, "latent_size"):
         envs, wanted, sizes, init = PrimeWorlds(), pearl, SIZES | {"M": 19, "Z": 3, "V": 31, "I": 16}, "init_state"
         sizes.pop("B")  # of a batch, or of a context
+    elif hasattr(traced.Args, "episodes_per_lifetime"):
+        wanted |= {"episodes_per_lifetime": 3, "steps": 7, "unroll": 2, "policy_size": 19}
+        envs, sizes, init = PrimeLives(), {k: SIZES[k] for k in "NEOAP1"} | {"I": 13 + 2}, "init_lifetimes"
+    elif hasattr(traced.Args, "reward_lr"):
+        wanted |= {"num_worlds": 5, "rollout_steps": 7, "minibatches": 3, "epochs": 1}
+        envs, sizes, init = PrimeStreams(), {k: SIZES[k] for k in "NTOAP1"}, "first_state"
     elif hasattr(traced.Args, "num_models"):
         wanted |= {"num_models": 5, "real_episodes": 3, "model_size": 19, "meta_steps": 1, "model_epochs": 2}
         envs, sizes, init = PrimeModels(), SIZES | {"I": 13 + 2}, None
@@ -298,12 +365,18 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         args = traced.Args(**{name: value for name, value in all_wanted.items() if hasattr(traced.Args, name)})
         if init is None:
             theta = traced.init_policy(envs, args.hidden_size, generator)
+        elif init == "first_actors":
+            phi = traced.init_critics(envs, 1, args.latent_size, args, generator)
+            theta = traced.first_actors(envs, args, generator, phi) | {"worlds": {}}
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        known = sizes | ({} if init == "init_state" else {"W": sum(value.numel() for value in theta.values())})
+        is_state = init in ("init_state", "first_state", "first_actors", "init_lifetimes")
+        known = sizes | ({} if is_state else {"W": sum(value.numel() for value in theta.values())})
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
-        state |= theta if init == "init_state" else {"theta": theta}
-        worlds = [envs]
+        state |= theta if is_state else {"theta": theta}
+        worlds = [envs, envs] if init in ("first_state", "init_lifetimes") else [envs]
+        if init == "first_actors":
+            worlds += [PrimeChoices(), PrimeChoices(SIZES["N"] * args.eval_episodes)]
         if hasattr(args, "num_models"):
             state |= {"models": traced.init_models(envs, args, generator), "data": {}}
             worlds += [PrimeModels()]
@@ -324,6 +397,13 @@ def test_every_suffix_is_true(path, tmp_path):
         assert {"x_BX", "y_BY", "output_BY", "score_NK"} <= checked
     elif path.stem == "pearl_sac":
         assert {"rows_NTV", "noise_TNA", "uniform_NB", "context_NSI", "precision_NSZ", "z_NBZ", "obs_NBO"} <= checked
+    elif path.stem == "meta_critic":
+        assert {"tasks_NP", "z_NZ", "trace_NTI", "action_NTCA", "feature_NTH", "born_B", "target_NT"} <= checked
+    elif path.stem == "lifetime_rewards":
+        assert {"obs_NTO", "number_NS", "feature_NSH", "log_prob_NTA", "value_NS", "return_NE", "alive_N1"} <= checked
+        assert {"x_NI", "episode_NT", "noise_TNA", "mask_N", "advantage_NT", "norm_N", "tasks_NP", "died_N"} <= checked
+    elif path.stem == "lirpg":
+        assert {"obs_NTO", "trace_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_BF"} <= checked
     elif path.stem.startswith("rl2"):
         assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
@@ -339,6 +419,10 @@ FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", 
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "score_NK", "score_KN")]
 FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "rows_NTV", "rows_NTI"), ("rl2_ppo", "x_NSI", "x_SNI")]
 FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]
+FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP", "tasks_NO")]
+FALSE += [("lifetime_rewards", "noise_TNA", "noise_NTA"), ("lifetime_rewards", "value_NT", "value_TN")]
+FALSE += [("lirpg", "trace_NTT", "trace_NTO"), ("lirpg", "reward_NT", "reward_TN"), ("lirpg", "square_W", "square_A")]
+FALSE += [("meta_critic", "z_NZ", "z_NI"), ("meta_critic", "action_NTCA", "action_NCTA")]
 
 
 @pytest.mark.parametrize(("name", "true", "false"), FALSE)

@@ -48,6 +48,12 @@ EPISODES += ["--hidden-size", "8", "--replay-size", "20", "--eval-every", "2"]
 IMAGINED = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--num-models", "3", "--real-episodes", "2"]
 IMAGINED += ["--episodes-per-task", "4", "--horizon", "6", "--hidden-size", "8", "--model-size", "8"]
 IMAGINED += ["--model-epochs", "3", "--model-batch-size", "10", "--meta-steps", "2"]
+STREAMS = ["--env-id", "Navigation2D-v0", "--num-worlds", "3", "--rollout-steps", "7", "--horizon", "5"]
+STREAMS += ["--delay", "3", "--epochs", "2", "--minibatches", "2", "--eval-every", "2"]
+POLES = ["--meta-batch-size", "3", "--window-size", "7", "--horizon", "5", "--lifetime", "2", "--hidden-size", "8"]
+POLES += ["--critic-size", "9", "--eval-every", "2", "--eval-steps", "2", "--eval-windows", "2", "--eval-episodes", "3"]
+LIVES = ["--env-id", "SymABC-v0", "--meta-batch-size", "3", "--episodes-per-lifetime", "4", "--horizon", "5"]
+LIVES += ["--steps", "3", "--unroll", "2", "--policy-size", "8", "--hidden-size", "8", "--eval-every", "2"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
@@ -60,6 +66,9 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
     "multitask_ppo": (TINY, 30),  # nobody adapts in training
     "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
     "mbmpo": (IMAGINED, 36),  # 3 models x 2 real episodes x 6 steps
+    "lirpg": (STREAMS, 21),  # 3 worlds x 7 steps
+    "lifetime_rewards": (LIVES, 18),  # 3 lifetimes x 2 trajectories x 3 steps
+    "meta_critic": (POLES, 21),  # likewise
 }
 BEFORE = {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
 each = pytest.mark.parametrize("name", FLAGS)
@@ -103,7 +112,8 @@ def rows(folder: Path) -> list[dict]:
 
 
 def theta(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["theta"]
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return state.get("theta") or state["eta"]
 
 
 def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
@@ -115,11 +125,12 @@ def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
 def test_folder_and_metrics(name):
     folder = run("--iterations", "3", name=name)
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
-    assert json.loads((folder / "args.json").read_text())["num_models" if name == "mbmpo" else "meta_batch_size"] == 3
+    width = {"mbmpo": "num_models", "lirpg": "num_worlds"}.get(name, "meta_batch_size")
+    assert json.loads((folder / "args.json").read_text())[width] == 3
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
     assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
     (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
-    assert {f"test/{what}_k{k}" for k in range(2 if name == "mbmpo" else 3)} | {
+    assert {f"test/{what}_k{k}" for k in range(2 if name in ("mbmpo", "lirpg") else 3)} | {
         f"train/{what}_post",
         "test/gain_ci95",
     } <= set(rows(folder)[-1])
@@ -400,6 +411,22 @@ WRONG = {
         ("--inner-lr", "-1"), ("--num-models", "0"), ("--horizon", "5"), ("--model-lr", "nan"), ("--meta-steps", "0"),
         ("--max-kl", "0"), ("--data-size", "9"), ("--real-episodes", "0"), ("--model-epochs", "0"), ("--gamma", "2"),
     ],
+    "lifetime_rewards": [
+        ("--unroll", "1"), ("--steps", "0"), ("--inner-lr", "nan"), ("--inner-gamma", "1.1"), ("--gamma", "-0.1"),
+        ("--episodes-per-lifetime", "0"), ("--entropy-coef", "-1"), ("--inner-max-norm", "0"), ("--lr", "inf"),
+        ("--policy-size", "0"), ("--hidden-size", "-8"), ("--horizon", "0"), ("--meta-batch-size", "0"),
+        ("--seed", "-1"), ("--gae-lambda", "1.1"), ("--value-lr", "0"),
+    ],
+    "lirpg": [
+        ("--delay", "0"), ("--reward-lr", "nan"), ("--intrinsic-coef", "-1"), ("--extrinsic-coef", "inf"),
+        ("--minibatches", "22"), ("--gae-lambda", "1.1"), ("--num-worlds", "0"), ("--live-bonus", "-1"),
+        ("--clip", "0"),
+    ],
+    "meta_critic": [
+        ("--td-lambda", "1.1"), ("--gamma", "-1"), ("--critic-lr", "0"), ("--own-critic-lr", "nan"),
+        ("--lifetime", "0"), ("--window-size", "0"), ("--latent-size", "0"), ("--eval-windows", "0"),
+        ("--eval-episodes", "-1"),
+    ],
 }  # fmt: skip
 
 
@@ -550,9 +577,98 @@ def test_mbmpo_learns():
     assert last["test/return_k1"] == pytest.approx(last["train/imagined_post"], abs=0.5)
 
 
+def test_lirpg_learns_from_the_learned_reward_alone():
+    """Navigation2D, rewards paid every 10 steps and never shown to the policy: after 25,600 steps an episode is worth 3
+    and more than at first, and beats standing still by far (-7.65 on average)."""
+    flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40"]
+    flags += ["--iterations", "40", "--lr", "0.001", "--reward-lr", "0.003"]
+    importlib.import_module("algos.lirpg").main(flags)
+    (folder,) = Path().glob("runs/*")
+    last = rows(folder)[-1]
+    assert json.loads((folder / "args.json").read_text())["extrinsic_coef"] == 0
+    assert last["test/return_k1"] > max(last["test/return_k0"] + 3, -4)
+
+
+def test_lirpg_resumes_only_what_fits_and_goes_on_in_the_midst_of_episodes():
+    flags = ["--env-id", "HopperForward-v0", "--horizon", "30", "--delay", "7", "--iterations", "4"]
+    whole, part = run(*flags, name="lirpg"), run(*flags, name="lirpg", stop_at=3)
+    run(*flags, "--resume", str(part), name="lirpg")
+    assert rows(part) == rows(whole)
+    saved = torch.load(part / "checkpoint.pt", weights_only=True)
+    assert (saved["sums"]["step"] > 0).any()
+    assert any("train/return_post" in row for row in rows(whole))
+    with pytest.raises(SystemExit, match=r"--resume .* it holds .* the flags ask for .*4"):
+        importlib.import_module("algos.lirpg").main(["--resume", str(part), "--num-worlds", "4"])
+
+
 def test_mbmpo_resumes_only_what_fits():
     folder = run("--iterations", "1", name="mbmpo")
     main = importlib.import_module("algos.mbmpo").main
     for flag, value in (("--model-size", "9"), ("--hidden-size", "9"), ("--num-models", "4")):
         with pytest.raises(SystemExit, match=rf"--resume .* it holds .* the flags ask for .*{value}"):
             main(["--resume", str(folder), flag, value])
+
+
+def test_lifetimes_resume_in_their_midst():
+    """Worlds, policies and memories go on where they were, past several ends of lifetimes; other sizes are refused."""
+    flags = ["--episodes-per-lifetime", "2", "--iterations", "16"]
+    whole, part = run(*flags, name="lifetime_rewards"), run(*flags, name="lifetime_rewards", stop_at=4)
+    middle = torch.load(part / "checkpoint.pt", weights_only=True)
+    assert middle["worlds"]["_steps"].any()  # in the midst of episodes
+    assert middle["worlds"]["episode"].any()
+    assert all(memory[0].any() for memory in middle["memory"].values())
+    main = importlib.import_module("algos.lifetime_rewards").main
+    for flag, value in (
+        ("--policy-size", "9"), ("--hidden-size", "9"), ("--meta-batch-size", "4"), ("--env-id", "EmptyRooms-v0"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=r"--resume .*: --env-id, --meta-batch-size and the sizes must be"):
+            main(["--resume", str(part), flag, value])
+    run(*flags, "--resume", str(part), name="lifetime_rewards")
+    assert rows(part) == rows(whole)
+    saved = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part)]
+    for key in ("eta", "phi", "agents", "worlds"):
+        assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
+    for one, other in zip(*(state["memory"].values() for state in saved), strict=True):
+        assert torch.equal(torch.stack(one), torch.stack(other))
+    assert torch.equal(saved[0]["generator"], saved[1]["generator"])
+    assert not torch.equal(middle["worlds"]["births"], saved[0]["worlds"]["births"])  # some ended on the way
+
+
+@pytest.mark.parametrize("env_id", ["Navigation2D-v0", "HalfCheetahDir-v0", "MouseCheese-v0"])
+def test_lifetimes_need_choices_and_worlds_that_start_one_by_one(env_id):
+    with pytest.raises(SystemExit, match=rf"--env-id {env_id}: actions must be choices, and worlds able to start"):
+        importlib.import_module("algos.lifetime_rewards").main([*FLAGS["lifetime_rewards"][0], "--env-id", env_id])
+    assert not Path("runs").exists()
+
+
+def test_lifetime_rewards_learn():
+    """FixedABC: newborn policies earn far more in ten episodes by the learned reward than by the extrinsic one."""
+    flags = ["--env-id", "FixedABC-v0", "--meta-batch-size", "32", "--episodes-per-lifetime", "10"]
+    flags += ["--iterations", "120", "--policy-size", "16", "--hidden-size", "32", "--lr", "0.01", "--value-lr", "0.01"]
+    flags += ["--inner-lr", "1", "--gamma", "0.97"]
+    importlib.import_module("algos.lifetime_rewards").main(flags)
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert last["test/return_lifetime"] > first["test/return_lifetime"] + 0.15
+    assert last["test/return_lifetime"] > last["extrinsic/return_lifetime"] + 0.15
+    assert last["test/return_k9"] > last["test/return_k0"] + 0.2
+
+
+def test_the_meta_critic_teaches():
+    """CartPole, unseen lengths: 20 windows with the frozen critic are worth 20 and more to new actors."""
+    flags = ["--iterations", "500", "--eval-every", "500", "--eval-steps", "1", "--eval-episodes", "5"]
+    importlib.import_module("algos.meta_critic").main(flags)
+    (folder,) = Path().glob("runs/*")
+    last = rows(folder)[-1]
+    assert last["test/return_k1"] > last["test/return_k0"] + 20
+
+
+def test_the_meta_critic_is_for_choices_and_resumes_only_what_fits():
+    main = importlib.import_module("algos.meta_critic").main
+    with pytest.raises(SystemExit, match=r"--env-id Navigation2D-v0: its actions are continuous.* choices"):
+        main(["--env-id", "Navigation2D-v0"])
+    assert not Path("runs").exists()
+    folder = run("--iterations", "1", name="meta_critic")
+    for flag in ("--hidden-size", "--critic-size", "--latent-size", "--meta-batch-size"):
+        with pytest.raises(SystemExit, match=r"--resume .* it holds .* the flags ask for .*4"):
+            main(["--resume", str(folder), flag, "4"])

@@ -1,0 +1,212 @@
+"""The numbers and pictures of docs/lirpg.md: runs, what is kept of them, a table, curves, and a learned reward drawn.
+
+python benchmark/lirpg.py cartpole --seeds 1 2 3 4 5         delayed CartPole, into runs/, and kept
+python benchmark/lirpg.py mujoco --seeds 1 2 3               delayed HalfCheetah and Hopper: LIRPG, PPO, PPO and bonus
+python benchmark/lirpg.py grid --seeds 4                     four rooms with one goal; and its learned reward drawn
+python benchmark/lirpg.py keep runs/A runs/B ..              args and metrics of runs made by hand, into results/
+python benchmark/lirpg.py table                              kept runs: mean returns at their ends
+python benchmark/lirpg.py curves --env-id HopperForward-v0   kept runs: return over steps
+python benchmark/lirpg.py reward runs/A                      the learned reward of a run in a grid world
+"""
+
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from algos import lirpg  # noqa: E402
+from benchmark.curves import common, interval  # noqa: E402
+from benchmark.rl2 import load  # noqa: E402
+from envs import make  # noqa: E402
+
+IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/lirpg"
+PPO = ["--intrinsic-coef", "0", "--extrinsic-coef", "1"]
+CHOICES = ["--entropy-coef", "0.01"]
+POLE = ["--env-id", "CartPoleFixed-v0", "--horizon", "200", *CHOICES, "--iterations", "60", "--eval-every", "10"]
+GRID = ["--env-id", "EmptyRooms-v0", "--horizon", "100", "--delay", "1", "--no-normalize", *CHOICES]
+GRID += ["--iterations", "80", "--eval-every", "20"]
+WAYS = {"lirpg": [], "ppo": PPO, "bonus": [*PPO, "--live-bonus", "0.02"]}  # on MuJoCo
+LABELS = {
+    "lirpg": "LIRPG: the learned reward alone",
+    "both": "LIRPG: the learned and the delayed reward",
+    "ppo": "PPO on the delayed reward",
+    "bonus": "PPO on the delayed reward and a live bonus",
+}
+
+
+@dataclass
+class Options:
+    what: tyro.conf.Positional[Literal["cartpole", "mujoco", "grid", "keep", "table", "curves", "reward"]]
+    """what to make"""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """folders of runs"""
+    seeds: tuple[int, ...] = (1,)
+    """of the runs of `cartpole`, `mujoco` and `grid`"""
+    env_id: str = "HalfCheetahForward-v0"
+    """environment of `curves`"""
+    iterations: int = 150
+    """of the runs of `mujoco`, 2,048 steps each"""
+
+
+def make_run(flags: list[str]) -> Path:
+    """A run by the script's own `main`, into runs/ of the working directory; its folder."""
+    before = set(Path("runs").glob("*"))
+    lirpg.main(flags)
+    (folder,) = set(Path("runs").glob("*")) - before
+    return folder
+
+
+def cartpole(options: Options) -> None:
+    keep(Options("keep", tuple(make_run([*POLE, "--seed", str(seed)]) for seed in options.seeds)))
+
+
+def mujoco(options: Options) -> None:
+    for seed in options.seeds:
+        for env in ("HalfCheetah", "Hopper"):
+            flags = ["--env-id", f"{env}Forward-v0", "--iterations", str(options.iterations), "--eval-every", "30"]
+            folders = [make_run([*flags, "--seed", str(seed), *more]) for more in WAYS.values()]
+            keep(Options("keep", tuple(folders)))
+
+
+def grid(options: Options) -> None:
+    folders = tuple(make_run([*GRID, "--seed", str(seed)]) for seed in options.seeds)
+    keep(Options("keep", folders))
+    reward(Options("reward", folders))
+
+
+def label(args: dict) -> str:
+    """Which of LABELS a run is, and the settings that are not the usual ones."""
+    name = "ppo" if args["intrinsic_coef"] == 0 else "both" if args["extrinsic_coef"] else "lirpg"
+    name = "bonus" if args["live_bonus"] else name
+    usual = lirpg.Args() if "Forward" in args["env_id"] else None
+    settings = ("delay", "minibatches") if usual else ()
+    return name + "".join(f"_{key}{args[key]}" for key in settings if args[key] != getattr(usual, key))
+
+
+def keep(options: Options) -> None:
+    """args and metrics into results/lirpg/, named by environment, label and seed."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for folder in options.runs:
+        if not (folder / "metrics.jsonl").exists():
+            raise SystemExit(f"{folder} is no folder of a run: it has no metrics.jsonl")
+        args = json.loads((folder / "args.json").read_text())
+        name = f"{args['env_id'].removesuffix('-v0')}_{label(args)}_seed{args['seed']}"
+        (RESULTS / f"{name}.args.json").write_bytes((folder / "args.json").read_bytes())
+        (RESULTS / f"{name}.metrics.jsonl.gz").write_bytes(
+            gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0)
+        )
+        print(name)
+
+
+def kept() -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+    """By environment and label, the kept seeds' (steps, undelayed return of the episodes that ended)."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.metrics.jsonl.gz")):
+        env, *names, _ = path.name.split(".")[0].split("_")
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        run = [(row["env_steps"], row["train/return_post"]) for row in rows if "train/return_post" in row]
+        found.setdefault(env, {}).setdefault("_".join(names), []).append(run)
+    return found
+
+
+def last(run: list[tuple[float, float]]) -> float:
+    """Mean return over the last fifth of a run's steps."""
+    return float(np.mean([value for steps, value in run if steps > 0.8 * run[-1][0]]))
+
+
+def table(options: Options) -> dict:
+    """Each seed's mean return over the last fifth of its steps."""
+    result = {env: {which: [round(last(run), 1) for run in runs] for which, runs in found.items()}
+              for env, found in kept().items()}  # fmt: skip
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def curves(options: Options) -> None:
+    """docs/images/lirpg_ENV.png: return over steps, each seed, and their mean and 95 % interval."""
+    env = options.env_id.removesuffix("-v0")
+    found = {which: runs for which, runs in kept().get(env, {}).items() if which in LABELS}
+    if not found:
+        raise SystemExit(f"--env-id {options.env_id}: nothing of that is kept in {RESULTS}; `keep` puts it there")
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for i, (which, runs) in enumerate(found.items()):
+        smooth = [smoothed(run) for run in runs]
+        for run in smooth:
+            axes.plot(*run.T, f"C{i}", linewidth=0.7, alpha=0.5)
+        steps, values = common(smooth)
+        mean, half = interval(values)
+        axes.plot(
+            steps, mean, f"C{i}", linewidth=2.5, label=f"{LABELS[which]} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        )
+        if len(runs) > 2:
+            axes.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
+    axes.set(xlabel="environment steps", ylabel="undelayed return of training episodes", title=env)
+    axes.legend()
+    write(figure, f"lirpg_{env}.png")
+
+
+def smoothed(run: list[tuple[float, float]], width: int = 5) -> np.ndarray:
+    """Points [G, 2] whose returns are means over `width` neighbours, fewer at the ends."""
+    points = np.array(run, float)
+    values = [points[max(0, i - width // 2) : i + width // 2 + 1, 1].mean() for i in range(len(points))]
+    return np.column_stack([points[:, 0], values])
+
+
+def reward(options: Options) -> None:
+    """docs/images/lirpg_grid.png: r_in of the best action and that action in every cell, and how the policy walks."""
+    _, args, state = load(options.runs[0])
+    envs = make(args.env_id, args.num_worlds, args.horizon, False, 1.0, True).unwrapped
+    rows, columns = len(envs.map), len(envs.map[0])
+    task = envs.sample_tasks(1, torch.Generator().manual_seed(args.seed))
+    walls = torch.tensor([letter == "#" for letter in "".join(envs.map)])
+    cells = (torch.eye(envs.num_cells) - state["obs_moments"]["mean"]) / (state["obs_moments"]["var"] + 1e-8).sqrt()
+    actions = torch.arange(len(envs.moves)).expand(envs.num_cells, -1)
+    with torch.no_grad():
+        seen = cells.clamp(-10, 10)
+        r_in = lirpg.intrinsic(state["eta"], seen[:, None].expand(-1, actions.shape[1], -1), actions)
+        chances = lirpg.actions_of(state["theta"], seen).probs
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, values, what in zip(
+        figure.subplots(1, 2),
+        (r_in, chances),
+        ("learned reward of the best action", "policy's likeliest action"),
+        strict=True,
+    ):
+        best, move = values.max(1)
+        image = axes.imshow(best.masked_fill(walls, torch.nan).view(rows, columns), cmap="viridis")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        for cell in range(envs.num_cells):
+            if not walls[cell]:
+                down, right = envs.moves[move[cell]]
+                axes.arrow(cell % columns - 0.25 * right, cell // columns - 0.25 * down, 0.3 * right, 0.3 * down,
+                           head_width=0.2, color="w")  # fmt: skip
+        axes.plot(envs.start % columns, envs.start // columns, "wo", markersize=9, fillstyle="none")
+        axes.plot(float(task[0, 1]), float(task[0, 0]), "r*", markersize=18)
+        axes.set(title=what, xticks=[], yticks=[])
+    write(figure, "lirpg_grid.png")
+
+
+def write(figure: Figure, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / name, dpi=100)
+    print(IMAGES / name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    if options.what in ("keep", "reward") and not options.runs:
+        raise SystemExit(f"{options.what}: name folders of runs")
+    globals()[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
