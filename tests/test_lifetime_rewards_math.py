@@ -864,7 +864,7 @@ class Spy:
 
     def __call__(self, eta, phi, optimizer, *rest):
         given, lr = copy.deepcopy((eta, phi, *rest[:-2])), [group["lr"] for group in optimizer.param_groups]
-        result = self.step(eta, phi, optimizer, *rest)
+        result = self.meta_step(eta, phi, optimizer, *rest)
         self.calls.append((*given, list(rest[-2]), lr, copy.deepcopy((eta, phi))))
         return result
 
