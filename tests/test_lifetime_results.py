@@ -1,0 +1,113 @@
+"""benchmark/lifetime_rewards.py: the baselines and the numbers of docs/lifetime_rewards.md."""
+
+import json
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Generator
+
+from algos import lifetime_rewards as algorithm
+from benchmark import lifetime_rewards as benchmark
+from envs import Lifetimes, make
+from envs.gridworlds import GOALS, ROOMS, SIDE, EmptyRooms
+
+SIZE = {"horizon": 6, "episodes_per_lifetime": 4, "steps": 3, "policy_size": 8, "hidden_size": 5}
+
+
+@pytest.mark.parametrize("by", ["r", "the learned reward"])
+def test_lifetimes_are_those_of_the_algorithm(by):
+    args = algorithm.Args(env_id="SymABC-v0", **SIZE)
+    envs = Lifetimes(make(args.env_id, 5, args.horizon, discrete=True), args.episodes_per_lifetime)
+    tasks = benchmark.drawn(args.env_id, 5, 3)
+    eta = {} if by == "r" else algorithm.init_history(envs, args, Generator().manual_seed(1))
+    eta = {name: 5 * x for name, x in eta.items()}
+    reward = benchmark.partial(benchmark.learned, eta) if eta else benchmark.extrinsic
+    seed = int(torch.randint(2**31, (1,), generator=(generator := Generator().manual_seed(2))))
+    expected = algorithm.whole_lifetimes(envs, tasks, eta, args, Generator().manual_seed(2))
+    # The same noise: whole_lifetimes draws the worlds' seed first, the benchmark is given it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "Generator", lambda: SimpleNamespace(manual_seed=lambda _: generator))
+        returns, in_a = benchmark.lifetimes(args.env_id, args, reward, tasks, seed)
+    assert torch.equal(returns, expected)
+    ended_in_a = (expected - tasks[:, :1]).abs() < 1e-6
+    assert torch.equal(in_a > 0, ended_in_a)
+    assert ended_in_a.any()
+
+
+def test_the_count_based_bonus_counts_each_lifetime():
+    cells = torch.tensor([[0, 1, 0], [2, 2, 2]])
+    reward = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    x = torch.cat([torch.eye(3)[cells], torch.zeros(2, 3, 2)], -1)
+    data = SimpleNamespace(x=x, reward=reward, died=torch.tensor([[0.0, 0, 0], [0, 0, 1]]))
+    first, seen = benchmark.counting(0.3, data, None)
+    root = [1, 2**-0.5, 3**-0.5]
+    expected = torch.tensor([[root[0], root[0], root[1]], root])
+    torch.testing.assert_close(first, reward + 0.3 * expected)
+    again, _ = benchmark.counting(0.3, data, seen)  # the first lifetime goes on, the second was another's
+    expected = torch.tensor([[root[2], root[1], 4**-0.5], root])
+    torch.testing.assert_close(again, reward + 0.3 * expected)
+
+
+def test_shortest_ways_are_those_of_a_breadth_first_search():
+    steps = benchmark.shortest(EmptyRooms)
+    for start in (0, 24, 60 + 5, 120):
+        free, distance, queue = {(r, c) for r in range(SIDE) for c in range(SIDE) if ROOMS[r][c] != "#"}, {}, deque()
+        if divmod(start, SIDE) in free:
+            distance[divmod(start, SIDE)] = 0
+            queue.append(divmod(start, SIDE))
+        while queue:
+            row, column = queue.popleft()
+            for there in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                if there in free and there not in distance:
+                    distance[there] = distance[row, column] + 1
+                    queue.append(there)
+        for (row, column), expected in distance.items():
+            assert steps[start, SIDE * row + column] == expected
+
+
+def test_the_explorer_tries_and_then_takes_the_best():
+    tasks = torch.tensor([[0.9, -0.1, 0.3], [-0.5, -0.4, 0.2], [-0.9, 0.8, -0.3]])
+    returns = benchmark.explorer("RandomABC-v0", tasks, 5, 10)
+    torch.testing.assert_close(returns[:2], torch.tensor([[0.9, 0.3, 0.9, 0.9, 0.9], [-0.5, 0.2, 0.2, 0.2, 0.2]]))
+    returns = benchmark.explorer("SymABC-v0", tasks, 4, 10)
+    torch.testing.assert_close(returns[2], torch.tensor([-0.9, -0.3, 0.8, 0.8]))
+    tasks = torch.tensor([divmod(goal, SIDE) for goal in GOALS]).float()
+    for horizon in (20, 100):
+        returns = benchmark.explorer("EmptyRooms-v0", tasks, 30, horizon)
+        assert (returns.diff(dim=1) >= 0).all()  # once found, found for ever
+        assert (returns[:, -1] == 1).all()
+        reach = benchmark.shortest(EmptyRooms)[EmptyRooms(1).start, GOALS]
+        assert (returns[:, 0] <= (reach <= horizon)).all()
+        assert 5 < returns[:, 0].sum() <= horizon  # a step sees one cell
+
+
+def test_the_summary():
+    returns = torch.arange(40.0).view(2, 20)
+    in_a = torch.zeros(2, 20)
+    in_a[1, -5:] = 1
+    found = benchmark.summary(torch.tensor([[-0.2, 0, 0], [0.7, 0, 0]]), returns, in_a)
+    assert found["first"] == (4.5 + 24.5) / 2
+    assert found["last"] == (14.5 + 34.5) / 2
+    assert found["all"] == 19.5
+    assert found["ci95"] == pytest.approx(1.96 * 200**0.5 / 2**0.5, abs=1e-3)
+    assert (found["A if worth > 0.5"], found["A if < 0"]) == (0.5, 0.0)
+
+
+def test_kept_runs_say_what_the_page_says():
+    """The last evaluations of the kept runs lie within their noise of the tables' numbers, by more lifetimes."""
+    page = {"SymABC_alpha0.5_U5_seed1": 0.364, "SymABC_alpha0.5_U5_seed2": 0.350, "RandomABC_alpha1_U10_seed1": 0.319}
+    page |= {
+        "RandomABC_alpha1_U20_seed1": 0.305,
+        "RandomABC_alpha1_U20_seed2": 0.288,
+        "EmptyRooms_alpha1_U5_seed1": 0.621,
+    }
+    text = (benchmark.ROOT / "docs/lifetime_rewards.md").read_text()
+    for name, value in page.items():
+        rows = [json.loads(line) for line in (benchmark.RESULTS / f"{name}.metrics.jsonl").read_text().splitlines()]
+        args = json.loads((benchmark.RESULTS / f"{name}.args.json").read_text())
+        assert rows[-1]["iteration"] == args["iterations"]
+        assert rows[-1]["test/return_k9"] == pytest.approx(value, abs=0.08)
+        assert rows[-1]["test/return_lifetime"] > rows[-1]["extrinsic/return_lifetime"] + 0.05
+        assert f"{value:.3f}" in text
