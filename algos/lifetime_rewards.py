@@ -207,8 +207,8 @@ def value_loss(phi: Params, window: list[Trajectory], memory: list, args: Args) 
         values.append(number_NK[:, :-1])
     value_NS = torch.cat(values, 1)
     next_NS = torch.cat([value_NS[:, 1:], number_NK[:, -1:]], 1).detach()
-    delta_NS = mask_NS * (reward_NS + args.gamma * (1 - died_NS) * next_NS - value_NS.detach())
-    advantage_NS = discounted(delta_NS, died_NS, 0 * next_NS[:, -1], args.gamma * args.gae_lambda)  # [6]
+    delta_NS = reward_NS + args.gamma * (1 - died_NS) * next_NS - value_NS.detach()
+    advantage_NS = mask_NS * discounted(delta_NS, died_NS, 0 * next_NS[:, -1], args.gamma * args.gae_lambda)  # [6]
     loss = (mask_NS * (advantage_NS + value_NS.detach() - value_NS)).square().mean()
     return loss, advantage_NS / (advantage_NS.std() + 1e-6), memory
 
@@ -404,9 +404,9 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
     fresh |= init_lifetimes(envs, args, generator) | {"generator": generator.get_state()}
     state = fresh | saved | {"args": vars(args)}
-    shapes, expected = ([(k, x.shape) for name in NETWORKS for k, x in s[name].items()] for s in (state, fresh))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: --env-id, --meta-batch-size and the sizes must be the run's")
+    fixed = "env_id", "horizon", "meta_batch_size", "episodes_per_lifetime", "policy_size", "hidden_size"
+    if saved and (wrong := [name for name in fixed if getattr(args, name) != getattr(saved["args"], name)]):
+        raise SystemExit(f"--resume {args.resume}: lifetimes go on in it, so these must be the run's: {wrong}")
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, test_envs, args, run, state)

@@ -401,12 +401,12 @@ def main(argv: list[str] | None = None) -> None:
 
     options = args.env_id, args.num_worlds, args.horizon, args.cuda, 1.0, True  # actions in [-1, 1], or choices
     envs, test_envs, generator = Lifetimes(make(*options), 10**9), make(*options), Generator().manual_seed(args.seed)
-    fresh = first_state(envs, args, generator)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0} | fresh
+    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
+    state |= first_state(envs, args, generator)
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ({(k, name): tuple(s[k][name].shape) for k in CARRIED for name in s[k]} for s in (state, fresh))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
+    fixed = "env_id", "seed", "horizon", "num_worlds"
+    if saved and (wrong := [name for name in fixed if getattr(args, name) != getattr(saved["args"], name)]):
+        raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, test_envs, args, run, state)

@@ -404,9 +404,9 @@ def main(argv: list[str] | None = None) -> None:
     envs.reset(seed=args.seed, options={"tasks": tasks_NP, "episode": births_N})
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "worlds": envs.save_worlds()}
     state |= made | {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ([(name, tuple(x.shape)) for k in PARTS[:2] for name, x in s[k].items()] for s in (state, made))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
+    fixed = "env_id", "horizon", "meta_batch_size", "lifetime", "hidden_size", "critic_size", "latent_size"
+    if saved and (wrong := [name for name in fixed if getattr(args, name) != getattr(saved["args"], name)]):
+        raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, *others, args, run, state)

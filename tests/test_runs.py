@@ -597,8 +597,9 @@ def test_lirpg_resumes_only_what_fits_and_goes_on_in_the_midst_of_episodes():
     saved = torch.load(part / "checkpoint.pt", weights_only=True)
     assert (saved["sums"]["step"] > 0).any()
     assert any("train/return_post" in row for row in rows(whole))
-    with pytest.raises(SystemExit, match=r"--resume .* it holds .* the flags ask for .*4"):
-        importlib.import_module("algos.lirpg").main(["--resume", str(part), "--num-worlds", "4"])
+    for flag, value in (("--num-worlds", "4"), ("--horizon", "29"), ("--env-id", "AntForward-v0"), ("--seed", "2")):
+        with pytest.raises(SystemExit, match=rf"--resume .* must be the run's: .*{flag[2:].replace('-', '_')}"):
+            importlib.import_module("algos.lirpg").main(["--resume", str(part), flag, value])
 
 
 def test_mbmpo_resumes_only_what_fits():
@@ -619,9 +620,10 @@ def test_lifetimes_resume_in_their_midst():
     assert all(memory[0].any() for memory in middle["memory"].values())
     main = importlib.import_module("algos.lifetime_rewards").main
     for flag, value in (
-        ("--policy-size", "9"), ("--hidden-size", "9"), ("--meta-batch-size", "4"), ("--env-id", "EmptyRooms-v0"),
+        ("--policy-size", "9"), ("--hidden-size", "9"), ("--meta-batch-size", "4"), ("--env-id", "RandomABC-v0"),
+        ("--horizon", "4"), ("--episodes-per-lifetime", "5"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit, match=r"--resume .*: --env-id, --meta-batch-size and the sizes must be"):
+        with pytest.raises(SystemExit, match=rf"--resume .*: .* must be the run's: .*{flag[2:].replace('-', '_')}"):
             main(["--resume", str(part), flag, value])
     run(*flags, "--resume", str(part), name="lifetime_rewards")
     assert rows(part) == rows(whole)
@@ -669,6 +671,6 @@ def test_the_meta_critic_is_for_choices_and_resumes_only_what_fits():
         main(["--env-id", "Navigation2D-v0"])
     assert not Path("runs").exists()
     folder = run("--iterations", "1", name="meta_critic")
-    for flag in ("--hidden-size", "--critic-size", "--latent-size", "--meta-batch-size"):
-        with pytest.raises(SystemExit, match=r"--resume .* it holds .* the flags ask for .*4"):
+    for flag in ("--hidden-size", "--critic-size", "--latent-size", "--meta-batch-size", "--lifetime", "--horizon"):
+        with pytest.raises(SystemExit, match=rf"--resume .* must be the run's: .*{flag[2:].replace('-', '_')}"):
             main(["--resume", str(folder), flag, "4"])
