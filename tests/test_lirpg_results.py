@@ -23,9 +23,10 @@ def finished(tmp_path, monkeypatch):
 
 
 def test_runs_are_kept_under_the_name_of_what_they_are(finished, capsys):
-    folders = [finished(), finished("--seed", "4", *study.PPO), finished("--extrinsic-coef", "1")]
+    # Other seeds, since folders are named by seed and second.
+    folders = [finished(), finished("--seed", "4", *study.PPO), finished("--seed", "5", "--extrinsic-coef", "1")]
     study.main(["keep", *map(str, folders)])
-    names = ["lirpg_seed1", "ppo_seed4", "both_seed1"]
+    names = ["lirpg_seed1", "ppo_seed4", "both_seed5"]
     assert capsys.readouterr().out.split()[-3:] == [f"EmptyRooms_{name}" for name in names]
     for folder, name in zip(folders, names, strict=True):
         kept = study.RESULTS / f"EmptyRooms_{name}"
