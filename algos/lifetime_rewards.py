@@ -173,14 +173,14 @@ def improve(theta: Params, data: Trajectory, reward_NT: Tensor, args: Args) -> P
         gain_NT = gain_NT - 0.5 * (return_NT - now_NT).square() + args.entropy_coef * entropy_NT
         return (data.mask * gain_NT).mean(1).sum()  # summed over lifetimes, each keeps its own gradient
 
-    gradient = grad(objective)(theta)  # becomes theta'
+    gradient, improved = grad(objective)(theta), {}
     norm_N = sum(x.square().flatten(1).sum(1) for x in gradient.values()).add(1e-12).sqrt()
     step_N, dead_N = args.inner_lr / (norm_N / args.inner_max_norm).clamp_min(1), data.died.sum(1) > 0
     for name, x in gradient.items():
         row = -1, *[1] * (x.ndim - 1)
         x = theta[name] + step_N.view(row) * x  # [4]
-        gradient[name] = torch.where(dead_N.view(row), data.children[name], x) if data.children else x  # [5]
-    return gradient
+        improved[name] = torch.where(dead_N.view(row), data.children[name], x) if data.children else x  # [5]
+    return improved
 
 
 def live(envs, obs_NO: Tensor, theta: Params, args: Args, generator: Generator) -> tuple[Trajectory, Tensor]:
@@ -195,13 +195,13 @@ def live(envs, obs_NO: Tensor, theta: Params, args: Args, generator: Generator) 
         steps.append((obs_NO, action_N, x_NI, reward_N, over_N, died_N, mask_N, info["episode"]))
         obs_NO, mask_N = next_NO, mask_N - died_N
     *data, episode_NT = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-    return Trajectory(*data, obs_NO, init_agents(envs, args, generator) if data[5].any() else {}), episode_NT
+    return Trajectory(*data, obs_NO, init_agents(envs, args, generator) if not mask_N.all() else {}), episode_NT
 
 
 def value_loss(phi: Params, window: list[Trajectory], memory: list, args: Args) -> tuple[Tensor, Tensor, list]:
     """The loss of V, the advantages [N, U T] in units of their standard deviation, and V's memory."""
-    reward_NS, died_NS, mask_NS = (torch.cat([data[i] for data in window], 1) for i in (3, 5, 6))
-    values = []
+    parts = zip(*[(data.reward, data.died, data.mask) for data in window], strict=True)
+    (reward_NS, died_NS, mask_NS), values = (torch.cat(x, 1) for x in parts), []
     for data in window:
         number_NK, memory = read_history(phi, data, memory)
         values.append(number_NK[:, :-1])
@@ -233,7 +233,7 @@ def meta_step(eta: Params, phi: Params, optimizer, agents: Params, memory, value
     for x, gradient in zip([*eta.values(), *phi.values()], gradients, strict=True):
         x.grad = gradient
     optimizer.step()  # [7]
-    earned, episodes = (sum((data.mask * data[i]).sum() for data in window) for i in (3, 4))
+    earned, episodes = (sum((data.mask * getattr(data, name)).sum() for data in window) for name in ("reward", "over"))
     stats = {"train/return_post": float(earned / episodes.clamp_min(1)), "train/value_loss": float(loss.detach())}
     return stats, [x.detach() for x in value_memory]
 

@@ -236,7 +236,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
         if not self.is_discrete:
             if not torch.isfinite(action).all():
-                raise FloatingPointError(f"non-finite action in step {self._steps} of an episode")
+                worlds = (~torch.isfinite(action)).flatten(1).any(1).nonzero()[:, 0]
+                raise FloatingPointError(f"non-finite action in world {int(worlds[0])}")
             return action.clamp(self._low, self._high)
         if action.dtype != torch.int64:
             raise ValueError(f"action must be int64, the number of a choice, got {action.dtype}")

@@ -40,7 +40,9 @@ class Imagined(ScaleActions):
         self.dynamics, self.lowest, self.highest = dynamics, low, high
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """As the family's own `reset`."""
+        """As the family's own `reset`; ValueError for a "reset_mask", since imagined worlds start together."""
+        if "reset_mask" in (options or {}):
+            raise ValueError("imagined worlds start together: no reset_mask")
         obs, info = self.env.reset(seed=seed, options=options)
         self.diverged = torch.zeros(self.num_envs, dtype=torch.bool, device=obs.device)
         return obs, info

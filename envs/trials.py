@@ -39,7 +39,9 @@ class Trials(gym.vector.VectorWrapper):
         return self._episode == self.episodes
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """Begin a trial: as the family's own `reset`."""
+        """Begin a trial: as the family's own `reset`; ValueError for a "reset_mask": trials begin together."""
+        if "reset_mask" in (options or {}):
+            raise ValueError("a trial begins in all worlds at once: no reset_mask")
         obs, info = self.env.reset(seed=seed, options=options)
         self._episode, self._waits = 0, torch.zeros(self.num_envs, dtype=torch.bool, device=obs.device)
         return obs, info

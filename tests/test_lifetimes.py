@@ -719,3 +719,21 @@ def test_random_bodies_are_refused_before_anything_is_lost():
     with pytest.raises(NotImplementedError):
         venv.reset(seed=3, options={"reset_mask": torch.ones(2, dtype=torch.bool)})
     assert torch.equal(state, venv._generator.get_state())
+
+
+@pytest.mark.parametrize("kind", ["Trials", "Imagined"])
+def test_what_starts_together_refuses_a_mask(kind):
+    worlds = envs.make("Navigation2D-v0", 3, horizon=5)
+    worlds = envs.Trials(worlds, 2) if kind == "Trials" else envs.Imagined(worlds, 3)
+    worlds.reset(seed=0)
+    with pytest.raises(ValueError, match="no reset_mask"):
+        worlds.reset(options={"reset_mask": torch.tensor([True, False, False])})
+
+
+def test_a_non_finite_action_names_its_world():
+    worlds = envs.make("Navigation2D-v0", 3, horizon=5)
+    worlds.reset(seed=0)
+    action = torch.zeros(3, 2)
+    action[1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="non-finite action in world 1"):
+        worlds.step(action)
