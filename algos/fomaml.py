@@ -265,23 +265,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -304,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import make_supervised
+    from envs import learning_curve, make_supervised
 
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
     torch.set_num_threads(torch.get_num_threads() if tasks.is_classification else 1)  # small nets: threads only cost
@@ -318,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = Run(args, algorithm, state["iteration"])
         train(tasks, args, run, state)
-        run.draw()
+        run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, grad_and_value, vjp, vmap
@@ -142,6 +143,14 @@ def unflatten(vector_W: Tensor, like: Params) -> Params:
     return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
+    if dist.is_initialized():
+        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
+        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
+    return [x.detach() for x in values]
+
+
 def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
     delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
@@ -166,17 +175,18 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
     """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
     N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
+    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
+    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
+    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(N, E, -1))
+        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
         log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
-        mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
+        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
     return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
 
@@ -239,7 +249,8 @@ def adapted_policies(theta: Params, supports: list[Episodes], query: Episodes, a
     log_prob_NB = Normal(mean_NBA, std_N1A, False).log_prob(query.action.flatten(1, 2)).sum(-1)
     ratio_NET = ((log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask).exp()
     J_N, return_N = (x.sum((1, 2)) / query.mask.sum((1, 2)) for x in (ratio_NET * query.advantage, query.reward))
-    credit_N = return_N - (return_N.sum() - return_N) / max(1, len(return_N) - 1)  # baseline: the other tasks' mean
+    (mean,), N = average(return_N.mean()), len(return_N) * int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    credit_N = return_N - (N * mean - return_N) / max(1, N - 1)  # baseline: the other tasks' mean
     return J_N + credit_N * score_N, mean_NBA, std_N1A
 
 
@@ -266,7 +277,7 @@ def fisher_product(vector_W: Tensor, like: Params, adapted, supports: list, quer
         mean_NBA, std_N1A = jacobian(v_W)[0]
         # M, the Fisher matrix of a Gaussian, has 1 / std^2 for the mean and 2 / std^2 for the standard deviation.
         metric = weight_NB1 * mean_NBA / outputs[1] ** 2, 2 / len(query.mask) * std_N1A / outputs[1] ** 2
-        return transposed(metric)[0] + args.cg_damping * v_W
+        return average(transposed(metric)[0])[0] + args.cg_damping * v_W
 
     return product
 
@@ -279,15 +290,15 @@ def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: A
         J_N, *outputs = adapted(unflatten(w_W, theta), supports, query, args)
         return J_N.mean(), outputs  # [6]
 
-    gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)  # [7]
+    gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)
+    gradient_W, before = average(gradient_W, before)  # [7]
     product = fisher_product(vector_W, theta, adapted, supports, query, args)
     direction_W = conjugate_gradient(product, gradient_W)  # [8]
     step_W = direction_W * (2 * args.max_kl / (direction_W @ product(direction_W)).clamp_min(1e-30)).sqrt()
     for fraction in (*(0.8**k for k in range(15)), 0.0):
-        with torch.no_grad():
-            after, new = objective(vector_W + fraction * step_W)
+        after, new = torch.no_grad()(objective)(vector_W + fraction * step_W)
         kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
-        kl = (kl_NB.sum(1) / query.mask.sum((1, 2))).mean()
+        kl, after = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), after)
         if kl <= args.max_kl and after > before:  # [9]
             break
     stats = {"kl": kl, "improvement": after - before, "step": fraction, "gradient_norm": gradient_W.norm()}
@@ -300,7 +311,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     for k in range(args.eval_steps + 1):
         batch = collect(envs, tasks_NP, params, args, generator)
-        returns.append(batch.total.mean(1))  # [10]
+        returns.append(envs.unwrapped.gather(batch.total.mean(1)))  # [10]
         params = adapt(params, batch, args, 0.5 if k else 1.0) if k < args.eval_steps else params
     ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
     return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}, params
@@ -319,15 +330,16 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
             params = adapt(params, batches[-1], args)
         batches.append(collect(envs, tasks_NP, params, args, generator))  # [5]
         theta, stats = trpo_step(theta, adapted_policies, batches[:-1], batches[-1], args)
-        state["env_steps"] += int(sum(batch.mask.sum() for batch in batches))
+        state["env_steps"] += int(envs.unwrapped.gather(sum(batch.mask.sum((1, 2)) for batch in batches)).sum())
         state |= {"theta": theta, "generator": generator.get_state()}
-        stats |= {f"train/return_{name}": float(batches[i].total.mean()) for i, name in ((0, "pre"), (-1, "post"))}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stats |= {f"train/return_{k}": float(*average(batches[i].total.mean())) for k, i in (("pre", 0), ("post", -1))}
+        stopping = envs.unwrapped.in_any_process(run.stopping)
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         stats |= evaluate(envs, theta, args)[0] if save or iteration == 1 else {}
         run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
+            if stopping:
                 break
 
 
@@ -381,23 +393,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -422,8 +417,9 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
-    from envs import adaptation_gif, make
+    from envs import Follower, adaptation_gif, join, learning_curve, make
 
+    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)
     envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
@@ -434,15 +430,17 @@ def main(argv: list[str] | None = None) -> None:
     if shapes != expected:
         raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
     try:
-        run = Run(args, algorithm, state["iteration"])
+        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
-        run.draw()
+        if leads:
+            run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
         actors = {"before": lambda obs: policy(state["theta"], obs)[0], "after": lambda obs: policy(params, obs)[0]}
-        adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
+        if leads:
+            adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, grad_and_value, vjp, vmap
@@ -139,6 +140,14 @@ def unflatten(vector_W: Tensor, like: Params) -> Params:
     return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
+    if dist.is_initialized():
+        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
+        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
+    return [x.detach() for x in values]
+
+
 def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
     delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
@@ -163,17 +172,18 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
     """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
     N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
+    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
+    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
+    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(N, E, -1))
+        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
         log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
-        mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
+        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
     return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
 
@@ -228,13 +238,14 @@ def predict(models: Params, obs: Tensor, action: Tensor) -> Tensor:
     return obs + change(models, x).flatten(0, 1) * models["y_std"] + models["y_mean"]
 
 
-def fit_models(models: Params, data: Params, args: Args, generator: Generator) -> tuple[Params, dict]:
+def fit_models(envs, models: Params, data: Params, args: Args, generator: Generator) -> tuple[Params, dict]:
     """Each model on its own random 80 % of the data, all at once, until its smoothed error on the rest rises."""
     x_MI, y_MO = torch.cat([data["obs"], data["action"]], -1), data["next_obs"] - data["obs"]
     low, high = torch.cat([data["obs"], data["next_obs"]]).aminmax(dim=0)
     stats = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6, "y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
     x_MI, y_MO = (x_MI - stats["x_mean"]) / stats["x_std"], (y_MO - stats["y_mean"]) / stats["y_std"]
-    order_NM = torch.rand(args.num_models, len(x_MI), generator=generator).argsort(1).to(x_MI.device)
+    order_NM = torch.rand(args.num_models, len(x_MI), generator=generator).argsort(1)
+    order_NM = envs.unwrapped.share(order_NM).to(x_MI.device)
     train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items() if name[0] in "wb"}
     optimizer, kept = torch.optim.Adam(weights.values(), args.model_lr), weights
@@ -254,10 +265,11 @@ def fit_models(models: Params, data: Params, args: Args, generator: Generator) -
         kept = {name: torch.where(running_N11, x, kept[name]).detach() for name, x in weights.items()}
         before_N, average_N = average_N, 0.9 * average_N + 0.1 * error_N
         running_N11 = running_N11 & (average_N < before_N)[:, None, None]
-        if not running_N11.any():
+        if not envs.unwrapped.in_any_process(running_N11.any()):
             break
     stats |= {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}  # a range beyond what was seen
-    return kept | stats, {"train/model_error": float(vmap(error)(kept, valid_NV).mean()), "train/model_epochs": epoch}
+    error = average(vmap(error)(kept, valid_NV).mean())[0]
+    return kept | stats, {"train/model_error": float(error), "train/model_epochs": epoch}
 
 
 def tailor(imagined, models: Params, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator):
@@ -297,7 +309,7 @@ def fisher_product(vector_W: Tensor, like: Params, adapted, supports: list, quer
         mean_NBA, std_N1A = jacobian(v_W)[0]
         # M, the Fisher matrix of a Gaussian, has 1 / std^2 for the mean and 2 / std^2 for the standard deviation.
         metric = weight_NB1 * mean_NBA / outputs[1] ** 2, 2 / len(query.mask) * std_N1A / outputs[1] ** 2
-        return transposed(metric)[0] + args.cg_damping * v_W
+        return average(transposed(metric)[0])[0] + args.cg_damping * v_W
 
     return product
 
@@ -310,15 +322,15 @@ def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: A
         J_N, *outputs = adapted(unflatten(w_W, theta), supports, query, args)
         return J_N.mean(), outputs  # [6]
 
-    gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)  # [7]
+    gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)
+    gradient_W, before = average(gradient_W, before)  # [7]
     product = fisher_product(vector_W, theta, adapted, supports, query, args)
     direction_W = conjugate_gradient(product, gradient_W)  # [8]
     step_W = direction_W * (2 * args.max_kl / (direction_W @ product(direction_W)).clamp_min(1e-30)).sqrt()
     for fraction in (*(0.8**k for k in range(15)), 0.0):
-        with torch.no_grad():
-            after, new = objective(vector_W + fraction * step_W)
+        after, new = torch.no_grad()(objective)(vector_W + fraction * step_W)
         kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
-        kl = (kl_NB.sum(1) / query.mask.sum((1, 2))).mean()
+        kl, after = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), after)
         if kl <= args.max_kl and after > before:  # [9]
             break
     stats = {"kl": kl, "improvement": after - before, "step": fraction, "gradient_norm": gradient_W.norm()}
@@ -328,14 +340,14 @@ def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: A
 def play(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Params, Tensor, int]:
     """Real episodes of every policy: transitions, but those behind the horizon's last action; returns [N, E]; steps."""
     real = replace(args, episodes_per_task=args.real_episodes)
-    obs, action, _, mask_NET, reward_NET = rollout(envs, tasks_NP, params, real, generator)
+    obs, action, _, mask_NET, reward_NET = map(envs.unwrapped.gather, rollout(envs, tasks_NP, params, real, generator))
     data = {"obs": obs[:, :, :-1], "action": envs.executed(action)[:, :, :-1], "next_obs": obs[:, :, 1:]}
     return {k: x[mask_NET[:, :, :-1] > 0] for k, x in data.items()}, reward_NET.sum(-1), int(mask_NET.sum())
 
 
 def evaluate(envs, imagined, models: Params, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the tailored policies, with equal start states and noise in every evaluation."""
-    seeded, tasks_NP = Generator().manual_seed, envs.unwrapped.tasks[:: args.real_episodes]
+    seeded, tasks_NP = Generator().manual_seed, envs.unwrapped.tasks[:1].expand(args.num_models, -1)
     _, params = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))
     returns = [play(envs, tasks_NP, each, args, seeded(args.seed + 2))[1] for each in (theta, params)]  # [10]
     ci95 = 1.96 * float((returns[1] - returns[0]).std(correction=0)) / math.sqrt(returns[0].numel())
@@ -344,26 +356,28 @@ def evaluate(envs, imagined, models: Params, theta: Params, args: Args) -> dict:
 
 def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
-    device = envs.unwrapped.device
+    device, share, gather = envs.unwrapped.device, envs.unwrapped.share, envs.unwrapped.gather
     theta, models, data = ({name: x.to(device) for name, x in state[k].items()} for k in ("theta", "models", "data"))
+    models = {name: share(x) if name[0] in "wb" else x for name, x in models.items()}
     (generator := Generator()).set_state(state["generator"])
     tasks_NP = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).expand(args.num_models, -1)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         params = tailor(imagined, models, tasks_NP, theta, args, generator)[1] if data else theta
         new, return_NE, steps = play(envs, tasks_NP, params, args, generator)  # [1]
         data = {name: torch.cat([data.get(name, x[:0]), x])[-args.data_size :] for name, x in new.items()}
-        models, stats = fit_models(models, data, args, generator)  # [2]
+        models, stats = fit_models(envs, models, data, args, generator)  # [2]
         for _ in range(args.meta_steps):
             support, params = tailor(imagined, models, tasks_NP, theta, args, generator)
             query, diverged = sample(imagined, tasks_NP, params, args, generator), imagined.diverged_share  # [5]
             theta, step = trpo_step(theta, tailored_policies, [support], query, args)
         state |= {"iteration": iteration, "env_steps": state["env_steps"] + steps, "generator": generator.get_state()}
-        state |= {"theta": theta, "models": models, "data": data}
+        all_models = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}  # of all processes
+        state |= {"theta": theta, "models": all_models, "data": data}
         totals = {"imagined_pre": support.total, "imagined_post": query.total, "return_post": return_NE}
-        stats |= step | {f"train/{k}": float(x.mean()) for k, x in totals.items()} | {"train/diverged": diverged}
-        run.log(state, stats | evaluate(envs, imagined, models, theta, args))
+        means = {f"train/{k}": float(*average(x.mean())) for k, x in totals.items()} | {"train/diverged": diverged}
+        run.log(state, stats | step | means | evaluate(envs, imagined, models, theta, args))
         run.save(state)
-        if run.stopping:
+        if envs.unwrapped.in_any_process(run.stopping):
             break
 
 
@@ -417,23 +431,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -456,8 +453,9 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import imagine, make
+    from envs import Follower, imagine, join, learning_curve, make
 
+    leads = join(args.cuda, num_models=args.num_models)
     envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, args.cuda, args.action_scale)
     imagined = imagine(envs, args.num_models * args.episodes_per_task)
     generator = Generator().manual_seed(args.seed)
@@ -468,9 +466,10 @@ def main(argv: list[str] | None = None) -> None:
     if shapes != expected:
         raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
     try:
-        run = Run(args, algorithm, state["iteration"])
+        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, imagined, args, run, state)
-        run.draw()
+        if leads:
+            run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
 

@@ -157,17 +157,18 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
     """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
     N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
+    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
+    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
+    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(N, E, -1))
+        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
         log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
-        mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
+        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
     return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
 
@@ -309,23 +310,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -350,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
-    from envs import TaskGiven, adaptation_gif, make
+    from envs import TaskGiven, adaptation_gif, learning_curve, make
 
     envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
     envs = TaskGiven(envs) if args.task_given else envs
@@ -364,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = Run(args, algorithm, state["iteration"])
         train(envs, args, run, state)
-        run.draw()
+        run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
     if args.capture_video:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.nn import functional
 
@@ -166,6 +167,14 @@ def mlp(theta: Params, part: str, x: Tensor) -> Tensor:
     return x.view(*shape, x.shape[-1])
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
+    if dist.is_initialized():
+        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
+        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
+    return [x.detach() for x in values]
+
+
 def posterior(theta: Params, context_NSI: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [N, Z] of q(z|c): a product of Gaussians, one for each transition of the context that mask
     marks; the prior N(0, 1) where there is none."""
@@ -202,10 +211,12 @@ def play_episode(envs, tasks_NP: Tensor, theta: Params, z_NZ: Tensor, args: Args
     """An episode of each task, all worlds in step: transitions [N, T, V], mask [N, T], returns [N]; spread 0: means."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     noise_TNA = spread * torch.randn(args.horizon, len(z_NZ), len(theta["policy_b3"]) // 2, generator=generator)
-    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
+    share, gather = envs.unwrapped.share, envs.unwrapped.gather
+    noise_TNA, z_NZ = share(noise_TNA, 1).to(z_NZ), share(z_NZ)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": share(tasks_NP)})
     mask_N, return_N, steps, threads = torch.ones_like(z_NZ[:, 0]), 0, [], torch.get_num_threads()
     torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
-    for noise_NA in noise_TNA.to(z_NZ):
+    for noise_NA in noise_TNA:
         action_NA, _ = act(theta, obs_NO, z_NZ, noise_NA)
         next_obs_NO, reward_N, ended_N, _, info = envs.step(action_NA)
         dense_N = info["dense_reward"] if args.dense_training else reward_N
@@ -213,8 +224,8 @@ def play_episode(envs, tasks_NP: Tensor, theta: Params, z_NZ: Tensor, args: Args
         steps.append(torch.cat([obs_NO, action_NA, *columns], 1))
         obs_NO, mask_N, return_N = next_obs_NO, 1 - ended_N.to(mask_N), return_N + reward_N
     torch.set_num_threads(threads)
-    rows_NTV, mask_NT1 = torch.stack(steps, 1).tensor_split([-1], -1)
-    return rows_NTV, mask_NT1.squeeze(-1), return_N
+    rows_NTV, mask_NT1 = gather(torch.stack(steps, 1)).tensor_split([-1], -1)
+    return rows_NTV, mask_NT1.squeeze(-1), gather(return_N)
 
 
 def collect_episodes(envs, index_N: Tensor, state: dict, args: Args, generator: Generator, size: int) -> float:
@@ -237,7 +248,7 @@ def pearl_loss(theta: Params, target: Params, batch_NBV: Tensor, context_NSI: Te
     obs_NBO, action_NBA, _, next_obs_NBO, reward_NB1, ended_NB1 = batch_NBV.split([obs, A, 1, obs, 1, 1], -1)
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
     mean_NZ, variance_NZ = posterior(theta, context_NSI, torch.ones_like(context_NSI[..., 0]))  # [5]
-    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum()
+    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
     z_NBZ = (mean_NZ + variance_NZ.sqrt() * z_noise_NZ)[:, None].expand(-1, batch_NBV.shape[1], -1)
     with torch.no_grad():
         next_action_NBA, log_prob_NB = act(theta, next_obs_NBO, z_NBZ, next_noise_NBA)
@@ -248,15 +259,15 @@ def pearl_loss(theta: Params, target: Params, batch_NBV: Tensor, context_NSI: Te
     data = {name: value.detach() for name, value in theta.items()}
     new_action_NBA, log_prob_NB = act(theta, obs_NBO, z_NBZ.detach(), noise_NBA)
     value_NB = critics(data, obs_NBO, new_action_NBA, z_NBZ.detach()).amin(0)
-    loss = q_loss + (alpha * log_prob_NB - value_NB).mean() + args.kl_weight * kl  # [7]
+    loss = q_loss + (alpha * log_prob_NB - value_NB).mean() + args.kl_weight * args.meta_batch_size * kl  # [7]
     entropy = -log_prob_NB.detach().mean()
     if args.auto_entropy:
         loss = loss + theta["log_alpha"] * (entropy + A)
-    parts = {"q_loss": q_loss, "value": value_NB.mean(), "kl": kl / len(mean_NZ), "entropy": entropy}
+    parts = {"q_loss": q_loss, "value": value_NB.mean(), "kl": kl, "entropy": entropy}
     return loss, {f"train/{name}": value.detach() for name, value in parts.items()}
 
 
-def learn(state: dict, optimizer, args: Args, seed: int) -> dict:
+def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict:
     """An iteration's updates, which change theta and target in place; statistics of the last one."""
     theta, target, generator = state["theta"], state["target"], Generator(state["tasks"].device).manual_seed(seed)
     N, B = args.meta_batch_size, args.batch_size
@@ -266,14 +277,16 @@ def learn(state: dict, optimizer, args: Args, seed: int) -> dict:
         batch_NBV = draw(state["replay"], index_N, B, generator)
         context_NSI = draw(state["recent"], index_N, args.context_size, generator)[..., : theta["encoder_w0"].shape[1]]
         noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
+        batch_NBV, context_NSI, *noise = (envs.unwrapped.share(x) for x in (batch_NBV, context_NSI, *noise))
         weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
         loss, stats = pearl_loss(weights, target, batch_NBV, context_NSI, noise, args)
-        for value, gradient in zip(theta.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+        gradients = average(*torch.autograd.grad(loss, list(weights.values())))
+        for value, gradient in zip(theta.values(), gradients, strict=True):
             value.grad = gradient
         optimizer.step()  # [8]
         for name, value in target.items():
             value.lerp_(theta[name], args.tau)  # [9]
-    return {name: float(value) for name, value in stats.items()}
+    return {name: float(x) for name, x in zip(stats, average(*stats.values()), strict=True)}
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict:
@@ -313,8 +326,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     optimizer = torch.optim.Adam(theta.values(), args.lr, fused=True)
     optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
-    generator = Generator()
-    generator.set_state(state["generator"])
+    (generator := Generator()).set_state(state["generator"])
     sizes = [0] * args.prior_episodes + [args.context_size] * args.posterior_episodes
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
@@ -324,15 +336,16 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         index_N = torch.randperm(M, generator=generator)[:N].to(device)
         state["recent"]["count"][index_N] = 0  # [2]
         returns = [collect_episodes(envs, index_N, state, args, generator, size) for size in sizes]
-        stats = learn(state, optimizer, args, int(torch.randint(2**31, (1,), generator=generator)))
+        stats = learn(envs, state, optimizer, args, int(torch.randint(2**31, (1,), generator=generator)))
         state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
         stats |= {"train/return_pre": returns[0], "train/return_post": returns[-1]}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stopping = envs.unwrapped.in_any_process(run.stopping)
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         stats |= evaluate(envs, theta, args) if save or iteration == 1 else {}
         run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
+            if stopping:
                 break
 
 
@@ -386,23 +399,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -425,8 +421,9 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import make
+    from envs import Follower, join, learning_curve, make
 
+    leads = join(args.cuda, tasks_per_iteration=args.tasks_per_iteration, meta_batch_size=args.meta_batch_size)
     envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
         raise SystemExit(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
@@ -438,9 +435,10 @@ def main(argv: list[str] | None = None) -> None:
     if wrong := sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)):
         raise SystemExit(f"--resume {args.resume}: other networks or buffers than the run's, see {wrong}")
     try:
-        run = Run(args, algorithm, state["iteration"])
+        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
-        run.draw()
+        if leads:
+            run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
 

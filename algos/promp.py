@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, vmap
@@ -132,6 +133,14 @@ def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, params["log_std"].clamp_min(math.log(1e-6)).exp().unsqueeze(-2)
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
+    if dist.is_initialized():
+        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
+        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
+    return [x.detach() for x in values]
+
+
 def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
     delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
@@ -156,17 +165,18 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
     """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
     N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator).to(tasks_NP)
+    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
+    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(N, E).to(tasks_NP), [], torch.get_num_threads()
+    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
     torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
     for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(N, E, -1))
+        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
         log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view(N, E)))
-        mask_NE = 1 - terminated.view(N, E).to(tasks_NP)
+        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
     return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
 
@@ -235,13 +245,14 @@ def meta_update(
     for _ in range(args.epochs):
         weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
         J, _ = promp_objective(weights, old, supports, query, args, kl_coef)
-        for value, gradient in zip(theta.values(), torch.autograd.grad(-J, list(weights.values())), strict=True):
+        gradients = average(*torch.autograd.grad(-J, list(weights.values())))
+        for value, gradient in zip(theta.values(), gradients, strict=True):
             value.grad = gradient
         optimizer.step()  # [8]
     with torch.no_grad():
         _, parts = promp_objective(theta, old, supports, query, args, kl_coef)
     parts["gradient_norm"] = torch.cat([value.grad.flatten() for value in theta.values()]).norm()
-    return {f"train/{name}": float(value) for name, value in parts.items()}
+    return {f"train/{name}": float(value) for name, value in zip(parts, average(*parts.values()), strict=True)}
 
 
 def next_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
@@ -257,7 +268,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     for k in range(args.eval_steps + 1):
         batch = sample(envs, tasks_NP, params, args, generator)
-        returns.append(batch.total.mean(1))  # [10]
+        returns.append(envs.unwrapped.gather(batch.total.mean(1)))  # [10]
         params = lvc_step(params, batch, args, 0.5 if k else 1.0) if k < args.eval_steps else params
     ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
     return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}, params
@@ -281,15 +292,16 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         kl_coef = state.get("kl_coef", args.kl_coef) if args.target_kl else args.kl_coef
         stats = meta_update(theta, optimizer, batches[:-1], batches[-1], args, kl_coef) | {"train/kl_coef": kl_coef}
         state["kl_coef"] = next_kl_coef(kl_coef, stats["train/kl"], args.target_kl)
-        state["env_steps"] += int(sum(batch.mask.sum() for batch in batches))
+        state["env_steps"] += int(envs.unwrapped.gather(sum(batch.mask.sum((1, 2)) for batch in batches)).sum())
         state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-        stats |= {f"train/return_{name}": float(batches[i].total.mean()) for i, name in ((0, "pre"), (-1, "post"))}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stats |= {f"train/return_{k}": float(*average(batches[i].total.mean())) for k, i in (("pre", 0), ("post", -1))}
+        stopping = envs.unwrapped.in_any_process(run.stopping)
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         stats |= evaluate(envs, theta, args)[0] if save or iteration == 1 else {}
         run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
+            if stopping:
                 break
 
 
@@ -343,23 +355,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -384,8 +379,9 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
-    from envs import adaptation_gif, make
+    from envs import Follower, adaptation_gif, join, learning_curve, make
 
+    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)
     envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
@@ -395,15 +391,17 @@ def main(argv: list[str] | None = None) -> None:
     if shapes != expected:
         raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
     try:
-        run = Run(args, algorithm, state["iteration"])
+        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
-        run.draw()
+        if leads:
+            run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
         actors = {"before": lambda obs: policy(state["theta"], obs)[0], "after": lambda obs: policy(params, obs)[0]}
-        adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
+        if leads:
+            adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
 
 
 if __name__ == "__main__":

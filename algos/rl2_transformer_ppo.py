@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn import functional
@@ -255,6 +256,14 @@ def distribution(theta: Params, output_NSA: Tensor) -> Distribution:
     return Independent(Normal(output_NSA, theta["log_std"].exp(), validate_args=False), 1, validate_args=False)
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
+    if dist.is_initialized():
+        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
+        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
+    return [x.detach() for x in values]
+
+
 def trial_gae(reward_NS: Tensor, value_NS: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over trials, 0 behind the last step; discounted returns with values 0."""
     delta_NS = reward_NS + gamma * functional.pad(value_NS[:, 1:], (0, 1)) - value_NS
@@ -279,14 +288,15 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     encode, choices = ENCODERS[args.encoder][1], "log_std" not in theta
     seed = int(torch.randint(2**31, (1,), generator=generator))
     S, N, A = envs.episodes * args.horizon, len(tasks_NP), len(theta["b_policy"])
+    share, gather = envs.unwrapped.share, envs.unwrapped.gather
     noise_SNA = (torch.rand if choices else torch.randn)(S, N, A, generator=generator)
     # With Gumbel's noise the argmax of logits is a draw from their softmax.
     noise_SNA = (-(-noise_SNA.log()).log() if choices else noise_SNA).to(tasks_NP)
-    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
-    past_NJ, return_NE = obs_NO.new_zeros(N, A + 2), obs_NO.new_zeros(N, envs.episodes)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": share(tasks_NP)})
+    past_NJ, return_NE = obs_NO.new_zeros(len(obs_NO), A + 2), obs_NO.new_zeros(len(obs_NO), envs.episodes)
     memory, mask_N, records, threads = {}, torch.ones_like(obs_NO[:, 0]), [], torch.get_num_threads()  # [2]
     torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
-    for noise_NA in noise_SNA:
+    for noise_NA in share(noise_SNA, 1):
         x_NI = torch.cat([obs_NO, past_NJ], 1)
         feature_N1H, memory = encode(theta, x_NI[:, None], memory, mask_N)
         output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
@@ -301,12 +311,12 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
         if envs.is_over:
             break
     torch.set_num_threads(threads)
-    records = [torch.stack(x, 1) for x in zip(*records, strict=True)]
+    records = [gather(torch.stack(x, 1)) for x in zip(*records, strict=True)]
     records = records if records[-1].all() else without_waiting(records)
     x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
     log_prob_NS = distribution(theta, output_NSA).log_prob(action)
     advantage_NS, target_NS = advantages(reward_NS * mask_NS, value_NS * mask_NS, mask_NS, args)
-    return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), return_NE
+    return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), gather(return_NE)
 
 
 def without_waiting(records: list[Tensor]) -> list[Tensor]:
@@ -332,19 +342,22 @@ def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tu
     return args.value_coef * parts["value_loss"] - parts["gain"] - entropy_coef * parts["entropy"], parts  # [6]
 
 
-def ppo(theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator: Generator) -> dict:
+def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator: Generator) -> dict:
     """Epochs of PPO on a batch of trials, which change theta in place; statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
         for rows in torch.randperm(len(steps.x), generator=generator).tensor_split(args.minibatches):  # [5]
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-            minibatch = Steps(*(x[rows.to(x.device)] for x in steps))
+            minibatch = Steps(*(x[envs.unwrapped.share(rows).to(x.device)] for x in steps))
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
-            for value, gradient in zip(theta.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+            share = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # of the steps, over the processes' mean
+            gradients = average(*(share * x for x in torch.autograd.grad(loss, list(weights.values()))))
+            for value, gradient in zip(theta.values(), gradients, strict=True):
                 value.grad = gradient
-            parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
             optimizer.step()  # [7]
-    return {f"train/{name}": float(value.detach()) for name, value in parts.items()}
+    means = average(*(share * x for x in parts.values()), norm)
+    return {f"train/{name}": float(x) for name, x in zip((*parts, "gradient_norm"), means, strict=True)}
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict:
@@ -363,22 +376,22 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
     optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
-    generator = Generator()
-    generator.set_state(state["generator"])
+    (generator := Generator()).set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
         steps, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
-        stats = ppo(theta, optimizer, steps, args, 1 - (iteration - 1) / args.iterations, generator)
+        stats = ppo(envs, theta, optimizer, steps, args, 1 - (iteration - 1) / args.iterations, generator)
         state["env_steps"] += int(steps.mask.sum())
         state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
         stats |= {f"train/return_{name}": float(return_NE[:, k].mean()) for name, k in (("pre", 0), ("post", -1))}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stopping = envs.unwrapped.in_any_process(run.stopping)
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         stats |= evaluate(envs, theta, args) if save or iteration == 1 else {}
         run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
+            if stopping:
                 break
 
 
@@ -432,23 +445,6 @@ class Run:
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
 
-    def draw(self) -> None:
-        """curve.png: return, loss or accuracy on held-out tasks while learning, and at the end over adaptation."""
-        from matplotlib.figure import Figure
-
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if "_k0" in line]
-        names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-        what, final = names[0][5:-3], [rows[-1][name] for name in names]
-        left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-        left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-        left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-        left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=self.folder.name)
-        right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-        right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
-        figure.savefig(self.folder / "curve.png", dpi=120)
-        change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-        self.bar.write(f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {self.folder}")
-
 
 def load_checkpoint(folder: str, algorithm: str) -> dict:
     """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
@@ -471,8 +467,9 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import Trials, make
+    from envs import Follower, Trials, join, learning_curve, make
 
+    leads = join(args.cuda, args.minibatches, meta_batch_size=args.meta_batch_size)
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, discrete=True)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
@@ -483,9 +480,10 @@ def main(argv: list[str] | None = None) -> None:
     if wrong := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
         raise SystemExit(f"--resume {args.resume}: --env-id and the network's flags must be the run's, see {wrong}")
     try:
-        run = Run(args, algorithm, state["iteration"])
+        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
-        run.draw()
+        if leads:
+            run.bar.write(learning_curve(run.folder))
     except (FloatingPointError, OSError) as error:
         raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from algos import maml_trpo, mbmpo  # noqa: E402
 from benchmark.curves import common, interval  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
-from envs import make  # noqa: E402
+from envs import learning_curve, make  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/mbmpo"
 PAPER = {"HalfCheetahForward": (100_000, 550)}  # the authors' real steps and return, as RLlib's README quotes them
@@ -84,7 +84,7 @@ def trpo(options: Options) -> None:
         if run.stopping:
             break
     run.save(state)
-    run.draw()
+    run.bar.write(learning_curve(run.folder))
 
 
 def label(args: dict, folder: Path) -> str:

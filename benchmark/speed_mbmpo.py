@@ -85,7 +85,7 @@ class Peer:
                 members, clock = peer_mbmpo.models_like(models), Clock(self.watch)
                 epochs = peer_mbmpo.fit(members, data, self.args)
                 fit, fit_cpu = clock.lap()
-            self.keep(number, fit=fit, fit_cpu=fit_cpu, rate=len(data["obs"]) * sum(epochs) / fit)
+            self.keep(number, fit=fit, fit_cpu=fit_cpu, rows=len(data["obs"]) * sum(epochs))
 
     def meta_update(self, theta: dict, task: Tensor) -> None:
         """A meta-update from the same policy as ours, in the same models."""
@@ -104,13 +104,13 @@ class Peer:
 def fits(fit_models, peer: Peer, watch):
     """`fit_models`, several times beside the peer's, before the stopwatch starts for the first meta-update."""
 
-    def fit(models, data, args, generator):
+    def fit(envs, models, data, args, generator):
         for _ in range(1 + FITS):
             clock = Clock(watch)
-            peer.models, stats = fit_models(models, data, args, generator)
+            peer.models, stats = fit_models(envs, models, data, args, generator)
             seconds, cpu = clock.lap()
             rows = args.num_models * len(data["obs"]) * stats["train/model_epochs"]
-            for name, value in {"fit": seconds, "fit_cpu": cpu, "rate": rows / seconds}.items():
+            for name, value in {"fit": seconds, "fit_cpu": cpu, "rows": rows}.items():
                 watch.times[name].append(value)
             peer.fit(models, data)
         watch.restart()
@@ -154,11 +154,11 @@ def quicker(watch, name: str) -> int:
 def figures(watch, steps: float, own: str, own_fit: str) -> dict:
     """Rates and times of ours, or of the peer with some number of threads."""
     total, sample, update, cpu = (watch.median(own + name) for name in ("total", "sample", "update", "cpu"))
-    rate, fit, fit_cpu = (watch.median(own_fit + name) for name in ("rate", "fit", "fit_cpu"))
+    rows, fit, fit_cpu = (watch.median(own_fit + name) for name in ("rows", "fit", "fit_cpu"))
     return {
         "imagined_steps_per_s": steps / total,
         "imagination_only_steps_per_s": steps / sample,
-        "model_rows_per_s": rate,
+        "model_rows_per_s": rows / fit,
         "meta_update_s": total,
         "imagination_s": sample,
         "update_s": update,

@@ -36,9 +36,10 @@ from envs.locomotion import (
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
+from envs.processes import Follower, join, shard
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
-from envs.render import adaptation_gif
+from envs.render import adaptation_gif, learning_curve
 from envs.tabular_mdp import TabularMDP
 from envs.task_given import TaskGiven
 from envs.trials import Trials
@@ -87,6 +88,7 @@ SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 __all__ = [
     "HORIZONS",
     "SUPERVISED",
+    "Follower",
     "Imagined",
     "Lifetimes",
     "ScaleActions",
@@ -94,7 +96,8 @@ __all__ = [
     "SupervisedTasks",
     "TaskGiven",
 ]
-__all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "make", "make_supervised"]
+__all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "join", "learning_curve"]
+__all__ += ["make", "make_supervised"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -123,26 +126,32 @@ def make(
 
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
+    Processes that have joined (`join`) get an equal part of the worlds each.
     """
+    part = shard()
     options = {"max_episode_steps": horizon, "device": _device(cuda)}
     if env_id.startswith("Meta-World/"):
         try:
-            return ScaleActions(make_metaworld(env_id.removeprefix("Meta-World/"), num_envs, **options), action_scale)
+            worlds = make_metaworld(env_id.removeprefix("Meta-World/"), num_envs // part[1], **options)
+            worlds.shard = part
+            return ScaleActions(worlds, action_scale)
         except (ImportError, ValueError) as error:
             raise SystemExit(f"--env-id {env_id}: {error}") from None
     if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
         known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
         raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+    envs = gym.make_vec(env_id, num_envs // part[1], vectorization_mode="vector_entry_point", **options)
+    envs.unwrapped.shard = part
     if envs.unwrapped.is_discrete and not discrete:
         raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")
     return envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale)
 
 
 def imagine(envs: ScaleActions, num_envs: int) -> Imagined:
-    """Worlds of the same family that move as a model says; what cannot be imagined is one clear line."""
+    """Worlds of the same family that move as a model says, or this process's part of them; what cannot be imagined is
+    one clear line."""
     try:
-        return Imagined(envs, num_envs)
+        return Imagined(envs, num_envs // envs.unwrapped.shard[1])
     except TypeError as error:
         raise SystemExit(f"--env-id: {error}") from None
 
@@ -162,6 +171,7 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
         raise SystemExit(f"--env-id {env_id} is no supervised task family; allowed: {', '.join(families)}")
     if (env_id == "Omniglot-v0") != bool(data):
         raise SystemExit(f"--env-id {env_id} --data {data!r}: Omniglot-v0, and only that, reads a folder")
+    shard()  # refuses torchrun's processes, which no supervised algorithm joins
     family, device = families[env_id], _device(cuda)
     if not family.is_classification:
         return family(device)

@@ -77,7 +77,7 @@ class AdaptedVectorEnv(TaskVectorEnv):
         raise NotImplementedError("an adapted environment's reward is not known as a function; use what step returns")
 
     def _start(self, task, generator):
-        seeds = torch.randint(2**31, (self.num_envs,), generator=generator).tolist()
+        seeds = self.share(torch.randint(2**31, (self.num_envs * self.shard[1],), generator=generator)).tolist()
         self._infos = [{} for _ in self.envs]
         self._alive = np.ones(self.num_envs, dtype=bool)
         self._observations = np.zeros(self.observation_space.shape)

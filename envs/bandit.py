@@ -44,7 +44,7 @@ class Bandit(TaskVectorEnv):
 
     def _pay(self, mean: Tensor) -> Tensor:
         """The rewards [B] of arms with these means [B]."""
-        return (torch.rand(self.num_envs, generator=self._generator).to(mean) < mean).to(mean)
+        return (self._draw(torch.rand, self._generator).to(mean) < mean).to(mean)
 
     def _transition_reward(self, action, next_obs):
         return self._paid
@@ -81,7 +81,7 @@ class GaussianBandit5(Bandit):
         return held_out_normal(num_tasks, self.arms, generator, split).to(self.device, self.dtype)
 
     def _pay(self, mean):
-        return mean + torch.randn(self.num_envs, generator=self._generator).to(mean)
+        return mean + self._draw(torch.randn, self._generator).to(mean)
 
 
 class DependentBandit(Bandit):

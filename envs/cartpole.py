@@ -46,7 +46,7 @@ class CartPoleLength(TaskVectorEnv):
         return (obs[..., 0].abs() > MAX_POSITION) | (obs[..., 2].abs() > MAX_ANGLE)
 
     def _start(self, task, generator):
-        return (0.1 * torch.rand(self.num_envs, 4, generator=generator) - 0.05).to(self.device, self.dtype)
+        return (0.1 * self._draw(torch.rand, generator, 4) - 0.05).to(self.device, self.dtype)
 
     def _advance(self, action):
         _, velocity, angle, turning = self._obs.unbind(1)

@@ -18,6 +18,7 @@ episodes of a batch start together and end together at the horizon.
 * Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
   episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
+* Under torchrun the worlds of a batch are shared by several processes (`shard`, `share`, `gather`; envs/processes.py).
 * `reward(obs, action, next_obs, task)` and `ended(obs)` are pure and static, so that model-based algorithms can call
   them too (`envs/imagined.py`). Where rewards are random (bandits, TabularMDP) it is their mean.
 """
@@ -31,6 +32,8 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
+
+from envs import processes
 
 HELD_OUT_CELLS = 50  # the range of a task's first coordinate is cut into this many cells ...
 HELD_OUT_EVERY = 5  # ... and every fifth one belongs to the test tasks
@@ -90,6 +93,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     task_dim: int
     can_terminate = False  # whether an episode of this family can end before the horizon
     world_state: tuple[str, ...] | None = None  # attributes [B, ..] that the next step depends on, beside tasks and obs
+    shard = 0, 1  # the part of all worlds that these are, and the number of parts
 
     def __init__(self, num_envs, obs_space, action_space, max_episode_steps=200, device="cpu", dtype=torch.float32):
         if num_envs < 1 or max_episode_steps < 1:
@@ -160,7 +164,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if tasks is None:
             # A generator of their own: drawing tasks must not change the start states.
             own = Generator().manual_seed(int(torch.randint(2**62, (1,), generator=self._generator)))
-            tasks = self.sample_tasks(self.num_envs, own)
+            tasks = self.share(self.sample_tasks(self.num_envs * self.shard[1], own))
         else:
             torch.randint(2**62, (1,), generator=self._generator)
         tasks = torch.as_tensor(tasks, dtype=self.dtype, device=self.device)
@@ -192,6 +196,22 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             rows = kept.reshape(-1, *[1] * (now.ndim - 1))
             where = torch.where if isinstance(now, Tensor) else np.where
             setattr(self, name, where(rows if isinstance(now, Tensor) else rows.cpu().numpy(), before[name], now))
+
+    def share(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This process's part of what was made for all processes' tasks or worlds, which lie along `dim`."""
+        return x.tensor_split(self.shard[1], dim)[self.shard[0]]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The parts [N, ..] of all processes, equal in size, as one [processes * N, ..]."""
+        return processes.gather(x) if self.shard[1] > 1 else x
+
+    def in_any_process(self, condition: bool) -> bool:
+        """Whether it is true in one of the processes, to which all must come for it."""
+        return bool(self.gather(torch.tensor([condition], device=self.device)).any())
+
+    def _draw(self, function, generator: Generator, *shape: int, **kwargs) -> Tensor:
+        """Random numbers [B, *shape] for these worlds, of those that one process would draw for all worlds."""
+        return self.share(function(self.num_envs * self.shard[1], *shape, generator=generator, **kwargs))
 
     def save_worlds(self) -> dict[str, Tensor]:
         """Everything that coming steps and resets depend on, for checkpoints."""

@@ -32,7 +32,7 @@ class Imagined(ScaleActions):
             raise TypeError("its reward is not known as a function of what is observed, or its actions are choices")
         size = {"max_episode_steps": family.horizon, "device": family.device, "dtype": family.dtype}
         super().__init__(type(family)(num_envs, **size), envs.scale)
-        self.unwrapped.can_terminate = True
+        self.unwrapped.can_terminate, self.unwrapped.shard = True, family.shard
         self.unwrapped._advance = self._predict  # all else is the family's own
 
     def follow(self, dynamics: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> None:
@@ -50,7 +50,7 @@ class Imagined(ScaleActions):
     @property
     def diverged_share(self) -> float:
         """Of the worlds, how many have diverged since the reset, from 0 to 1."""
-        return float(self.diverged.float().mean())
+        return float(self.unwrapped.gather(self.diverged).float().mean())
 
     def _predict(self, action: Tensor) -> tuple[Tensor, Tensor, dict]:
         family = self.unwrapped

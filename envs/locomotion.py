@@ -68,8 +68,9 @@ def _pool_data(file: str, num_threads: int, process: int) -> list[mujoco.MjData]
 
 
 def available_cpus() -> int:
-    """The cores this process may use (a container's or taskset's limit counts, not the machine's size)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use (a container's or taskset's limit counts); torchrun's processes share them."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def heading(turn: Tensor) -> Tensor:
@@ -147,9 +148,9 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
 
     def _start(self, task, generator):
         model, noise = self.model, self.start_noise
-        uniform = torch.rand(self.num_envs, model.nq, generator=generator, dtype=torch.float64)
+        uniform = self._draw(torch.rand, generator, model.nq, dtype=torch.float64)
         draw = torch.randn if self.start_velocity == "normal" else torch.rand
-        velocity = draw(self.num_envs, model.nv, generator=generator, dtype=torch.float64)
+        velocity = self._draw(draw, generator, model.nv, dtype=torch.float64)
         if self.start_velocity == "uniform":
             velocity = 2 * velocity - 1
         self._state = np.tile(self._start_state, (self.num_envs, 1))

@@ -1,5 +1,9 @@
-"""Pictures of adaptation. Without a display set MUJOCO_GL=egl before `envs` (which imports mujoco) is imported."""
+"""Pictures of learning and of adaptation.
 
+Without a display set MUJOCO_GL=egl before `envs` (which imports mujoco) is imported.
+"""
+
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +46,27 @@ def adaptation_gif(path: str | Path, envs, actors: dict[str, Callable[[Tensor], 
     milliseconds = 1000 * every / envs.unwrapped.metadata["render_fps"]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     envs.close()
+
+
+def learning_curve(folder: Path) -> str:
+    """Draw a run's curve.png from its metrics.jsonl, and say in a line what adaptation changed on held-out tasks.
+
+    Return, loss or accuracy on held-out tasks: to the left while learning, to the right at the end over adaptation.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_k0" in line]
+    names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
+    what, final = names[0][5:-3], [rows[-1][name] for name in names]
+    left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
+    left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
+    left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
+    left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=folder.name)
+    right.plot([final[0]] * len(final), "C0-", final, "C1o-")
+    right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
+    figure.savefig(folder / "curve.png", dpi=120)
+    change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
+    return f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {folder}"
 
 
 def _beside(images: tuple[Image.Image, ...]) -> Image.Image:

@@ -65,8 +65,8 @@ class TabularMDP(TaskVectorEnv):
         return self._one_hot(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
 
     def _advance(self, action):
-        noise = torch.randn(self.num_envs, generator=self._generator)
-        point = torch.rand(self.num_envs, generator=self._generator).to(self._obs)
+        noise = self._draw(torch.randn, self._generator)
+        point = self._draw(torch.rand, self._generator).to(self._obs)
         self._paid = self.reward(self._obs, action, None, self.tasks) + noise.to(self._obs)
         worlds = torch.arange(self.num_envs, device=self.device)
         row = self._transition[worlds, self._obs.argmax(dim=-1) * ACTIONS + action]

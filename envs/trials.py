@@ -54,7 +54,7 @@ class Trials(gym.vector.VectorWrapper):
         over, family = terminated | truncated, self.unwrapped
         info |= {"done": over & ~self._waits, "episode": self._episode}
         self._waits = over
-        if family.at_horizon or (family.can_terminate and bool(over.all())):
+        if family.at_horizon or (family.can_terminate and not family.in_any_process(not over.all())):
             self._episode += 1
             self._waits = torch.zeros_like(over)
             if not self.is_over:

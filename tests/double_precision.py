@@ -21,6 +21,26 @@ def flat(params):
     return torch.cat([value.flatten() for value in params.values()])
 
 
+class Alone:
+    """Of worlds in a single process, what updates need."""
+
+    @property
+    def unwrapped(self):
+        return self
+
+    def share(self, x, dim=0):
+        return x
+
+    def gather(self, x):
+        return x
+
+    def in_any_process(self, condition):
+        return bool(condition)
+
+
+ALONE = Alone()
+
+
 class Recorder:
     """In place of Run."""
 

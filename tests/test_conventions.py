@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from tests.double_precision import Alone
 from tools.sync import definitions, source, sync
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,15 +173,11 @@ SIZES = {"N": 5, "E": 3, "T": 7, "O": 13, "A": 2, "P": 11, "B": 21, "F": 30, "1"
 SUPERVISED_SIZES = {"N": 5, "B": 3, "X": 13, "Y": 2, "K": 4, "1": 1}  # K = eval_steps + 1
 
 
-class PrimeSizes:
+class PrimeSizes(Alone):
     """A batch of worlds whose axes all differ in size, so that no wrong letter passes by chance."""
 
     device, num_envs = torch.device("cpu"), SIZES["N"] * SIZES["E"]
     single_observation_space, single_action_space = Box(-1, 1, (SIZES["O"],)), Box(-1, 1, (SIZES["A"],))
-
-    @property
-    def unwrapped(self):
-        return self
 
     def sample_tasks(self, n, generator, split):
         return torch.randn(n, SIZES["P"], generator=generator)

@@ -19,7 +19,7 @@ from algos import mbmpo as ours
 from envs import Imagined, ScaleActions
 from envs.forward import HopperForward
 from envs.navigation import Navigation2D
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import central_differences, close, relative_error
 
 K, E, T = 3, 4, 6  # models, imagined episodes in each, steps
@@ -292,7 +292,7 @@ def test_fit_is_that_of_models_trained_one_by_one(case):
     args, data = make_args(**FITS[case]), noise_data(43)
     models = make_models(args)
     untouched = copy.deepcopy((models, data))
-    fitted, stats = ours.fit_models(models, data, args, seeded(7))
+    fitted, stats = ours.fit_models(ALONE, models, data, args, seeded(7))
     expected, stops, curves = slow_fit(models, data, args, seeded(7))
     if case == "nobody stops":
         assert stops == [None] * K
@@ -313,9 +313,9 @@ def test_fit_is_that_of_models_trained_one_by_one(case):
 def test_a_second_fit_goes_on_from_the_first():
     """From its weights, whatever the statistics then were; with fresh moments."""
     args = make_args(model_epochs=2)
-    first, _ = ours.fit_models(make_models(args), noise_data(30), args, seeded(0))
+    first, _ = ours.fit_models(ALONE, make_models(args), noise_data(30), args, seeded(0))
     more = {name: torch.cat([x, 1.5 * x]) for name, x in noise_data(30, seed=1).items()}
-    second, _ = ours.fit_models(first, more, args, seeded(1))
+    second, _ = ours.fit_models(ALONE, first, more, args, seeded(1))
     expected, _, _ = slow_fit(first, more, args, seeded(1))
     same_weights(second, expected)
     assert list(second) == list(first)
@@ -324,7 +324,7 @@ def test_a_second_fit_goes_on_from_the_first():
 
 def test_stored_statistics_are_those_of_the_data():
     args, data = make_args(), noise_data(40)
-    fitted, _ = ours.fit_models(make_models(args), data, args, seeded(0))
+    fitted, _ = ours.fit_models(ALONE, make_models(args), data, args, seeded(0))
     _, _, x_stats, y_stats = slow_stats(data)
     for name, expected in zip(("x_mean", "x_std", "y_mean", "y_std"), (*x_stats, *y_stats), strict=True):
         close(fitted[name], torch.tensor(expected), 1e-12)
@@ -340,7 +340,7 @@ def test_stored_statistics_are_those_of_the_data():
 def test_what_is_normalised_comes_back(monkeypatch):
     """A model that predicts the normalised change exactly predicts next_obs exactly, from inputs of mean 0, std 1."""
     args, data = make_args(), noise_data(40)
-    fitted, _ = ours.fit_models(make_models(args), data, args, seeded(0))
+    fitted, _ = ours.fit_models(ALONE, make_models(args), data, args, seeded(0))
     _, y, _, (y_mean, y_std) = slow_stats(data)
     inputs = []
 
@@ -360,7 +360,7 @@ def test_constant_features_stay_finite_and_constant():
     args, data = make_args(), noise_data(40)
     for name, value in (("obs", 3.0), ("next_obs", 3.0), ("action", 0.5)):
         data[name][:, 1] = value
-    fitted, stats = ours.fit_models(make_models(args), data, args, seeded(0))
+    fitted, stats = ours.fit_models(ALONE, make_models(args), data, args, seeded(0))
     assert all(x.isfinite().all() for x in fitted.values())
     assert all(math.isfinite(x) for x in stats.values())
     predicted = ours.predict(fitted, data["obs"].repeat(K, 1), data["action"].repeat(K, 1))
@@ -376,7 +376,7 @@ def test_validation_rows_are_never_trained_on():
 
     def fit(changes):
         exchanged = data | {"next_obs": data["obs"] + changes}
-        return weights_of(ours.fit_models(models, exchanged, args, seeded(3))[0])
+        return weights_of(ours.fit_models(ALONE, models, exchanged, args, seeded(3))[0])
 
     changes = data["next_obs"] - data["obs"]
     plain, unnoticed = fit(changes), [set() for _ in range(K)]
@@ -409,7 +409,7 @@ def test_models_recover_a_linear_system():
     or has mixed up inputs would err by about all of it, as do the unfitted ones."""
     args = make_args(model_size=32, model_epochs=60, model_batch_size=50, model_lr=0.005)
     unfitted = make_models(args)
-    fitted, stats = ours.fit_models(unfitted, linear_data(1000, 0), args, seeded(0))
+    fitted, stats = ours.fit_models(ALONE, unfitted, linear_data(1000, 0), args, seeded(0))
     fresh = linear_data(200, 1)
 
     def errors(models):
@@ -521,9 +521,9 @@ def fitted_navigation():
     policies = stack([make_theta(args, seed) for seed in range(K)])
     data, _, _ = ours.play(envs, make_tasks(envs, args), policies, args, seeded(0))
     unfitted = make_models(args, obs_size=2)
-    models, _ = ours.fit_models(unfitted, data, args, seeded(1))
+    models, _ = ours.fit_models(ALONE, unfitted, data, args, seeded(1))
     args.model_lr = 0.0005
-    models, _ = ours.fit_models(models, data, args, seeded(2))
+    models, _ = ours.fit_models(ALONE, models, data, args, seeded(2))
     return imagined, models, models | weights_of(unfitted)
 
 
@@ -760,7 +760,7 @@ def test_training_against_iterations_by_hand():
         new, returns, played = ours.play(envs, tasks, params, args, generator)
         assert len(new["obs"]) < args.data_size
         data = {name: torch.cat([data[name], x])[-40:] if data else x for name, x in new.items()}
-        models, expected = ours.fit_models(models, data, args, generator)
+        models, expected = ours.fit_models(ALONE, models, data, args, generator)
         for _ in range(args.meta_steps):
             support = imagine(theta)
             query = imagine(slow_tailored(theta, support, args))

@@ -34,7 +34,7 @@ from algos.pearl_sac import (
 )
 from envs import ScaleActions
 from envs.navigation import Navigation2D
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 OBS, A, Z = 3, 2, 4  # where no world is played
 STRIDE = float(np.float32(0.1))  # of a full action in the plane
@@ -269,7 +269,7 @@ each = pytest.mark.parametrize("variant", VARIANTS)
 
 @pytest.fixture
 def case(variant):
-    usual = {"reward_scale": 3.0, "gamma": 0.9, "kl_weight": 0.3}
+    usual = {"reward_scale": 3.0, "gamma": 0.9, "kl_weight": 0.3, "meta_batch_size": 3}
     args, theta = make_theta(**{**usual, **VARIANTS[variant]})
     if args.auto_entropy:
         theta["log_alpha"] = torch.tensor(-1.1)  # the flag is only its start
@@ -895,7 +895,7 @@ def test_updates_are_adams_by_hand_and_targets_follow(losses, variant):
     weights, target, args = clone(lab.theta), clone(lab.state["target"]), lab.args
     first = clone(weights)
     optimizer = torch.optim.Adam(lab.theta.values(), args.lr)
-    stats = learn(lab.state, optimizer, args, 5)
+    stats = learn(ALONE, lab.state, optimizer, args, 5)
     m, v = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
     assert len(losses) == 3
     for k, call in enumerate(losses, 1):
@@ -931,7 +931,7 @@ def test_updates_are_of_different_tasks_with_their_own_data(monkeypatch, next_ob
         return sum(value.sum() for value in theta.values()), {}
 
     monkeypatch.setattr(pearl_sac, "pearl_loss", cheap)
-    learn(lab.state, torch.optim.Adam(lab.theta.values()), lab.args, 3)
+    learn(ALONE, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, 3)
     frequency, together = Counter(), Counter()
     for batch, context, _ in calls:
         assert batch.shape == (3, 5, 9)
@@ -966,7 +966,7 @@ def test_updates_follow_their_seed(losses):
     for seed in (1, 1, 2):
         lab = make_lab(updates=2)
         fill(lab)
-        learn(lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seed)
+        learn(ALONE, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seed)
         results.append(flat(lab.theta))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -1024,10 +1024,10 @@ def learned(monkeypatch, seen):
     """Of every `learn`: how often had been played, and what the buffers held, before; the largest change by it."""
     calls, original = [], pearl_sac.learn
 
-    def spy(state, optimizer, args, seed):
+    def spy(envs, state, optimizer, args, seed):
         buffers = {name: [stored(state[name], i) for i in range(args.train_tasks)] for name in ("recent", "replay")}
         before = flat(state["theta"]).clone()
-        stats = original(state, optimizer, args, seed)
+        stats = original(envs, state, optimizer, args, seed)
         change = float((flat(state["theta"]) - before).abs().max())
         lr = optimizer.param_groups[0]["lr"]
         calls.append(SimpleNamespace(played=len(seen), seed=seed, change=change, buffers=buffers, lr=lr))

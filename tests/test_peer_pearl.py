@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from double_precision import float64, seeded  # noqa: F401
+from double_precision import ALONE, float64, seeded  # noqa: F401
 
 from algos import pearl_sac as ours
 from benchmark import peer_pearl as peer
@@ -83,7 +83,7 @@ def test_updates_agree(kind, monkeypatch):
     loss = ours.pearl_loss
     monkeypatch.setattr(ours, "pearl_loss", lambda *x: drawn.append(x[2:5]) or loss(*x))
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
-    ours.learn(state, optimizer, args, 5)
+    ours.learn(ALONE, state, optimizer, args, 5)
     assert len(drawn) == updates
 
     noises, samples = [], []

@@ -124,7 +124,7 @@ def test_updates_agree(env_id, monkeypatch):
     agent, before = peer.agent_like(theta), {name: value.clone() for name, value in theta.items()}
     optimizers = [torch.optim.Adam(x, args.lr, eps=1e-5) for x in (theta.values(), agent.parameters())]
     for remaining in (1.0, 0.6):
-        ours.ppo(theta, optimizers[0], steps, args, remaining, Generator().manual_seed(5))
+        ours.ppo(envs, theta, optimizers[0], steps, args, remaining, Generator().manual_seed(5))
         peer.update(agent, optimizers[1], as_batch(steps), args, remaining, Generator().manual_seed(5))
     for name, parameter in agent.named_parameters():
         own = theta[peer.NAMES[name]]

@@ -16,7 +16,7 @@ from envs import ScaleActions, Trials
 from envs.bandit import Bandit5, DependentBandit
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import SparseNavigation2D
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 FILES = {"gru": rl2_ppo, "lstm": rl2_ppo, "transformer": rl2_transformer_ppo, "snail": rl2_transformer_ppo}
 FAMILIES = {  # class, horizon, episodes, worlds
@@ -640,7 +640,7 @@ def test_an_update_is_adam_on_minibatches_of_whole_trials(lab):
     args = lab.ours.Args(**{**vars(lab.args), "epochs": 2, "minibatches": 3, "lr": 0.01, "max_grad_norm": 0.2})
     theta = {name: value.clone() for name, value in lab.theta.items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
-    stats = lab.ours.ppo(theta, optimizer, lab.steps, args, 0.6, seeded(9))
+    stats = lab.ours.ppo(ALONE, theta, optimizer, lab.steps, args, 0.6, seeded(9))
 
     weights, generator = leaves(lab.theta), seeded(9)
     optimizer = torch.optim.Adam(weights.values(), 0.006, eps=1e-5)

@@ -1,0 +1,148 @@
+"""Several processes under torchrun: the result of one, and orderly ends. The oracle is the run in a single process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NAVIGATION = "--env-id Navigation2D-v0 --horizon 7"
+RUNS = {  # several of them with physics, early ends, chance during episodes, unequal shares of minibatches
+    "maml_trpo": "--env-id HopperRandParams-v0 --horizon 20 --meta-batch-size 4 --episodes-per-task 3 --inner-steps 2 "
+    "--estimator e_maml --eval-steps 1",
+    "promp": f"{NAVIGATION} --meta-batch-size 6 --episodes-per-task 2 --target-kl 0.01",
+    "rl2_ppo": "--env-id WalkerRandParams-v0 --horizon 40 --meta-batch-size 10 --minibatches 2 --episodes-per-trial 2",
+    "rl2_transformer_ppo": "--env-id Bandit5-v0 --meta-batch-size 8 --minibatches 2 --episodes-per-trial 4",
+    "pearl_sac": "--env-id AntDir-v0 --horizon 25 --train-tasks 6 --tasks-per-iteration 4 --meta-batch-size 4 "
+    "--updates 3 --batch-size 5 --context-size 6 --hidden-size 8 --auto-entropy",
+    "mbmpo": "--env-id HopperForward-v0 --horizon 25 --num-models 4 --meta-steps 2 --episodes-per-task 3 "
+    "--model-size 8 --model-epochs 30 --real-episodes 2",
+}
+
+
+def command(processes: int, script: str, *words: str) -> list[str]:
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *run, str(ROOT / script), *words]
+
+
+def start(where: Path, *words) -> subprocess.Popen:
+    where.mkdir(exist_ok=True)
+    with open(where / "log", "w") as log:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command(*words), cwd=where, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def rows(where: Path) -> list[dict]:
+    (path,) = where.glob("runs/*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoint(where: Path) -> dict:
+    (path,) = where.glob("runs/*/checkpoint.pt")
+    return torch.load(path, weights_only=True)
+
+
+def leaves(state, name="") -> dict:
+    """All numbers and tensors of nested dicts and lists, by their path."""
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {path: leaf for key, value in items for path, leaf in leaves(value, f"{name}/{key}").items()}
+    return {name: state}
+
+
+@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in RUNS), ("promp", 3)])
+def test_several_processes_compute_what_one_computes(name, processes, tmp_path):
+    flags = [*RUNS[name].split(), "--iterations", "2"]
+    for where, count in (("one", 1), ("several", processes)):
+        assert start(tmp_path / where, count, "tests/torchrun_double.py", name, *flags).wait(300) == 0
+    found, expected = rows(tmp_path / "several"), rows(tmp_path / "one")
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        one["seconds"] = other["seconds"] = 0
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
+    found, expected = (leaves(checkpoint(tmp_path / where)) for where in ("several", "one"))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert torch.allclose(found[path], value, rtol=1e-6, atol=1e-9), path
+        elif path != "/seconds":
+            assert bool(torch.as_tensor(found[path] == value).all()), path
+    log = (tmp_path / "several/log").read_text()
+    assert log.count("held-out") == 1  # only one process speaks
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Two processes of MAML-TRPO that have saved something; torchrun, and the processes' numbers."""
+    flags = f"{NAVIGATION} --meta-batch-size 4 --episodes-per-task 2 --eval-every 1 --iterations 100000".split()
+    launcher, deadline = start(tmp_path, 2, "algos/maml_trpo.py", *flags), time.time() + 120
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    yield launcher, [int(child) for child in children]
+    launcher.kill()
+
+
+def resumed(where: Path, iterations: int) -> dict:
+    """The checkpoint of the run after as many iterations, the rest in a single process."""
+    (folder,) = where.glob("runs/*")
+    flags = ["--resume", f"runs/{folder.name}", "--iterations", str(iterations)]
+    assert start(where, 1, "algos/maml_trpo.py", *flags).wait(120) == 0
+    return checkpoint(where)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others(running, victim, tmp_path):
+    launcher, children = running
+    assert len(children) == 2
+    os.kill(children[victim], signal.SIGKILL)
+    assert launcher.wait(60) == 1
+    log = (tmp_path / "log").read_text()
+    message = rf"process {1 - victim}: another one has ended; the last whole checkpoint is kept \(.+\)"
+    assert len(re.findall(message, log)) == 1
+    assert 'algos/maml_trpo.py", line' not in log  # no trace of ours
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    state = checkpoint(tmp_path)
+    assert resumed(tmp_path, state["iteration"] + 1)["iteration"] == state["iteration"] + 1
+
+
+def test_a_signal_ends_all_processes_with_a_checkpoint(running, tmp_path):
+    launcher, children = running
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(60)
+    state, logged = checkpoint(tmp_path), rows(tmp_path)
+    assert state["iteration"] == len(logged) == logged[-1]["iteration"] < 100000
+    assert "stopping after this iteration" in (tmp_path / "log").read_text()
+    assert "another one has ended" not in (tmp_path / "log").read_text()
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("maml_trpo", "--meta-batch-size 5", "--meta-batch-size 5: must be a multiple of 2"),
+        ("promp", "--meta-batch-size 5", "--meta-batch-size 5: must be a multiple of 2"),
+        ("rl2_ppo", "--minibatches 6 --meta-batch-size 6", "--minibatches 6: --meta-batch-size 6 leaves less than one"),
+        ("pearl_sac", "--tasks-per-iteration 3", "--tasks-per-iteration 3: must be a multiple of 2"),
+        ("mbmpo", "--num-models 5", "--num-models 5: must be a multiple of 2"),
+        ("reptile_ppo", "", "torchrun: this algorithm runs in one process"),
+        ("lirpg", "", "torchrun: this algorithm runs in one process"),
+        ("maml", "", "torchrun: this algorithm runs in one process"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(name, flags, message, tmp_path):
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        command(1, f"algos/{name}.py", *flags.split()), cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
