@@ -22,7 +22,7 @@ RUNS = {  # several of them with physics, early ends, chance during episodes, un
     "rl2_transformer_ppo": "--env-id Bandit5-v0 --meta-batch-size 8 --minibatches 2 --episodes-per-trial 4",
     "pearl_sac": "--env-id AntDir-v0 --horizon 25 --train-tasks 6 --tasks-per-iteration 4 --meta-batch-size 4 "
     "--updates 3 --batch-size 5 --context-size 6 --hidden-size 8 --auto-entropy",
-    "mbmpo": "--env-id HopperForward-v0 --horizon 25 --num-models 4 --meta-steps 2 --episodes-per-task 3 "
+    "mbmpo": "--env-id HopperForward-v0 --horizon 25 --num-models 4 --meta-steps 1 --episodes-per-task 3 "
     "--model-size 8 --model-epochs 30 --real-episodes 2",
 }
 
