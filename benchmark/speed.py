@@ -7,6 +7,7 @@
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
     python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
+    python benchmark/speed.py meta_critic                    (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
 maml_trpo and its like, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the
@@ -41,7 +42,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
+from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
@@ -50,13 +51,13 @@ class Options:
     algorithm: tyro.conf.Positional[
         Literal[
             "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
-            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo",
+            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo", "meta_critic", "lirpg", "lifetime_rewards",
         ]
     ]  # fmt: skip
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 20,
-    supervised algorithms 40"""
+    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 and
+    the last three 20, supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
@@ -260,11 +261,14 @@ def runner(name: str):
         return run_pearl, 5
     if name == "mbmpo":
         return run_mbmpo, 10
+    if name in speed_lives.PLAYS:
+        return run_lives, 20
     return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
 
 
-def main() -> None:
-    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+def parse(flags: list[str] | None = None) -> tuple:
+    """The options, the algorithm's module and Args, and the function that measures it, from the command line."""
+    options, rest = tyro.cli(Options, args=flags, description=__doc__, return_unknown_args=True)
     algorithm, (run, iterations) = load(ROOT / f"algos/{options.algorithm}.py"), runner(options.algorithm)
     default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in SAMPLING else {}
     args = tyro.cli(algorithm.Args, args=rest, **default)
@@ -273,6 +277,11 @@ def main() -> None:
     algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in SAMPLING else {}
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
+    return options, algorithm, args, run
+
+
+def main() -> None:
+    options, algorithm, args, run = parse()
     print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
 
 
@@ -302,6 +311,15 @@ def run_mbmpo(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
     with suppress(FinishedError):
         speed_mbmpo.measure(algorithm, args, *worlds, watch)
     return speed_mbmpo.report(watch) | speed_mbmpo.sizes(args, watch) | about
+
+
+def run_lives(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    if options.peer:
+        raise SystemExit(f"--peer: {options.algorithm} has none")
+    about = describe(options, args)
+    with suppress(FinishedError):
+        speed_lives.measure(options.algorithm, algorithm, args, watch)
+    return speed_lives.report(watch) | about
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
