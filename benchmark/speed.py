@@ -2,7 +2,7 @@
 
     python benchmark/speed.py maml_trpo --peer
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
-    python benchmark/speed.py promp                          (reptile_ppo, multitask_ppo: likewise, without a peer)
+    python benchmark/speed.py promp --peer                   (reptile_ppo, multitask_ppo: likewise)
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
@@ -162,27 +162,37 @@ def physics(envs, horizon: int, watch: Stopwatch):
 
 
 def peer(options: Options, args, envs, theta: dict, watch: Stopwatch):
-    """A function that runs one iteration of benchmark/peer_<algorithm>.py, from the same initial policy."""
-    module = load(ROOT / f"benchmark/peer_{options.algorithm}.py")
-    tasks, generator = options.peer_tasks or args.meta_batch_size, torch.Generator().manual_seed(args.seed)
+    """A function that runs one iteration written the usual way, the first measured one from the same policy."""
+    module, generator = (
+        load(ROOT / f"benchmark/{PEERS[options.algorithm]}.py"),
+        torch.Generator().manual_seed(args.seed),
+    )
     single = module.make(args.env_id, args.episodes_per_task, args.action_scale)
     single.reset(seed=args.seed)
-    theta = {name: value.detach().cpu().clone().requires_grad_() for name, value in theta.items()}
+    copies = ({name: x.detach().cpu().clone().requires_grad_() for name, x in theta.items()} for _ in "ab")
+    warm_up, iterate = (module.ITERATIONS[options.algorithm](single, copy, args) for copy in copies)
+    clock, collect = [0.0], module.collect
+
+    def timed(*inputs):
+        since = watch.now()
+        result = collect(*inputs)
+        clock[0] += watch.now() - since
+        return result
+
+    module.collect = timed
 
     def measure() -> None:
-        nonlocal theta
         if len(watch.times["peer_sample"]) == options.peer_iterations:
             return
-        warm_up = len(watch.times["total"]) == 1
-        tasks_NP = envs.unwrapped.sample_tasks(1 if warm_up else tasks, generator).cpu().numpy()
-        start, cpu = watch.now(), time.process_time()
-        batches = module.sample(single, tasks_NP, theta, args)
-        sampled = watch.now()
-        new_theta, _ = module.trpo_step(theta, batches, args)
-        if warm_up:
+        if len(watch.times["total"]) == 1:
+            warm_up(envs.unwrapped.sample_tasks(1, generator).cpu().numpy())
             return
-        theta = new_theta
-        values = {"sample": sampled - start, "update": watch.now() - sampled, "cpu": time.process_time() - cpu}
+        tasks = options.peer_tasks or args.meta_batch_size
+        tasks_NP = envs.unwrapped.sample_tasks(tasks, generator).cpu().numpy()
+        since, cpu, clock[0] = watch.now(), time.process_time(), 0.0
+        iterate(tasks_NP)
+        total = watch.now() - since
+        values = {"sample": clock[0], "update": total - clock[0], "cpu": time.process_time() - cpu}
         for name, value in values.items():
             watch.times["peer_" + name].append(value)
 
@@ -197,6 +207,8 @@ def from_policy(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) ->
     algorithm.train(envs, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
 
 
+PEERS = {"maml_trpo": "peer_maml_trpo"}
+PEERS |= dict.fromkeys(("promp", "reptile_ppo", "multitask_ppo"), "peer_ppo_family")
 SAMPLING = {"maml_trpo": "collect", "promp": "sample", "reptile_ppo": "sample", "multitask_ppo": "sample"}
 RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
@@ -323,8 +335,8 @@ def run_lives(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
-    if options.peer and options.algorithm != "maml_trpo":
-        raise SystemExit(f"--peer: {options.algorithm} has none; allowed with maml_trpo, rl2_ppo, pearl_sac, mbmpo")
+    if options.peer and getattr(args, "task_given", False):
+        raise SystemExit("--peer: none is written for --task-given")
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
     envs = task_envs.TaskGiven(envs) if getattr(args, "task_given", False) else envs
