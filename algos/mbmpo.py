@@ -348,8 +348,8 @@ def play(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generato
 def evaluate(envs, imagined, models: Params, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the tailored policies, with equal start states and noise in every evaluation."""
     seeded, tasks_NP = Generator().manual_seed, envs.unwrapped.tasks[:1].expand(args.num_models, -1)
-    _, params = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))
-    returns = [play(envs, tasks_NP, each, args, seeded(args.seed + 2))[1] for each in (theta, params)]  # [10]
+    adapted = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))[1]
+    returns = [play(envs, tasks_NP, params, args, seeded(args.seed + 2))[1] for params in (theta, adapted)]  # [10]
     ci95 = 1.96 * float((returns[1] - returns[0]).std(correction=0)) / math.sqrt(returns[0].numel())
     return {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)} | {"test/gain_ci95": ci95}
 
@@ -370,9 +370,9 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
             support, params = tailor(imagined, models, tasks_NP, theta, args, generator)
             query, diverged = sample(imagined, tasks_NP, params, args, generator), imagined.diverged_share  # [5]
             theta, step = trpo_step(theta, tailored_policies, [support], query, args)
-        state |= {"iteration": iteration, "env_steps": state["env_steps"] + steps, "generator": generator.get_state()}
-        all_models = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}  # of all processes
-        state |= {"theta": theta, "models": all_models, "data": data}
+        state |= {"iteration": iteration, "generator": generator.get_state(), "theta": theta, "data": data}
+        state["env_steps"] += steps
+        state["models"] = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}
         totals = {"imagined_pre": support.total, "imagined_post": query.total, "return_post": return_NE}
         means = {f"train/{k}": float(*average(x.mean())) for k, x in totals.items()} | {"train/diverged": diverged}
         run.log(state, stats | step | means | evaluate(envs, imagined, models, theta, args))
