@@ -88,7 +88,9 @@ class Args:
     fisher_fraction: float = 0.25
     """share of the episodes in the Fisher products; smaller is faster, and noisier in the step's direction"""
     cuda: bool = False
-    """policy, models and imagination on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """policy, models and imagination on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the run's device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -245,8 +247,7 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
     stats = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6, "y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
     x_MI, y_MO = (x_MI - stats["x_mean"]) / stats["x_std"], (y_MO - stats["y_mean"]) / stats["y_std"]
     order_NM = torch.rand(args.num_models, len(x_MI), generator=generator).argsort(1)
-    order_NM = envs.unwrapped.share(order_NM).to(x_MI.device)
-    train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
+    train_NR, valid_NV = envs.unwrapped.share(order_NM).to(x_MI.device).tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items() if name[0] in "wb"}
     optimizer, kept = torch.optim.Adam(weights.values(), args.model_lr), weights
 
@@ -257,9 +258,8 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
     running_N11 = torch.ones_like(average_N).bool()[:, None, None]
     for epoch in range(1, args.model_epochs + 1):  # noqa: B007
         for rows in torch.randperm(train_NR.shape[1], generator=generator).to(x_MI.device).split(args.model_batch_size):
-            gradient = vmap(grad(error))(weights, train_NR[:, rows])
-            for name, value in weights.items():
-                value.grad = gradient[name]
+            for x, gradient in zip(weights.values(), vmap(grad(error))(weights, train_NR[:, rows]).values(), strict=True):
+                x.grad = gradient
             optimizer.step()
         error_N = vmap(error)(weights, valid_NV).detach()
         kept = {name: torch.where(running_N11, x, kept[name]).detach() for name, x in weights.items()}
@@ -456,7 +456,8 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, imagine, join, learning_curve, make
 
     leads = join(args.cuda, num_models=args.num_models)
-    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, args.cuda, args.action_scale)
+    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
+    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, **options)
     imagined = imagine(envs, args.num_models * args.episodes_per_task)
     generator = Generator().manual_seed(args.seed)
     made = {"theta": init_policy(envs, args.hidden_size, generator), "models": init_models(envs, args, generator)}

@@ -85,7 +85,9 @@ class Args:
     eval_steps: int = 3
     """steps of fine-tuning of an evaluation, each on fresh episodes"""
     cuda: bool = False
-    """policy, inner and outer loop on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """policy, inner and outer loop on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the run's device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     capture_video: bool = False
@@ -336,7 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
     from envs import TaskGiven, adaptation_gif, learning_curve, make
 
-    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
+    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
+    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, **options)
     envs = TaskGiven(envs) if args.task_given else envs
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)

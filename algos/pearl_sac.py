@@ -107,7 +107,9 @@ class Args:
     eval_every: int = 1
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
-    """networks and buffers on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """networks and buffers on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the run's device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -424,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, join, learning_curve, make
 
     leads = join(args.cuda, tasks_per_iteration=args.tasks_per_iteration, meta_batch_size=args.meta_batch_size)
-    envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda)
+    envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
         raise SystemExit(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
     generator = Generator().manual_seed(args.seed)

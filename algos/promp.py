@@ -85,7 +85,9 @@ class Args:
     eval_steps: int = 3
     """inner steps of an evaluation, usually more than inner_steps"""
     cuda: bool = False
-    """policy, inner and outer loop on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """policy, inner and outer loop on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the run's device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     capture_video: bool = False
@@ -382,7 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, adaptation_gif, join, learning_curve, make
 
     leads = join(args.cuda, meta_batch_size=args.meta_batch_size)
-    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
+    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
+    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, **options)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
