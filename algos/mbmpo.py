@@ -90,7 +90,7 @@ class Args:
     cuda: bool = False
     """policy, models and imagination on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the run's device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -258,8 +258,8 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
     running_N11 = torch.ones_like(average_N).bool()[:, None, None]
     for epoch in range(1, args.model_epochs + 1):  # noqa: B007
         for rows in torch.randperm(train_NR.shape[1], generator=generator).to(x_MI.device).split(args.model_batch_size):
-            for x, gradient in zip(weights.values(), vmap(grad(error))(weights, train_NR[:, rows]).values(), strict=True):
-                x.grad = gradient
+            for x, dx in zip(weights.values(), vmap(grad(error))(weights, train_NR[:, rows]).values(), strict=True):
+                x.grad = dx
             optimizer.step()
         error_N = vmap(error)(weights, valid_NV).detach()
         kept = {name: torch.where(running_N11, x, kept[name]).detach() for name, x in weights.items()}
