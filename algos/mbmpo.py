@@ -183,11 +183,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
         mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        steps.append((obs_NEO, action_NEA, mean_NEA, mask_NE, reward.view_as(mask_NE)))
         mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
-    return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
+    obs_NETO, action_NETA, mean_NETA, *rest = (torch.stack(x, 2) for x in zip(*steps, strict=True))
+    return obs_NETO, action_NETA, Normal(mean_NETA, std.unsqueeze(-2), False).log_prob(action_NETA).sum(-1), *rest
 
 
 def sample(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Rollouts:
@@ -331,7 +331,7 @@ def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: A
         after, new = torch.no_grad()(objective)(vector_W + fraction * step_W)
         kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
         kl, after = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), after)
-        if kl <= args.max_kl and after > before:  # [9]
+        if (kl <= args.max_kl) & (after > before):  # [9]; one wait for the device
             break
     stats = {"kl": kl, "improvement": after - before, "step": fraction, "gradient_norm": gradient_W.norm()}
     return unflatten(vector_W + fraction * step_W, theta), {f"train/{name}": float(x) for name, x in stats.items()}
