@@ -13,7 +13,11 @@ export OMP_WAIT_POLICY ?= passive
 train: .venv/.installed  ## MAML-TRPO on HalfCheetahDir, under 10 minutes on 2 cores
 	.venv/bin/python algos/maml_trpo.py --env-id HalfCheetahDir-v0 --meta-batch-size 20 --episodes-per-task 10 --iterations 150
 
-test: .venv/.installed lint  ## the whole suite
+.venv/.installed-warp: .venv/.installed requirements-warp.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-warp.txt
+	@touch $@
+
+test: .venv/.installed-warp lint  ## the whole suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 lint: .venv/.installed

@@ -88,7 +88,9 @@ class Args:
     eval_every: int = 20
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
-    """networks and updates on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """networks and updates on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -382,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
     from envs import Lifetimes, learning_curve, make
 
-    options = args.env_id, args.num_worlds, args.horizon, args.cuda, 1.0, True  # actions in [-1, 1], or choices
+    options = args.env_id, args.num_worlds, args.horizon, args.cuda, 1.0, True, args.physics  # actions +-1, or choices
     envs, test_envs, generator = Lifetimes(make(*options), 10**9), make(*options), Generator().manual_seed(args.seed)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
     state |= first_state(envs, args, generator)

@@ -88,7 +88,9 @@ class Args:
     fisher_fraction: float = 0.25
     """share of the episodes in the Fisher products; smaller is faster, and noisier in the step's direction"""
     cuda: bool = False
-    """policy, models and imagination on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """policy, models and imagination on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -181,11 +183,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
         mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        steps.append((obs_NEO, action_NEA, mean_NEA, mask_NE, reward.view_as(mask_NE)))
         mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
-    return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
+    obs_NETO, action_NETA, mean_NETA, *rest = (torch.stack(x, 2) for x in zip(*steps, strict=True))
+    return obs_NETO, action_NETA, Normal(mean_NETA, std.unsqueeze(-2), False).log_prob(action_NETA).sum(-1), *rest
 
 
 def sample(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Rollouts:
@@ -245,8 +247,7 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
     stats = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6, "y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
     x_MI, y_MO = (x_MI - stats["x_mean"]) / stats["x_std"], (y_MO - stats["y_mean"]) / stats["y_std"]
     order_NM = torch.rand(args.num_models, len(x_MI), generator=generator).argsort(1)
-    order_NM = envs.unwrapped.share(order_NM).to(x_MI.device)
-    train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
+    train_NR, valid_NV = envs.unwrapped.share(order_NM).to(x_MI.device).tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items() if name[0] in "wb"}
     optimizer, kept = torch.optim.Adam(weights.values(), args.model_lr), weights
 
@@ -257,9 +258,8 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
     running_N11 = torch.ones_like(average_N).bool()[:, None, None]
     for epoch in range(1, args.model_epochs + 1):  # noqa: B007
         for rows in torch.randperm(train_NR.shape[1], generator=generator).to(x_MI.device).split(args.model_batch_size):
-            gradient = vmap(grad(error))(weights, train_NR[:, rows])
-            for name, value in weights.items():
-                value.grad = gradient[name]
+            for x, dx in zip(weights.values(), vmap(grad(error))(weights, train_NR[:, rows]).values(), strict=True):
+                x.grad = dx
             optimizer.step()
         error_N = vmap(error)(weights, valid_NV).detach()
         kept = {name: torch.where(running_N11, x, kept[name]).detach() for name, x in weights.items()}
@@ -331,7 +331,7 @@ def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: A
         after, new = torch.no_grad()(objective)(vector_W + fraction * step_W)
         kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
         kl, after = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), after)
-        if kl <= args.max_kl and after > before:  # [9]
+        if (kl <= args.max_kl) & (after > before):  # [9]; one wait for the device
             break
     stats = {"kl": kl, "improvement": after - before, "step": fraction, "gradient_norm": gradient_W.norm()}
     return unflatten(vector_W + fraction * step_W, theta), {f"train/{name}": float(x) for name, x in stats.items()}
@@ -348,8 +348,8 @@ def play(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generato
 def evaluate(envs, imagined, models: Params, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the tailored policies, with equal start states and noise in every evaluation."""
     seeded, tasks_NP = Generator().manual_seed, envs.unwrapped.tasks[:1].expand(args.num_models, -1)
-    _, params = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))
-    returns = [play(envs, tasks_NP, each, args, seeded(args.seed + 2))[1] for each in (theta, params)]  # [10]
+    adapted = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))[1]
+    returns = [play(envs, tasks_NP, params, args, seeded(args.seed + 2))[1] for params in (theta, adapted)]  # [10]
     ci95 = 1.96 * float((returns[1] - returns[0]).std(correction=0)) / math.sqrt(returns[0].numel())
     return {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)} | {"test/gain_ci95": ci95}
 
@@ -370,9 +370,9 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
             support, params = tailor(imagined, models, tasks_NP, theta, args, generator)
             query, diverged = sample(imagined, tasks_NP, params, args, generator), imagined.diverged_share  # [5]
             theta, step = trpo_step(theta, tailored_policies, [support], query, args)
-        state |= {"iteration": iteration, "env_steps": state["env_steps"] + steps, "generator": generator.get_state()}
-        all_models = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}  # of all processes
-        state |= {"theta": theta, "models": all_models, "data": data}
+        state |= {"iteration": iteration, "generator": generator.get_state(), "theta": theta, "data": data}
+        state["env_steps"] += steps
+        state["models"] = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}
         totals = {"imagined_pre": support.total, "imagined_post": query.total, "return_post": return_NE}
         means = {f"train/{k}": float(*average(x.mean())) for k, x in totals.items()} | {"train/diverged": diverged}
         run.log(state, stats | step | means | evaluate(envs, imagined, models, theta, args))
@@ -456,7 +456,8 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, imagine, join, learning_curve, make
 
     leads = join(args.cuda, num_models=args.num_models)
-    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, args.cuda, args.action_scale)
+    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
+    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, **options)
     imagined = imagine(envs, args.num_models * args.episodes_per_task)
     generator = Generator().manual_seed(args.seed)
     made = {"theta": init_policy(envs, args.hidden_size, generator), "models": init_models(envs, args, generator)}

@@ -41,6 +41,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
+from torch.func import grad
 from torch.nn import functional
 
 Params = dict[str, Tensor]
@@ -107,7 +108,11 @@ class Args:
     eval_every: int = 1
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
-    """networks and buffers on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """networks and buffers on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    compile: bool = False
+    """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); the first update takes up to a minute"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -176,8 +181,7 @@ def average(*values: Tensor) -> list[Tensor]:
 
 
 def posterior(theta: Params, context_NSI: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N, Z] of q(z|c): a product of Gaussians, one for each transition of the context that mask
-    marks; the prior N(0, 1) where there is none."""
+    """Mean and variance [N, Z] of q(z|c): the product of a Gaussian for each transition that mask marks, or N(0, 1)."""
     mean_NSZ, raw_NSZ = mlp(theta, "encoder", context_NSI).chunk(2, -1)
     precision_NSZ = mask_NS[..., None] / functional.softplus(raw_NSZ).clamp_min(1e-7)
     variance_NZ = 1 / torch.where(mask_NS.sum(1, keepdim=True) > 0, precision_NSZ.sum(1), 1.0)
@@ -187,8 +191,7 @@ def posterior(theta: Params, context_NSI: Tensor, mask_NS: Tensor) -> tuple[Tens
 def act(theta: Params, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Actions [.., A] in [-1, 1], the tanh of a Gaussian, and log pi(a|s, z) [..], for obs [.., O], z [.., Z]."""
     mean, log_std = mlp(theta, "policy", torch.cat([obs, z], -1)).chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)
-    raw = mean + log_std.exp() * noise
+    raw = mean + (log_std := log_std.clamp(-20, 2)).exp() * noise
     squash = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of tanh's derivative
     return raw.tanh(), (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - squash).sum(-1)
 
@@ -209,11 +212,10 @@ def guess(theta: Params, context_NSI: Tensor, mask_NS: Tensor, generator: Genera
 @torch.no_grad()
 def play_episode(envs, tasks_NP: Tensor, theta: Params, z_NZ: Tensor, args: Args, generator: Generator, spread: float):
     """An episode of each task, all worlds in step: transitions [N, T, V], mask [N, T], returns [N]; spread 0: means."""
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    family, seed = envs.unwrapped, int(torch.randint(2**31, (1,), generator=generator))
     noise_TNA = spread * torch.randn(args.horizon, len(z_NZ), len(theta["policy_b3"]) // 2, generator=generator)
-    share, gather = envs.unwrapped.share, envs.unwrapped.gather
-    noise_TNA, z_NZ = share(noise_TNA, 1).to(z_NZ), share(z_NZ)
-    obs_NO, _ = envs.reset(seed=seed, options={"tasks": share(tasks_NP)})
+    noise_TNA, z_NZ = family.share(noise_TNA, 1).to(z_NZ), family.share(z_NZ)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": family.share(tasks_NP)})
     mask_N, return_N, steps, threads = torch.ones_like(z_NZ[:, 0]), 0, [], torch.get_num_threads()
     torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
     for noise_NA in noise_TNA:
@@ -224,8 +226,8 @@ def play_episode(envs, tasks_NP: Tensor, theta: Params, z_NZ: Tensor, args: Args
         steps.append(torch.cat([obs_NO, action_NA, *columns], 1))
         obs_NO, mask_N, return_N = next_obs_NO, 1 - ended_N.to(mask_N), return_N + reward_N
     torch.set_num_threads(threads)
-    rows_NTV, mask_NT1 = gather(torch.stack(steps, 1)).tensor_split([-1], -1)
-    return rows_NTV, mask_NT1.squeeze(-1), gather(return_N)
+    rows_NTV, mask_NT1 = family.gather(torch.stack(steps, 1)).tensor_split([-1], -1)
+    return rows_NTV, mask_NT1.squeeze(-1), family.gather(return_N)
 
 
 def collect_episodes(envs, index_N: Tensor, state: dict, args: Args, generator: Generator, size: int) -> float:
@@ -243,8 +245,7 @@ def collect_episodes(envs, index_N: Tensor, state: dict, args: Args, generator: 
 def pearl_loss(theta: Params, target: Params, batch_NBV: Tensor, context_NSI: Tensor, noise: tuple, args: Args):
     """L_Q + L_pi + beta KL, and parts of it. Whatever a term must not move is detached in it."""
     z_noise_NZ, next_noise_NBA, noise_NBA = noise
-    A = noise_NBA.shape[-1]
-    obs = theta["policy_w0"].shape[1] - args.latent_size
+    obs, A = theta["policy_w0"].shape[1] - args.latent_size, noise_NBA.shape[-1]
     obs_NBO, action_NBA, _, next_obs_NBO, reward_NB1, ended_NB1 = batch_NBV.split([obs, A, 1, obs, 1, 1], -1)
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
     mean_NZ, variance_NZ = posterior(theta, context_NSI, torch.ones_like(context_NSI[..., 0]))  # [5]
@@ -272,20 +273,23 @@ def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict:
     theta, target, generator = state["theta"], state["target"], Generator(state["tasks"].device).manual_seed(seed)
     N, B = args.meta_batch_size, args.batch_size
     sizes = (N, args.latent_size), *[(N, B, len(theta["policy_b3"]) // 2)] * 2
+    compiled = torch.compile(grad(pearl_loss, has_aux=True), mode="reduce-overhead") if args.compile else None
     for _ in range(args.updates):
         index_N = torch.rand(args.train_tasks, generator=generator, device=generator.device).argsort()[:N]  # [4]
         batch_NBV = draw(state["replay"], index_N, B, generator)
         context_NSI = draw(state["recent"], index_N, args.context_size, generator)[..., : theta["encoder_w0"].shape[1]]
         noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
         batch_NBV, context_NSI, *noise = (envs.unwrapped.share(x) for x in (batch_NBV, context_NSI, *noise))
-        weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-        loss, stats = pearl_loss(weights, target, batch_NBV, context_NSI, noise, args)
-        gradients = average(*torch.autograd.grad(loss, list(weights.values())))
-        for value, gradient in zip(theta.values(), gradients, strict=True):
+        if compiled:
+            gradients, stats = compiled(theta, target, batch_NBV, context_NSI, noise, args)
+        else:  # the same, but torch.func's is slower where nothing is compiled
+            weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
+            loss, stats = pearl_loss(weights, target, batch_NBV, context_NSI, noise, args)
+            gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        for value, gradient in zip(theta.values(), average(*gradients.values()), strict=True):
             value.grad = gradient
         optimizer.step()  # [8]
-        for name, value in target.items():
-            value.lerp_(theta[name], args.tau)  # [9]
+        torch._foreach_lerp_(list(target.values()), [theta[name] for name in target], args.tau)  # [9]
     return {name: float(x) for name, x in zip(stats, average(*stats.values()), strict=True)}
 
 
@@ -299,9 +303,8 @@ def evaluate(envs, theta: Params, args: Args) -> dict:
         rows_NTV, mask_NT, return_N = play_episode(envs, tasks_NP, theta, z_NZ, args, generator, 0.0)
         context_NSI, mask_NS = torch.cat([context_NSI, rows_NTV[..., :width]], 1), torch.cat([mask_NS, mask_NT], 1)
         returns.append(return_N)
-    stats = {f"test/return_k{k}": float(return_N.mean()) for k, return_N in enumerate(returns)}  # [10]
-    gain_N = returns[-1] - returns[0]
-    return stats | {"test/gain_ci95": 1.96 * float(gain_N.std(correction=0)) / math.sqrt(len(gain_N))}
+    ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
+    return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}  # [10]
 
 
 def init_state(envs, args: Args, generator: Generator) -> dict:
@@ -331,8 +334,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         for k in range(math.ceil(args.initial_episodes * M / N) if iteration == 1 else 0):
-            index_N = (torch.arange(N, device=device) + k * N) % M
-            collect_episodes(envs, index_N, state, args, generator, 0)  # [1]
+            collect_episodes(envs, (torch.arange(N, device=device) + k * N) % M, state, args, generator, 0)  # [1]
         index_N = torch.randperm(M, generator=generator)[:N].to(device)
         state["recent"]["count"][index_N] = 0  # [2]
         returns = [collect_episodes(envs, index_N, state, args, generator, size) for size in sizes]
@@ -424,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, join, learning_curve, make
 
     leads = join(args.cuda, tasks_per_iteration=args.tasks_per_iteration, meta_batch_size=args.meta_batch_size)
-    envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda)
+    envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
         raise SystemExit(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
     generator = Generator().manual_seed(args.seed)

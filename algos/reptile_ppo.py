@@ -79,7 +79,9 @@ class Args:
     eval_steps: int = 3
     """inner steps of an evaluation"""
     cuda: bool = False
-    """policy, inner and outer loop on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """policy, inner and outer loop on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     capture_video: bool = False
@@ -159,11 +161,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
         mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
         action_NEA = mean_NEA + std * noise_NEA
         obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        log_prob_NE = Normal(mean_NEA, std, False).log_prob(action_NEA).sum(-1)
-        steps.append((obs_NEO, action_NEA, log_prob_NE, mask_NE, reward.view_as(mask_NE)))
+        steps.append((obs_NEO, action_NEA, mean_NEA, mask_NE, reward.view_as(mask_NE)))
         mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
     torch.set_num_threads(threads)
-    return tuple(torch.stack(x, 2) for x in zip(*steps, strict=True))
+    obs_NETO, action_NETA, mean_NETA, *rest = (torch.stack(x, 2) for x in zip(*steps, strict=True))
+    return obs_NETO, action_NETA, Normal(mean_NETA, std.unsqueeze(-2), False).log_prob(action_NETA).sum(-1), *rest
 
 
 def sample(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Rollouts:
@@ -315,7 +317,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
     from envs import adaptation_gif, learning_curve, make
 
-    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
+    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
+    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, **options)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}

@@ -88,7 +88,9 @@ class Args:
     eval_every: int = 20
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
-    """network and trials on the GPU; MuJoCo's physics stays on the CPU's threads"""
+    """network and trials on the GPU; the physics of MuJoCo, too, where --physics says so"""
+    physics: Literal["auto", "mujoco", "warp"] = "auto"
+    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -388,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Follower, Trials, join, learning_curve, make
 
     leads = join(args.cuda, args.minibatches, meta_batch_size=args.meta_batch_size)
-    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, discrete=True)
+    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, True, args.physics)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
     theta = init_network(envs, args, generator)

@@ -147,11 +147,17 @@ def physics(envs, horizon: int, watch: Stopwatch):
                 env.step(action_BA)
             watch.times["physics"].append(watch.now() - since)
             return
+        if env.physics == "warp":
+            state, since = env._state, watch.now()
+            for action_BA in action:
+                state, _ = env._warp.step(state, action_BA)
+            watch.times["physics"].append(watch.now() - since)
+            return
         control = np.repeat(action.double().cpu().numpy()[:, :, None], env.frame_skip, axis=2)  # [T, B, frame_skip, A]
         states = np.zeros((env.num_envs, env.frame_skip, env._state.shape[1]))
         pool = locomotion._thread_pool(env.num_threads, os.getpid())
         data = locomotion._pool_data(env.model_file, env.num_threads, os.getpid())
-        models, state = env._models(np.arange(env.num_envs)), env._state.copy()
+        models, state = env._models(np.arange(env.num_envs)), env._state.numpy().copy()
         since = watch.now()
         for t in range(horizon):
             pool.rollout(models, data, state, control[t], skip_checks=True, nstep=env.frame_skip, state=states)
@@ -245,6 +251,7 @@ def sizes(options: Options, args, envs) -> dict:
     peer_sizes = {"peer_tasks": options.peer_tasks or args.meta_batch_size, "peer_iterations": options.peer_iterations}
     return (peer_sizes if options.peer else {}) | {
         "steps_per_batch": envs.num_envs * args.horizon,
+        "physics": getattr(envs.unwrapped, "physics", None),
         "physics_threads": getattr(envs.unwrapped, "num_threads", None),
     }
 

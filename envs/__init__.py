@@ -1,5 +1,7 @@
 """Task environments, registered with Gymnasium: `gym.make_vec(id, ...)` for batches, `gym.make(id)` for one world."""
 
+from importlib.util import find_spec
+
 import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
@@ -32,6 +34,7 @@ from envs.locomotion import (
     HalfCheetahVel,
     HalfCheetahVel3,
     HumanoidDir,
+    MujocoTaskVectorEnv,
 )
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
@@ -119,17 +122,40 @@ def _device(cuda: bool) -> str:
     return "cuda" if cuda else "cpu"
 
 
+def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
+    """What of `make`'s `physics` to tell the family: nothing, unless it is to move by warp."""
+    if physics not in ("auto", "mujoco", "warp"):
+        raise SystemExit(f"--physics {physics}: allowed is auto, mujoco, warp")
+    family = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
+    is_mujoco = isinstance(family, type) and issubclass(family, MujocoTaskVectorEnv)
+    is_installed = find_spec("mujoco_warp") is not None
+    if physics == "warp" and not is_mujoco:
+        raise SystemExit(f"--physics warp: not for --env-id {env_id}, only for bodies of envs/ that MuJoCo moves")
+    if physics == "warp" and not is_installed:
+        raise SystemExit("--physics warp needs mujoco_warp: .venv/bin/pip install -r requirements-warp.txt")
+    chosen = physics == "warp" or (physics == "auto" and cuda and is_mujoco and is_installed)
+    return {"physics": "warp"} if chosen else {}
+
+
 def make(
-    env_id: str, num_envs: int, horizon: int, cuda: bool = False, action_scale: float = 1.0, discrete: bool = False
+    env_id: str,
+    num_envs: int,
+    horizon: int,
+    cuda: bool = False,
+    action_scale: float = 1.0,
+    discrete: bool = False,
+    physics: str = "auto",
 ) -> VectorEnv:
     """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
 
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
+    `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
+    `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
     Processes that have joined (`join`) get an equal part of the worlds each.
     """
     part = shard()
-    options = {"max_episode_steps": horizon, "device": _device(cuda)}
+    options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, physics, cuda)
     if env_id.startswith("Meta-World/"):
         try:
             worlds = make_metaworld(env_id.removeprefix("Meta-World/"), num_envs // part[1], **options)

@@ -16,6 +16,8 @@ episodes of a batch start together and end together at the horizon.
 * An early end is latched: from the step that ends an episode on, `terminated` stays true, and in the later steps the
   reward is 0 and the observation repeats the last one.
 * Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
+* An action that is not finite, or no number of the space, is an error at once. On a GPU the host would have to wait in
+  every step to see it; there it is the same error at the horizon, or at the next reset (`checks_late`).
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
   episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
 * Under torchrun the worlds of a batch are shared by several processes (`shard`, `share`, `gather`; envs/processes.py).
@@ -104,11 +106,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(obs_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
         self.is_discrete = isinstance(action_space, Discrete)
-        if not self.is_discrete:
+        if self.is_discrete:
+            self._low, self._high = 0, int(action_space.n) - 1
+        else:
             self._low = torch.as_tensor(action_space.low, dtype=dtype, device=self.device)
             self._high = torch.as_tensor(action_space.high, dtype=dtype, device=self.device)
         self._generator = Generator().manual_seed(0)  # on the CPU, so that all devices start from the same states
         self._obs = None
+        self.checks_late = self.device.type == "cuda"  # wrong actions are told at the horizon, not in their step
+        self._wrong_since = torch.full((num_envs,), -1, device=self.device)  # the step of a world's first wrong action
 
     @abstractmethod
     def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:
@@ -153,6 +159,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         `options={"tasks": [B, task_dim]}` sets the tasks of the worlds that start, otherwise they draw fresh training
         tasks. Raises ValueError for tasks of another shape or with numbers that are not finite and for another mask,
         NotImplementedError where a family's worlds can only start together."""
+        self._refuse_late()
         mask, before = (options or {}).get("reset_mask"), {}
         if mask is not None:
             before, mask = self._per_world(), torch.as_tensor(mask, device=self.device)
@@ -193,9 +200,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def _keep(self, before: dict, kept: Tensor) -> None:
         """Of the worlds where `kept` [B] is true, take back what they were."""
         for name, now in self._per_world().items():
-            rows = kept.reshape(-1, *[1] * (now.ndim - 1))
-            where = torch.where if isinstance(now, Tensor) else np.where
-            setattr(self, name, where(rows if isinstance(now, Tensor) else rows.cpu().numpy(), before[name], now))
+            rows = kept.reshape(-1, *[1] * (now.ndim - 1)).to(now.device)
+            setattr(self, name, torch.where(rows, before[name], now))
 
     def share(self, x: Tensor, dim: int = 0) -> Tensor:
         """This process's part of what was made for all processes' tasks or worlds, which lie along `dim`."""
@@ -215,21 +221,19 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def save_worlds(self) -> dict[str, Tensor]:
         """Everything that coming steps and resets depend on, for checkpoints."""
-        return {name: torch.as_tensor(value) for name, value in self._per_world().items()} | {
-            "generator": self._generator.get_state()
-        }
+        return self._per_world() | {"generator": self._generator.get_state()}
 
     def load_worlds(self, saved: dict[str, Tensor]) -> None:
         """Continue where `save_worlds` was called, bit-identically on the CPU, in worlds that have been reset once."""
         for name, now in self._per_world().items():
-            value = saved[name].clone()
-            setattr(self, name, value.to(self.device) if isinstance(now, Tensor) else value.numpy())
+            setattr(self, name, saved[name].clone().to(now))
         self._generator.set_state(saved["generator"])
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Advance all worlds by `action` [B, A], clipped to its bounds, or int64 [B] (Discrete): obs [B, O], reward,
         terminated, truncated [B], info. Raises ResetNeeded after the horizon, ValueError for an action of another
-        shape, not finite, or no number of a Discrete space."""
+        shape; FloatingPointError for one that is not finite and ValueError for one that is no number of a Discrete
+        space, with `checks_late` not before the horizon, where all worlds reach it together."""
         if self._obs is None or self.at_horizon:
             raise gym.error.ResetNeeded("call reset() before the first step and for worlds at the horizon")
         action = self._checked(action)
@@ -242,28 +246,44 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             self._over = self._over | ended
         self._obs = next_obs
         self._steps = self._steps + 1
+        if not isinstance(self._steps, Tensor) and self._steps == self.horizon:
+            self._refuse_late()
         truncated = torch.zeros_like(self._over) | (self._steps >= self.horizon)
         return next_obs.clone(), reward, self._over.clone(), truncated, info
 
     @property
     def at_horizon(self) -> bool:
         """Whether a world has reached the horizon, so that its `reset` must come next."""
-        return bool(torch.as_tensor(self._steps >= self.horizon).any())
+        reached = self._steps >= self.horizon
+        return reached if isinstance(reached, bool) else bool(reached.any())
 
     def _checked(self, action: Tensor) -> Tensor:
         action = torch.as_tensor(action, dtype=None if self.is_discrete else self.dtype, device=self.device)
         if action.shape != self.action_space.shape:
             raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
-        if not self.is_discrete:
-            if not torch.isfinite(action).all():
-                worlds = (~torch.isfinite(action)).flatten(1).any(1).nonzero()[:, 0]
-                raise FloatingPointError(f"non-finite action in world {int(worlds[0])}")
-            return action.clamp(self._low, self._high)
-        if action.dtype != torch.int64:
+        if self.is_discrete and action.dtype != torch.int64:
             raise ValueError(f"action must be int64, the number of a choice, got {action.dtype}")
-        if ((action < 0) | (action >= self.single_action_space.n)).any():
-            raise ValueError(f"action must be 0 to {self.single_action_space.n - 1}, got {action.unique().tolist()}")
-        return action
+        allowed = (action >= self._low) & (action <= self._high) if self.is_discrete else torch.isfinite(action)
+        if self.checks_late and not isinstance(self._steps, Tensor):
+            first = ~allowed.reshape(self.num_envs, -1).all(1) & (self._wrong_since < 0)
+            self._wrong_since = torch.where(first, self._steps, self._wrong_since)
+            return action.clamp(self._low, self._high)
+        if not allowed.all():
+            self._refuse(int((~allowed).reshape(self.num_envs, -1).any(1).nonzero()[0]))
+        return action if self.is_discrete else action.clamp(self._low, self._high)
+
+    def _refuse_late(self) -> None:
+        """The error for the first wrong action of the episode, if there was one: a GPU is asked once an episode."""
+        if self.checks_late and (wrong := self._wrong_since >= 0).any():
+            step = int(self._wrong_since[wrong].min())
+            world = int((self._wrong_since == step).nonzero()[0])
+            self._wrong_since = torch.full_like(self._wrong_since, -1)
+            self._refuse(world, f", in step {step} of the episode")
+
+    def _refuse(self, world: int, when: str = "") -> None:
+        if self.is_discrete:
+            raise ValueError(f"action must be 0 to {self._high}, which it is not in world {world}{when}")
+        raise FloatingPointError(f"non-finite action in world {world}{when}")
 
     def single_world(self) -> "TaskVectorEnv":
         """One world of the same family, horizon and device, for pictures."""

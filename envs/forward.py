@@ -4,7 +4,8 @@ The bodies are Gymnasium's (HalfCheetah-v5, ..), and so are their rewards, excep
 velocity over the control step is appended to the observation, so that rewards are functions of what is observed.
 """
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ class ForwardEnv(MujocoTaskVectorEnv):
 
     task_dim = 1
     first_position = 1  # positions before this one (x; of ant and swimmer y, too) are not observed
-    clipped_velocity = np.inf
+    clipped_velocity = math.inf
 
     def sample_tasks(self, num_tasks, generator, split="train"):
         if split not in ("train", "test"):
@@ -25,8 +26,8 @@ class ForwardEnv(MujocoTaskVectorEnv):
 
     def _observe(self, before, after):
         position = self.qpos(after)[:, self.first_position :]
-        velocity = np.clip(self.qvel(after), -self.clipped_velocity, self.clipped_velocity)
-        return np.concatenate([position, velocity, self._mean_velocity(before, after, 1)], axis=1)
+        velocity = self.qvel(after).clamp(-self.clipped_velocity, self.clipped_velocity)
+        return torch.cat([position, velocity, self._mean_velocity(before, after, 1)], dim=1)
 
 
 class HalfCheetahForward(ForwardEnv):

@@ -1,4 +1,6 @@
-"""Locomotion task families on MuJoCo: all worlds of a batch move in one `mujoco.rollout` call per control step.
+"""Locomotion task families on MuJoCo: all worlds of a batch move in one call per control step.
+
+That is `mujoco.rollout` on the CPU's threads, or `mujoco_warp` on the run's device (envs/warp_physics.py).
 
 The bodies are Gymnasium's own (HalfCheetah-v5, Ant-v5, ..): same model files, start states, control steps and limits
 of health. Rewards are the meta-RL papers', each a pure function of observation, action and task; what a reward needs
@@ -80,21 +82,27 @@ def heading(turn: Tensor) -> Tensor:
 
 
 class MujocoTaskVectorEnv(TaskVectorEnv):
-    """Base class of the MuJoCo families: float64 physics on the CPU's threads, tensors on `device`.
+    """Base class of the MuJoCo families.
 
     A family names its model and start states (class attributes), builds the observation in `_observe` and, if bodies
     can fall, tells in `ended` which have. Results are bit-identical for any number of threads.
 
+    `physics="mujoco"`: float64 on the CPU's threads, whatever the device. `physics="warp"`: float32 on `device`, where
+    the states stay, so that no step waits for the host; results are those of "mujoco" up to rounding, for as long as
+    chaos takes to magnify it (tests/test_warp.py: 20 control steps). It needs requirements-warp.txt.
+
     A world whose physics diverge ends early: `terminated` is latched, its state stays at the last good one, and
-    `info["diverged"]` [B] (bool) stays true for it until the reset. Worlds that are over are not simulated any more.
+    `info["diverged"]` [B] (bool) stays true for it until the reset. Worlds that are over do not move any more.
 
     Args:
-        num_threads: threads of the shared pool; None is one for each available core.
+        num_threads: threads of the shared pool; None is one for each available core. Without effect on "warp".
+        physics: "mujoco" or "warp".
         num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`.
     """
 
     can_terminate = True  # a world can diverge, even where nothing can fall
     world_state = ("_state", "_alive", "_diverged")
+    own_bodies = False  # whether worlds have models of their own
     model_file: str
     frame_skip: int  # physics steps of one control step
     start_noise: float  # start positions: the model's own + U(-noise, noise); velocities: see `start_velocity`
@@ -102,47 +110,60 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
     camera = {"distance": 4.0, "elevation": -15.0, "azimuth": 90.0}
 
     def __init__(
-        self, num_envs, max_episode_steps=200, device="cpu", dtype=torch.float32, num_threads: int | None = None
+        self,
+        num_envs,
+        max_episode_steps=200,
+        device="cpu",
+        dtype=torch.float32,
+        num_threads: int | None = None,
+        physics: str = "mujoco",
     ):
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        if physics not in ("mujoco", "warp"):
+            raise ValueError(f'physics must be "mujoco" or "warp", got {physics!r}')
         num_threads = num_threads or available_cpus()
         self.num_threads = 0 if num_envs == 1 or num_threads == 1 else num_threads
-        self.model = model = load_model(self.model_file)
-        self.step_time = self.frame_skip * model.opt.timestep  # seconds of one control step
-        self._start_state = np.concatenate([[0.0], model.qpos0, np.zeros(model.nv)])  # time, qpos, qvel
-        if mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS) != len(self._start_state):
+        self.physics, self.model = physics, load_model(self.model_file)
+        self.step_time = self.frame_skip * self.model.opt.timestep  # seconds of one control step
+        self._start_state = np.concatenate([[0.0], self.model.qpos0, np.zeros(self.model.nv)])  # time, qpos, qvel
+        if mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS) != len(self._start_state):
             raise NotImplementedError(f"{self.model_file} has states beyond time, qpos and qvel")
-        self._state = np.tile(self._start_state, (num_envs, 1))  # [B, 1 + nq + nv]
-        # `skip_checks` writes nothing, silently, into arrays that are not contiguous float64.
-        self._trajectory = np.zeros((num_envs, self.frame_skip, len(self._start_state)))
-        self._control = np.zeros((num_envs, self.frame_skip, model.nu))
         self._renderer = None
+        if physics == "warp":
+            from envs.warp_physics import WarpPhysics
 
-        obs_dim = self._observe(self._state, self._state).shape[1]
-        low, high = model.actuator_ctrlrange.T.astype(np.float32)
+            self._warp = WarpPhysics(self.model, num_envs, self.frame_skip, torch.device(device), self.own_bodies)
+        else:
+            # `skip_checks` writes nothing, silently, into arrays that are not contiguous float64.
+            self._trajectory = np.zeros((num_envs, self.frame_skip, len(self._start_state)))
+            self._control = np.zeros((num_envs, self.frame_skip, self.model.nu))
+
+        state = torch.from_numpy(self._start_state)[None]
+        obs_dim = self._observe(state, state).shape[1]
+        low, high = self.model.actuator_ctrlrange.T.astype(np.float32)
         obs_space = Box(-np.inf, np.inf, (obs_dim,), np.float32)
         super().__init__(num_envs, obs_space, Box(low, high, dtype=np.float32), max_episode_steps, device, dtype)
 
-    def _observe(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Observation [B, O] (float64) from the states [B, 1 + nq + nv] around a control step (at a reset: equal)."""
+    def _observe(self, before: Tensor, after: Tensor) -> Tensor:
+        """Observation [B, O] from the states [B, 1 + nq + nv] around a control step (at a reset: equal)."""
         raise NotImplementedError
 
-    def _fallen(self, state: np.ndarray, obs: np.ndarray) -> np.ndarray:
-        """Which worlds [B] (bool) have left the healthy states: what `ended` says in float64."""
-        return self.ended(torch.from_numpy(obs)).numpy()
+    def _fallen(self, state: Tensor, obs: Tensor) -> Tensor:
+        """Which worlds [B] (bool) have left the healthy states: what `ended` says in the physics' own precision."""
+        return self.ended(obs)
 
     def _models(self, worlds: np.ndarray) -> list[mujoco.MjModel]:
         """The model of each of these worlds."""
         return [self.model] * len(worlds)
 
-    def qpos(self, state: np.ndarray) -> np.ndarray:
+    def qpos(self, state: Tensor) -> Tensor:
         return state[:, 1 : 1 + self.model.nq]
 
-    def qvel(self, state: np.ndarray) -> np.ndarray:
+    def qvel(self, state: Tensor) -> Tensor:
         return state[:, 1 + self.model.nq :]
 
-    def _mean_velocity(self, before: np.ndarray, after: np.ndarray, axes: int) -> np.ndarray:
+    def _mean_velocity(self, before: Tensor, after: Tensor, axes: int) -> Tensor:
         """Displacement [B, axes] of the first position coordinates over the control step, divided by its duration."""
         return (after[:, 1 : 1 + axes] - before[:, 1 : 1 + axes]) / self.step_time
 
@@ -153,41 +174,35 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
         velocity = self._draw(draw, generator, model.nv, dtype=torch.float64)
         if self.start_velocity == "uniform":
             velocity = 2 * velocity - 1
-        self._state = np.tile(self._start_state, (self.num_envs, 1))
-        self._state[:, 1:] += noise * torch.cat([2 * uniform - 1, velocity], dim=1).numpy()
-        self._alive = np.ones(self.num_envs, dtype=bool)
-        self._never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        self._diverged = self._never
-        return self._to_device(self._observe(self._state, self._state))
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.dtype).to(self.device)
+        state = torch.from_numpy(self._start_state).repeat(self.num_envs, 1)  # [B, 1 + nq + nv]
+        state[:, 1:] += noise * torch.cat([2 * uniform - 1, velocity], dim=1)
+        self._state = state.to(self.device, torch.float32) if self.physics == "warp" else state
+        self._diverged = torch.zeros(self.num_envs, dtype=torch.bool, device=self._state.device)
+        self._alive = ~self._diverged
+        return self._observe(self._state, self._state).to(self.dtype).to(self.device)
 
     def _advance(self, action):
-        before, worlds = self._state, np.flatnonzero(self._alive)
-        after, good = self._simulate(before, worlds, action.cpu().numpy())
+        before = self._state
+        move = self._warp.step if self.physics == "warp" else self._rollout
+        after, good = move(before, action)
+        after = torch.where((self._alive & good)[:, None], after, before)
         obs = self._observe(before, after)
-        fallen = self._fallen(after, obs) & self._alive
-        ended = self._never
-        if not good.all():
-            diverged = np.zeros(self.num_envs, dtype=bool)
-            diverged[worlds[~good]] = True
-            self._diverged = self._diverged | torch.from_numpy(diverged).to(self.device)
-            fallen = fallen | diverged
-        if np.any(fallen):
-            self._alive = self._alive & ~fallen
-            ended = torch.from_numpy(fallen).to(self.device)
+        over = (self._fallen(after, obs) | ~good) & self._alive
+        self._diverged = self._diverged | (self._alive & ~good)
+        self._alive = self._alive & ~over
         self._state = after
-        return self._to_device(obs), ended, {"diverged": self._diverged.clone()}
+        info = {"diverged": self._diverged.clone().to(self.device)}
+        return obs.to(self.dtype).to(self.device), over.to(self.device), info
 
-    def _simulate(self, state: np.ndarray, worlds: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """States [B, ..] after a control step of the given worlds, and which of those [len(worlds)] did not diverge."""
-        after = state.copy()
+    def _rollout(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, ..] after a control step, and which worlds [B] did not diverge; those that are over stay."""
+        worlds = np.flatnonzero(self._alive.numpy())
+        after, good = state.clone(), torch.ones_like(self._alive)
         if len(worlds) == 0:
-            return after, np.ones(0, dtype=bool)
-        initial = state[worlds]
+            return after, good
+        initial = state.numpy()[worlds]
         control, trajectory = self._control[: len(worlds)], self._trajectory[: len(worlds)]
-        control[:] = action[worlds, None]
+        control[:] = action.cpu().numpy()[worlds, None]
         process = os.getpid()
         with _rollout_lock:
             _thread_pool(self.num_threads, process).rollout(
@@ -202,8 +217,8 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
         final = trajectory[:, -1]
         # MuJoCo resets a diverging world and goes on with finite numbers: only its clock tells.
         clock_error = np.abs(final[:, 0] - initial[:, 0] - self.step_time)
-        good = (clock_error < 0.5 * self.model.opt.timestep) & np.isfinite(final).all(axis=1)
-        after[worlds] = np.where(good[:, None], final, initial)
+        after.numpy()[worlds] = final
+        good.numpy()[worlds] = (clock_error < 0.5 * self.model.opt.timestep) & np.isfinite(final).all(axis=1)
         return after, good
 
     def render_frame(self, index=0, height=240, width=320):
@@ -214,7 +229,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
             except Exception as error:  # the type depends on which OpenGL library is missing
                 raise RuntimeError(RENDER_HINT) from error
         data = mujoco.MjData(self.model)
-        data.qpos[:] = self.qpos(self._state)[index]
+        data.qpos[:] = self.qpos(self._state)[index].cpu()
         mujoco.mj_forward(self.model, data)
         camera = mujoco.MjvCamera()
         camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
@@ -257,7 +272,7 @@ class HalfCheetahDir(MujocoTaskVectorEnv):
         return task[..., 0] * next_obs[..., 17] - 0.05 * action.square().sum(-1)
 
     def _observe(self, before, after):
-        return np.concatenate([after[:, 2:], self._mean_velocity(before, after, 1)], axis=1)
+        return torch.cat([after[:, 2:], self._mean_velocity(before, after, 1)], dim=1)
 
 
 class HalfCheetahVel(HalfCheetahDir):
@@ -320,7 +335,7 @@ class AntDir(MujocoTaskVectorEnv):
         return task[..., 0] * next_obs[..., 27] - 0.5 * action.square().sum(-1) + 1
 
     def _observe(self, before, after):
-        return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
+        return torch.cat([after[:, 3:], self._mean_velocity(before, after, 2)], dim=1)
 
     @staticmethod
     def ended(obs: Tensor) -> Tensor:
@@ -392,7 +407,7 @@ class AntGoal(AntDir):
         return -(next_obs[..., :2] - task).abs().sum(-1) - 0.1 * action.square().sum(-1)
 
     def _observe(self, before, after):
-        return after[:, 1:].copy()
+        return after[:, 1:].clone()
 
     ended = staticmethod(TaskVectorEnv.ended)
 
@@ -425,7 +440,7 @@ class HumanoidDir(MujocoTaskVectorEnv):
         return 1.25 * (task * next_obs[..., 45:]).sum(-1) - 0.1 * action.square().sum(-1) + 5
 
     def _observe(self, before, after):
-        return np.concatenate([after[:, 3:], self._mean_velocity(before, after, 2)], axis=1)
+        return torch.cat([after[:, 3:], self._mean_velocity(before, after, 2)], dim=1)
 
     @staticmethod
     def ended(obs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 import traceback
 from types import TracebackType
 
@@ -43,9 +44,15 @@ def join(cuda: bool = False, minibatches: int = 1, **sizes: int) -> bool:
             raise SystemExit(f"--cuda: torchrun started more processes here than the {devices} CUDA devices")
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     sys.excepthook = _name_lost_process
     return number == 0
+
+
+def _leave() -> None:
+    """End the group, once its threads have let go of the last message: one that still does while Python ends aborts."""
+    time.sleep(0.5)
+    dist.destroy_process_group()
 
 
 def _name_lost_process(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:

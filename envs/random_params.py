@@ -4,6 +4,7 @@ import copy
 
 import mujoco
 import numpy as np
+import torch
 from torch import Tensor
 
 from envs.core import held_out_uniform
@@ -23,6 +24,7 @@ class RandomParamsEnv(MujocoTaskVectorEnv):
     """
 
     world_state = None  # the models, compiled for all worlds together, are not among it
+    own_bodies = True
     frame_skip = 4
     start_noise, start_velocity = 0.005, "uniform"
 
@@ -47,6 +49,8 @@ class RandomParamsEnv(MujocoTaskVectorEnv):
             if key not in self._model_of_task:
                 self._model_of_task[key] = known.get(key) or self._compile(np.frombuffer(key))
         self._world_models = [self._model_of_task[key] for key in keys]
+        if self.physics == "warp":
+            self._warp.set_bodies(self._world_models)
         return super()._start(task, generator)
 
     def _compile(self, exponents: np.ndarray) -> mujoco.MjModel:
@@ -64,8 +68,8 @@ class RandomParamsEnv(MujocoTaskVectorEnv):
         return [self._world_models[world] for world in worlds]
 
     def _observe(self, before, after):
-        velocity = np.clip(self.qvel(after), -10, 10)
-        return np.concatenate([self.qpos(after)[:, 1:], velocity, self._mean_velocity(before, after, 1)], axis=1)
+        velocity = self.qvel(after).clamp(-10, 10)
+        return torch.cat([self.qpos(after)[:, 1:], velocity, self._mean_velocity(before, after, 1)], dim=1)
 
 
 class HopperRandParams(RandomParamsEnv):
@@ -89,7 +93,7 @@ class HopperRandParams(RandomParamsEnv):
     ended = staticmethod(HopperForward.ended)
 
     def _fallen(self, state, obs):
-        return super()._fallen(state, obs) | (np.abs(self.qvel(state)) >= 100).any(axis=1)  # unclipped
+        return super()._fallen(state, obs) | (self.qvel(state).abs() >= 100).any(dim=1)  # unclipped
 
 
 class WalkerRandParams(RandomParamsEnv):

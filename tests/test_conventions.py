@@ -145,7 +145,7 @@ def test_sync_repairs_what_differs_and_nothing_else(tmp_path):
 
 
 def test_flags_named_in_the_documentation_exist():
-    known = {"--help", "--no-deps"}
+    known = {"--help", "--no-deps", "--nproc-per-node"}  # of every script, of pip, of torchrun
     for path in [*FILES, *(ROOT / "benchmark").glob("*.py")]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and node.name in ("Args", "Options"):

@@ -204,7 +204,7 @@ def test_a_world_does_not_depend_on_its_neighbours(name):
     venv, alone = make(name, 4, horizon=19, dtype=torch.float64), make(name, 1, horizon=19, dtype=torch.float64)
     tasks, actions = venv.sample_tasks(4, seeded(0)), random_actions(venv, 19)
     venv.reset(seed=0, options={"tasks": tasks})
-    start = venv._state[2].copy() if name in MUJOCO else None
+    start = venv._state[2].clone() if name in MUJOCO else None
     batch = play(venv, actions, tasks)
     alone.reset(seed=0, options={"tasks": tasks[2:3]})
     if start is not None:
@@ -339,7 +339,7 @@ def test_choices_that_do_not_exist_are_refused(name):
         with pytest.raises(ValueError, match="action must be int64"):
             venv.step(bad)
     for bad in (-1, choices):
-        with pytest.raises(ValueError, match=rf"action must be 0 to {choices - 1}, got \[.*{bad}"):
+        with pytest.raises(ValueError, match=f"action must be 0 to {choices - 1}, .* in world 1$"):
             venv.step(torch.tensor([0, bad]))
     for bad in (torch.zeros(2, 1, dtype=torch.int64), torch.tensor(0)):
         with pytest.raises(ValueError, match="action must have shape"):
@@ -510,10 +510,10 @@ def compare(name, single, venv, tasks, actions, atol=1e-8, warm_start=True, star
     obs, _ = venv.reset(seed=2, options={"tasks": tasks})
     nq = single.model.nq
     if start is not None:
-        venv._state[0, 1:] = start
-        obs = torch.as_tensor(venv._observe(venv._state, venv._state))
+        venv._state[0, 1:] = torch.from_numpy(start)
+        obs = venv._observe(venv._state, venv._state)
     single.reset(seed=0)
-    single.set_state(venv._state[0, 1 : 1 + nq], venv._state[0, 1 + nq :])
+    single.set_state(venv._state[0, 1 : 1 + nq].numpy(), venv._state[0, 1 + nq :].numpy())
     task = tasks[0].numpy()
     dt = single.dt
     before = single.data.qpos.copy()
@@ -567,7 +567,7 @@ def test_forward_rewards_are_gymnasiums_own(name, seed):
     venv, single = make(name, 1, horizon=20, dtype=torch.float64), original(name)
     venv.reset(seed=seed)
     single.reset(seed=0)
-    single.set_state(venv.qpos(venv._state)[0], venv.qvel(venv._state)[0])
+    single.set_state(venv.qpos(venv._state)[0].numpy(), venv.qvel(venv._state)[0].numpy())
     paid = 0
     for action in random_actions(venv, 20, seed):
         _, expected, single_terminated, _, _ = single.step(action[0].numpy())
@@ -647,7 +647,7 @@ def test_early_ends_equal_gymnasium(name):
         state[coordinate] = value
         single.set_state(state[: single.model.nq], state[single.model.nq :])
         healthy = bool(single.is_healthy)
-        state = np.concatenate([[0.0], state])[None]
+        state = torch.from_numpy(np.concatenate([[0.0], state]))[None]
         assert bool(venv._fallen(state, venv._observe(state, state))[0]) != healthy, (coordinate, value)
         seen.add(healthy)
     assert seen == {True, False}
@@ -663,7 +663,7 @@ def test_speeds_beyond_the_clipped_observation(name):
     start[single.model.nq] = 150
     single.set_state(start[: single.model.nq], start[single.model.nq :])
     venv.reset(seed=0, options={"tasks": tasks})
-    venv._state[0, 1:] = start
+    venv._state[0, 1:] = torch.from_numpy(start)
     obs, _, terminated, _, info = venv.step(action)
     assert obs[0, -1] > 140  # the mean velocity is not clipped, and is no coordinate
     assert obs[0, venv.model.nq - 1 : -1].abs().max() == 10
@@ -743,7 +743,7 @@ def test_start_states_have_gymnasiums_distribution(name):
     for seed in range(300):
         single.reset(seed=seed)
         starts.append(single.state_vector())
-    starts, ours = np.array(starts), venv._state[:, 1:]
+    starts, ours = np.array(starts), venv._state[:, 1:].numpy()
     nq = single.model.nq
     scale = starts.std(0).max()
     for part in (slice(0, nq), slice(nq, None)):
@@ -787,9 +787,9 @@ def test_worlds_that_are_over_are_not_simulated():
     venv.reset(seed=0)
     actions = random_actions(venv, 60)
     for action in actions[:30]:
-        over = venv.step(action)[2].numpy()
+        over = venv.step(action)[2]
     assert 0 < over.sum() < 12
-    before = venv._state.copy()
+    before = venv._state.clone()
     for action in actions[30:]:
         venv.step(action)
     assert (venv._state[over] == before[over]).all()
@@ -824,6 +824,43 @@ import envs
 assert torch.equal(state, torch.get_rng_state()) and "metaworld" not in sys.modules
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, timeout=60).returncode == 0
+
+
+def test_wrong_actions_are_told_at_the_horizon_where_asking_would_wait():
+    """What GPUs do: the first wrong action of an episode is the error, at its horizon or at the next reset."""
+    venv, told = make("Navigation2D", 3, horizon=4), "^non-finite action in world 1, in step 2 of the episode$"
+    venv.checks_late = True
+    good = torch.zeros(3, 2)
+    wrong, later = good.clone(), good.clone()
+    wrong[1, 0], later[0, 1] = torch.nan, torch.inf
+    venv.reset(seed=0)
+    for action in (good, good, wrong):
+        venv.step(action)
+    with pytest.raises(FloatingPointError, match=told):
+        venv.step(later)
+    venv.reset(seed=0)  # told once
+    for action in (good, good, wrong, later)[:3]:
+        venv.step(action)
+    with pytest.raises(FloatingPointError, match=told):
+        venv.reset(seed=0)
+    venv.reset(seed=0)
+    for _ in range(4):
+        *_, truncated, _ = venv.step(good)
+    assert truncated.all()
+    venv.reset(seed=0)
+    venv.reset(options={"reset_mask": torch.tensor([True, False, False])})  # worlds have their own clocks: at once
+    with pytest.raises(FloatingPointError, match=r"^non-finite action in world 1$"):
+        venv.step(wrong)
+
+
+def test_wrong_choices_are_told_at_the_horizon_where_asking_would_wait():
+    venv = make("Bandit5", 3, horizon=2)
+    venv.checks_late = True
+    for wrong in (-1, 5):
+        venv.reset(seed=0)
+        venv.step(torch.tensor([4, 0, wrong]))
+        with pytest.raises(ValueError, match=r"^action must be 0 to 4, which it is not in world 2, in step 0 of the"):
+            venv.step(torch.tensor([0, 4, 0]))
 
 
 # ---------------------------------------------------------------- pictures

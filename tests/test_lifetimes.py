@@ -302,7 +302,7 @@ def play_beside_single_worlds(lives, worlds, actions, begin):
     singles = {world: family(1, horizon, dtype=dtype) for world in worlds}
     steps, numbers = dict.fromkeys(worlds, 0), {world: int(begin[world]) for world in worlds}
     ends, births, starts = [], [], []
-    states = venv._state.copy() if hasattr(venv, "_state") else [None] * venv.num_envs
+    states = venv._state.clone() if hasattr(venv, "_state") else [None] * venv.num_envs
     for world, single in singles.items():
         single.reset(options={"tasks": task[world, None]})
         put(single, obs[world, None], states[world])
@@ -310,7 +310,7 @@ def play_beside_single_worlds(lives, worlds, actions, begin):
         before = venv.tasks.clone()
         obs, reward, terminated, truncated, info = lives.step(action)
         if hasattr(venv, "_state"):
-            states = venv._state.copy()
+            states = venv._state.clone()
         for world, single in singles.items():
             last, paid, fell, _, alone = single.step(action[world, None])
             steps[world] += 1

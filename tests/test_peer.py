@@ -65,7 +65,7 @@ def test_single_worlds_move_as_the_batch_does(env_id):
     single.call("set_task", task[0].numpy())
     single_obs, _ = single.reset(seed=0)
     if env_id.startswith("HalfCheetah"):
-        for env, state in zip(single.envs, batch.unwrapped._state, strict=True):
+        for env, state in zip(single.envs, batch.unwrapped._state.numpy(), strict=True):
             env.unwrapped.set_state(state[1:10], state[10:])
         single_obs = obs.numpy()
     np.testing.assert_allclose(obs, single_obs)

@@ -61,7 +61,8 @@ def leaves(state, name="") -> dict:
 def test_several_processes_compute_what_one_computes(name, processes, tmp_path):
     flags = [*RUNS[name].split(), "--iterations", "2"]
     for where, count in (("one", 1), ("several", processes)):
-        assert start(tmp_path / where, count, "tests/torchrun_double.py", name, *flags).wait(300) == 0
+        run = start(tmp_path / where, count, "tests/torchrun_double.py", name, *flags)
+        assert run.wait(300) == 0, (tmp_path / where / "log").read_text()
     found, expected = rows(tmp_path / "several"), rows(tmp_path / "one")
     assert len(found) == len(expected) == 2
     for one, other in zip(found, expected, strict=True):
@@ -71,7 +72,7 @@ def test_several_processes_compute_what_one_computes(name, processes, tmp_path):
     assert found.keys() == expected.keys()
     for path, value in expected.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            assert torch.allclose(found[path], value, rtol=1e-6, atol=1e-9), path
+            assert torch.allclose(found[path], value, rtol=1e-6, atol=1e-7), path
         elif path != "/seconds":
             assert bool(torch.as_tensor(found[path] == value).all()), path
     log = (tmp_path / "several/log").read_text()
