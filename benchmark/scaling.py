@@ -1,7 +1,7 @@
 """Throughput and memory of MAML-TRPO against tasks, episodes per task and processes, with the physics' own limit.
 
     python benchmark/scaling.py run                                   1, 2, 4, .. processes, up to the cores
-    python benchmark/scaling.py run --cuda                            .., up to the GPUs
+    python benchmark/scaling.py run --cuda --physics warp             .., up to the GPUs (--physics mujoco: likewise)
     python benchmark/scaling.py run --tasks 40 --episodes --processes 1 --threads 1 2 --horizon 200
     python benchmark/scaling.py draw                                  docs/images/scaling.png, from the results
     python benchmark/scaling.py table                                 the same numbers in markdown
@@ -15,7 +15,9 @@ iterations, with the lowest and highest beside them; the slowest process counts.
 
 end_to_end_, sampling_, physics_steps_per_s: steps of all processes. memory_mb: the most that the processes held until
 the end of the first iteration (resident, summed: pages that they share count in each), start_memory_mb: before there
-were worlds. cuda_memory_mb: the most that torch's tensors took on the GPUs, summed; not what warp takes for itself.
+were worlds. cuda_memory_mb: the most that torch's tensors took on the GPUs, summed; cuda_device_mb: all that
+was in use there at the end of the first iteration, by warp, by libraries and by others, too. sample_s, update_s: the
+first process's.
 """
 
 import json
@@ -85,7 +87,8 @@ class SharedStopwatch(speed.Stopwatch):
 
     def log(self, state: dict, stats: dict) -> None:
         if not self.times["total"]:
-            self.memory = resident_mb(), torch.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
+            on_gpu = (torch.cuda.max_memory_allocated() / 2**20, device_mb()) if self.cuda else (0, 0)
+            self.memory = resident_mb(), *on_gpu
         super().log(state, stats)
 
 
@@ -93,6 +96,12 @@ def resident_mb() -> float:
     """The most memory that this process has held so far."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def device_mb() -> float:
+    """The memory of this process's GPU that is in use now, whoever uses it."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
 
 
 def figures(watch: SharedStopwatch, worlds: int, horizon: int, start_mb: float) -> dict:
@@ -106,8 +115,9 @@ def figures(watch: SharedStopwatch, worlds: int, horizon: int, start_mb: float) 
         summaries = {"": median(values), "_lowest": min(values), "_highest": max(values)}
         result |= {f"{rate}_steps_per_s{which}": value for which, value in summaries.items()}
     result["end_to_end_over_physics"] = result["end_to_end_steps_per_s"] / result["physics_steps_per_s"]
+    result["sampling_over_physics"] = result["sampling_steps_per_s"] / result["physics_steps_per_s"]
     memory = gather(torch.tensor([[start_mb, *watch.memory]])).sum(0).tolist()
-    result |= dict(zip(("start_memory_mb", "memory_mb", "cuda_memory_mb"), memory, strict=True))
+    result |= dict(zip(("start_memory_mb", "memory_mb", "cuda_memory_mb", "cuda_device_mb"), memory, strict=True))
     return {name: float(f"{value:.5g}") for name, value in result.items()}
 
 

@@ -345,7 +345,7 @@ def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stop
     if options.peer and getattr(args, "task_given", False):
         raise SystemExit("--peer: none is written for --task-given")
     worlds = args.meta_batch_size * args.episodes_per_task
-    envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
+    envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     envs = task_envs.TaskGiven(envs) if getattr(args, "task_given", False) else envs
     about = sizes(options, args, envs) | describe(options, args)
     setattr(algorithm, SAMPLING[options.algorithm], watch.around(getattr(algorithm, SAMPLING[options.algorithm])))

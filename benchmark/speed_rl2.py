@@ -24,7 +24,7 @@ def make_trials(options, args) -> Trials:
     """The trials that the algorithm's main() makes; SystemExit where a peer is asked for that does not exist."""
     if options.peer and args.encoder == "lstm":
         raise SystemExit("--peer: the usual way is written here for gru, transformer and snail, not for lstm")
-    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, discrete=True)
+    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, True, args.physics)
     return Trials(envs, args.episodes_per_trial)
 
 
