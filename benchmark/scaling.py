@@ -170,19 +170,26 @@ def measure(words: list[str], threads: int, limit: int) -> tuple[str, str]:
     return out, errors.strip() or f"exit status {process.returncode}" if process.returncode else ""
 
 
+def keep(words: list[str], threads: int, limit: int, results: Path) -> dict:
+    """What a command measures, appended to the results; {} and a message where it fails."""
+    command = f"OMP_NUM_THREADS={threads} python {' '.join(words)}"
+    out, error = measure(words, threads, limit)
+    if error:
+        print(f"failed: {command}\n{error}", file=sys.stderr, flush=True)
+        return {}
+    record = {"command": command} | json.loads(out)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with open(results, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
 def run(options: Options, rest: list[str]) -> None:
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     for count, threads, words in commands(options, rest):
-        command = f"OMP_NUM_THREADS={threads} python {' '.join(words)}"
-        out, error = measure(words, threads, options.limit)
-        if error:
+        if not (record := keep(words, threads, options.limit, options.results)):
             failed += 1
-            print(f"failed: {command}\n{error}", file=sys.stderr, flush=True)
             continue
-        record = {"command": command} | json.loads(out)
-        with open(options.results, "a") as file:
-            file.write(json.dumps(record) + "\n")
         args, names = record["args"], ("end_to_end_steps_per_s", "physics_steps_per_s", "memory_mb", "cuda_memory_mb")
         size = f"{count} x {threads} threads, {args['meta_batch_size']} tasks x {args['episodes_per_task']} episodes"
         print(size, *(f"{name} {record[name]:g}" for name in names), flush=True)

@@ -237,6 +237,7 @@ def report(options: Options, args, envs, watch: Stopwatch) -> dict:
         sample, update, cpu = (median(watch.times["peer_" + name]) for name in ("sample", "update", "cpu"))
         result |= {
             "speedup_end_to_end": (steps / total) / (peer_steps / (sample + update)),
+            "cpu_speedup_end_to_end": (steps / watch.median("cpu")) / (peer_steps / cpu),
             "peer_sampling_steps_per_s": peer_steps / sample,
             "peer_end_to_end_steps_per_s": peer_steps / (sample + update),
             "peer_sample_s": sample,
