@@ -7,10 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
+from gymnasium.spaces import Box
+
+from envs import HORIZONS
+from envs.adapter import AdaptedVectorEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 NAVIGATION = "--env-id Navigation2D-v0 --horizon 7"
@@ -77,6 +83,47 @@ def test_several_processes_compute_what_one_computes(name, processes, tmp_path):
             assert bool(torch.as_tensor(found[path] == value).all()), path
     log = (tmp_path / "several/log").read_text()
     assert log.count("held-out") == 1  # only one process speaks
+
+
+class Single(gym.Env):
+    """A single world for envs/adapter.py; chance in its start and in its steps."""
+
+    observation_space, action_space = Box(-9, 9, (2,)), Box(-1, 1, (2,))
+
+    def sample_tasks(self, num_tasks, rng, split):
+        return rng.uniform(size=(num_tasks, 1))
+
+    def set_task(self, task):
+        self.task = task
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(size=2), {}
+
+    def step(self, action):
+        return self.np_random.uniform(size=2) + self.task, float(action.sum()), False, False, {}
+
+
+@pytest.mark.parametrize("family", [*HORIZONS, partial(AdaptedVectorEnv, Single)], ids=str)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_parts_of_a_batch_are_its_worlds(family, drawn):
+    """Each part moves as its worlds in the whole do, with given tasks and with tasks that the batch draws itself."""
+    whole, parts = family(num_envs=6), [family(num_envs=2) for _ in range(3)]
+    for number, part in enumerate(parts):
+        part.shard = number, 3
+    given = whole.sample_tasks(6, torch.Generator().manual_seed(1))
+
+    whole.action_space.seed(5)
+    for _ in range(2):
+        obs, _ = whole.reset(seed=3, options=None if drawn else {"tasks": given})
+        starts = [x.reset(seed=3, options=None if drawn else {"tasks": x.share(given)})[0] for x in parts]
+        assert torch.equal(obs, torch.cat(starts))
+        assert torch.equal(whole.tasks, torch.cat([part.tasks for part in parts]))
+        for _ in range(4):
+            action = torch.as_tensor(whole.action_space.sample())
+            pieces = zip(*(part.step(part.share(action))[:4] for part in parts), strict=True)
+            for one, piece in zip(whole.step(action)[:4], pieces, strict=True):  # obs, reward, terminated, truncated
+                assert torch.equal(one, torch.cat(piece))
 
 
 @pytest.fixture
