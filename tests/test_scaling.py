@@ -1,6 +1,7 @@
-"""benchmark/scaling.py measures and draws; benchmark/gpu.sh runs its steps, and all its flags exist."""
+"""benchmark/scaling.py measures and draws; gpu.sh runs its steps; the commands of docs/speed.md parse."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import tyro
+import yaml
 from PIL import Image
+from torch.distributed.run import get_args_parser
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from algos import maml_trpo
-from benchmark import scaling, speed
+from benchmark import scaling, speed, speed_all
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--tasks 4 --episodes --at 4 3 --iterations 2 --env-id Navigation2D-v0 --horizon 10"
@@ -158,3 +162,90 @@ def test_an_unknown_word_is_refused(tmp_path):
     log, status = gpu(tmp_path, False, "--gpu")
     assert (log, status) == ("benchmark/gpu.sh --gpu: allowed is nothing, wheels, --cpu\n", 2)
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- speed_all.py
+
+
+def test_every_algorithm_is_in_the_table_and_its_commands_parse():
+    named = {speed.parse(command.split())[0].algorithm for command in speed_all.RUNS}
+    assert named == {path.stem for path in (ROOT / "algos").glob("*.py")}
+
+
+def test_the_table_has_medians_of_ours_and_the_peers(tmp_path, capsys):
+    def record(command, **figures):
+        return json.dumps({"command": f"OMP_NUM_THREADS=1 python benchmark/speed.py {command}"} | figures) + "\n"
+
+    pearl, meta_critic = speed_all.RUNS[11], "meta_critic"
+    lines = [
+        record(pearl, updates_per_s=x, peer_updates_per_s=5.0, speedup_update=x / 5, cpu_speedup_update=x / 10)
+        for x in (20.0, 10.0, 70.0)
+    ]
+    (tmp_path / "all.jsonl").write_text(record(meta_critic, end_to_end_steps_per_s=1234.5) + "".join(lines))
+    speed_all.table(speed_all.Options("table", results=tmp_path / "all.jsonl"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        [f"`{pearl}`", "20.0 updates", "5.0", "4.00 (2.00 to 14.00)", "2.00 (1.00 to 7.00)"],
+        ["`meta_critic`", "1,234 steps", "none", "", ""],
+    ]
+
+
+# ---------------------------------------------------------------- docs/speed.md
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/speed.md").read_text(), re.DOTALL)
+
+
+def run_of_torchrun(words: list[str]):
+    """The options of torchrun and the Args of the file that it runs."""
+    options = get_args_parser().parse_args(words)
+    assert options.training_script == "algos/maml_trpo.py"
+    return options, tyro.cli(maml_trpo.Args, args=options.training_script_args)
+
+
+def test_torchruns_commands_parse():
+    lines = [line.partition("#")[0].split() for block in blocks("") for line in block.splitlines()]
+    found = [run_of_torchrun(words[1:]) for words in lines if words[:1] == ["torchrun"]]
+    assert [options.nproc_per_node for options, _ in found] == ["4", "8", "8"]
+    assert [args.meta_batch_size for _, args in found] == [40, 40, 80]
+
+
+def test_the_sweeps_commands_parse():
+    (sweep,) = map(yaml.safe_load, blocks("yaml"))
+    assert (ROOT / sweep["program"]).exists()
+    assert sweep["command"][-1] == "${args_no_boolean_flags}"
+    values = {name: entry.get("values", [entry.get("value")]) for name, entry in sweep["parameters"].items()}
+    seen = set()
+    for combination in itertools.product(*values.values()):
+        wanted = dict(zip(values, combination, strict=True))
+        words = create_sweep_command_args({"args": {name: {"value": value} for name, value in wanted.items()}})
+        args = tyro.cli(maml_trpo.Args, args=words["args_no_boolean_flags"])
+        assert wanted.items() <= vars(args).items()
+        seen.add(str(args))
+    assert len(seen) == 24
+
+
+def test_slurms_scripts_start_what_they_say():
+    """The scripts run, with stand-ins for SLURM's commands."""
+    stand_ins = (
+        'srun() { echo "$@"; }; scontrol() { [ "$*" = "show hostnames node[1-2]" ] && echo node1 && echo node2; }\n'
+    )
+    array, nodes = blocks("bash")
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "77"}
+
+    def started(script: str, **more) -> list[str]:
+        command = ["bash", "-euc", stand_ins + script]
+        return subprocess.run(command, env=slurm | more, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "#SBATCH --array=0-5 " in array
+    runs = [started(array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(6)]
+    assert {tuple(words[:2]) for words in runs} == {(".venv/bin/python", "algos/maml_trpo.py")}
+    found = [tyro.cli(maml_trpo.Args, args=words[2:]) for words in runs]
+    environments = "HalfCheetahDir-v0", "HalfCheetahVel-v0"
+    assert {(args.env_id, args.seed) for args in found} == set(itertools.product(environments, (1, 2, 3)))
+    words = started(nodes)
+    assert words[0] == ".venv/bin/torchrun"
+    options, args = run_of_torchrun(words[1:])
+    assert (options.nnodes, options.rdzv_endpoint, options.rdzv_id) == ("2", "node1:29400", "77")
+    assert args.cuda
