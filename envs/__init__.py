@@ -166,7 +166,10 @@ def make(
     if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
         known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
         raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
-    envs = gym.make_vec(env_id, num_envs // part[1], vectorization_mode="vector_entry_point", **options)
+    try:
+        envs = gym.make_vec(env_id, num_envs // part[1], vectorization_mode="vector_entry_point", **options)
+    except RuntimeError as error:  # warp-lang, of this machine's driver
+        raise SystemExit(f"--physics {physics}: {error}") from None
     envs.unwrapped.shard = part
     if envs.unwrapped.is_discrete and not discrete:
         raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")

@@ -29,7 +29,7 @@ RUNS = {  # several of them with physics, early ends, chance during episodes, un
     "pearl_sac": "--env-id AntDir-v0 --horizon 25 --train-tasks 6 --tasks-per-iteration 4 --meta-batch-size 4 "
     "--updates 3 --batch-size 5 --context-size 6 --hidden-size 8 --auto-entropy",
     "mbmpo": "--env-id HopperForward-v0 --horizon 25 --num-models 4 --meta-steps 1 --episodes-per-task 3 "
-    "--model-size 8 --model-epochs 30 --real-episodes 2",
+    "--model-size 8 --model-epochs 100 --model-lr 0.1 --real-episodes 2",
 }
 
 
@@ -161,14 +161,17 @@ def test_a_process_that_dies_ends_the_others(running, victim, tmp_path):
     assert resumed(tmp_path, state["iteration"] + 1)["iteration"] == state["iteration"] + 1
 
 
-def test_a_signal_ends_all_processes_with_a_checkpoint(running, tmp_path):
+@pytest.mark.parametrize("to", ["torchrun", "leader", "follower"])
+def test_a_signal_ends_all_processes_with_a_checkpoint(running, to, tmp_path):
     launcher, children = running
-    launcher.send_signal(signal.SIGTERM)
+    os.kill({"torchrun": launcher.pid, "leader": children[0], "follower": children[1]}[to], signal.SIGTERM)
     launcher.wait(60)
     state, logged = checkpoint(tmp_path), rows(tmp_path)
     assert state["iteration"] == len(logged) == logged[-1]["iteration"] < 100000
-    assert "stopping after this iteration" in (tmp_path / "log").read_text()
-    assert "another one has ended" not in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert ("stopping after this iteration" in log) == (to != "follower")
+    assert "held-out" in log  # the leader came to its end
+    assert "another one has ended" not in log
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 

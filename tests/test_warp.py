@@ -415,6 +415,11 @@ def test_what_cannot_be_made_is_one_clear_line(monkeypatch):
         envs.make("AntDir-v0", 2, 5, physics="brax")
     with pytest.raises(ValueError, match='physics must be "mujoco" or "warp", got \'brax\''):
         AntDir(2, physics="brax")
+    with monkeypatch.context() as here:
+        here.setattr(envs.warp_physics.wp, "is_cuda_available", lambda: False)
+        here.setattr(AntDir, "__init__", lambda *_, **__: WarpPhysics(None, 2, 5, torch.device("cuda")))
+        with pytest.raises(SystemExit, match=r"^--physics warp: warp-lang can use no CUDA device: .* --physics mujoco"):
+            envs.make("AntDir-v0", 2, 5, physics="warp")
     monkeypatch.setattr(envs, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"^--physics warp needs mujoco_warp: .*pip install -r requirements-warp.txt$"):
         envs.make("AntDir-v0", 2, 5, physics="warp")
