@@ -287,6 +287,20 @@ def step_with(theta: dict, gradient: dict, target: dict, foreach: bool, compiled
     return measured
 
 
+def updates_with(envs, state: dict, args):
+    """A function that makes 10 of learn's updates, of a copy of the state."""
+    state = {part: {name: x.clone() for name, x in state[part].items()} for part in pearl_sac.MOVED} | {
+        "tasks": state["tasks"]
+    }
+    optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
+
+    def updates() -> dict:
+        pearl_sac.learn(envs, state, optimizer, args, seed=0)
+        return state["theta"]
+
+    return updates
+
+
 def pearl_sac_parts(args) -> dict:
     """part: {variant: function}."""
     envs = task_envs.make(args.env_id, args.tasks_per_iteration, args.horizon, False)
@@ -308,7 +322,14 @@ def pearl_sac_parts(args) -> dict:
     batch[..., -1] = 0.0
     data = theta, target, batch, context, (z_noise, noise, noise.flip(0)), args
     gradient = eager()(*data)[0]
+    for name in ("replay", "recent"):
+        state[name]["rows"][..., :-1].normal_(generator=generator)
+        state[name]["count"] += state[name]["rows"].shape[1]
     return {
+        "10 updates": {
+            "present": updates_with(envs, state, replace(args, updates=10)),
+            "--compile": updates_with(envs, state, replace(args, updates=10, compile=True)),
+        },
         "gradient": {
             "present": partial(eager(), *data),
             "torch.func.grad": partial(grad(pearl_sac.pearl_loss, has_aux=True), *data),
