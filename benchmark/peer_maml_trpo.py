@@ -237,3 +237,16 @@ def sample(envs: SyncVectorEnv, tasks: np.ndarray, theta: Params, args) -> list[
             params = {name: v.detach().requires_grad_() for name, v in adapt(params, own[-1], args, False).items()}
         batches.append([*own, collect(envs, task, params, args)])
     return batches
+
+
+def maml_trpo(envs: SyncVectorEnv, theta: Params, args):
+    """A function that does one iteration on some tasks."""
+
+    def iterate(tasks: np.ndarray) -> None:
+        nonlocal theta
+        theta, _ = trpo_step(theta, sample(envs, tasks, theta, args), args)
+
+    return iterate
+
+
+ITERATIONS = {"maml_trpo": maml_trpo}

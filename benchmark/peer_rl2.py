@@ -1,4 +1,4 @@
-"""RL2 with PPO as it is usually written: the reference that benchmark/speed.py compares algos/rl2_ppo.py (GRU) with.
+"""RL2 with PPO as it is usually written: what benchmark/speed.py compares algos/rl2_ppo.py (GRU) with, and attention.
 
 The computation is the same (tests/test_peer_rl2.py compares trials, advantages, loss, gradient and update), its
 organisation is that of the well-known codes:
@@ -6,12 +6,14 @@ organisation is that of the well-known codes:
 * a single Gymnasium environment for each trial in a `gymnasium.vector.SyncVectorEnv`; a wrapper plays the episodes of
   one task, each world by itself, and puts the previous action, reward and end of episode into the observation;
 * NumPy to torch and back in every step, action, log-probability and value on the way;
-* an update that replays the recurrent cell one step at a time, its state multiplied by a mask where a trial begins.
+* an update that replays the recurrent cell one step at a time, its state multiplied by a mask where a trial begins;
+* attention (algos/rl2_transformer_ppo.py, whose network it borrows) that keeps no keys and values: each step of a trial
+  encodes all of the trial so far. Its update, of whole trials, is ours.
 
 Nothing is made slow on purpose: no environment checker, no validation of distributions, no `info`, a cell that is
 quicker than a network of one step. `gym.make(id)` of this project is a batch of one world, which costs several times
 what a world of its own does; so those in WORLDS are written for NumPy here, and only the others come from `gym.make`.
-Left out: the LSTM, and the attention of rl2_transformer_ppo.py.
+Left out: the LSTM.
 """
 
 from functools import partial
@@ -132,6 +134,10 @@ class Agent(nn.Module):
         self.policy, self.value = nn.Linear(hidden_size, num_actions), nn.Linear(hidden_size, 1)
         self.log_std = None if choices else nn.Parameter(torch.zeros(num_actions))
 
+    def fresh(self, num_trials: int) -> Tensor:
+        """The cell's state before a trial."""
+        return self.cell.weight_hh.new_zeros(num_trials, self.cell.hidden_size)
+
     def states(self, x: Tensor, starts: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The cell's states [S, N, H] behind each of S steps, and behind the last; x [S, N, I], hidden [N, H].
 
@@ -145,11 +151,7 @@ class Agent(nn.Module):
 
     def heads(self, hidden: Tensor) -> tuple[Distribution, Tensor]:
         """Policy and value [..] on states [.., H]."""
-        output, value = self.policy(hidden), self.value(hidden).squeeze(-1)
-        if self.log_std is None:
-            return Categorical(logits=output, validate_args=False), value
-        normal = Normal(output, self.log_std.exp(), validate_args=False)
-        return Independent(normal, 1, validate_args=False), value
+        return policy_on(self.policy(hidden), self.log_std), self.value(hidden).squeeze(-1)
 
 
 def agent_like(theta: dict[str, Tensor]) -> Agent:
@@ -158,6 +160,38 @@ def agent_like(theta: dict[str, Tensor]) -> Agent:
     agent = Agent(num_inputs, num_actions, gates // 3, "log_std" not in theta).to(theta["w_x"])
     agent.load_state_dict({name: theta[NAMES[name]] for name, _ in agent.named_parameters()})
     return agent
+
+
+class AttentionAgent(nn.Module):
+    """The network of algos/rl2_transformer_ppo.py, which remembers a trial as what it has seen of it."""
+
+    def __init__(self, theta: dict[str, Tensor], encode):
+        super().__init__()
+        self.theta, self.encode = nn.ParameterDict(theta), encode
+
+    def fresh(self, num_trials: int) -> Tensor:
+        """Nothing seen so far [0, N, I]."""
+        return self.theta["w_in"].new_zeros(0, num_trials, self.theta["w_in"].shape[1])
+
+    def states(self, x: Tensor, starts: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [S, N, H] of each of S steps, and all that has been seen; all trials start together."""
+        seen = torch.cat([seen, x])
+        features, _ = self.encode(dict(self.theta), seen.transpose(0, 1), {})
+        return features.transpose(0, 1)[-len(x) :], seen
+
+    def heads(self, feature: Tensor) -> tuple[Distribution, Tensor]:
+        """Policy and value [..] on features [.., H]."""
+        theta = self.theta
+        output = nn.functional.linear(feature, theta["w_policy"], theta["b_policy"])
+        value = nn.functional.linear(feature, theta["w_value"], theta["b_value"]).squeeze(-1)
+        return policy_on(output, theta.get("log_std")), value
+
+
+def policy_on(output: Tensor, log_std: Tensor | None) -> Distribution:
+    """Of choices, or Gaussian where there is a standard deviation."""
+    if log_std is None:
+        return Categorical(logits=output, validate_args=False)
+    return Independent(Normal(output, log_std.exp(), validate_args=False), 1, validate_args=False)
 
 
 class Batch(NamedTuple):
@@ -177,16 +211,16 @@ def draw(policy: Distribution) -> Tensor:
 
 
 @torch.no_grad()
-def collect(envs: SyncVectorEnv, tasks: np.ndarray, agent: Agent, args) -> Batch:
+def collect(envs: SyncVectorEnv, tasks: np.ndarray, agent: Agent | AttentionAgent, args) -> Batch:
     """A trial of each of the tasks [N, P]."""
     envs.set_attr("task", list(tasks))
     x, _ = envs.reset()
-    hidden = agent.cell.weight_hh.new_zeros(len(x), args.hidden_size)
+    hidden = agent.fresh(len(x))
     start, mask, ended, rows = hidden.new_ones(len(x)), hidden.new_ones(len(x)), np.zeros(len(x)), []
     for _ in range(args.episodes_per_trial * args.horizon):
         x_now = torch.from_numpy(x).to(hidden)
-        _, hidden = agent.states(x_now[None], start[None], hidden)
-        policy, value = agent.heads(hidden)
+        states, hidden = agent.states(x_now[None], start[None], hidden)
+        policy, value = agent.heads(states[-1])
         action = draw(policy)
         x, reward, *_ = envs.step(action.cpu().numpy())
         reward = torch.from_numpy(reward).to(hidden)
@@ -219,9 +253,9 @@ def advantages(reward: Tensor, value: Tensor, mask: Tensor, args) -> tuple[Tenso
     return (advantage - own.mean()) / (own.std(correction=0) + 1e-8) * mask, (advantage + value) * mask
 
 
-def ppo_loss(agent: Agent, batch: Batch, args, entropy_coef: float) -> Tensor:
+def ppo_loss(agent: Agent | AttentionAgent, batch: Batch, args, entropy_coef: float) -> Tensor:
     """The clipped loss of some trials, replayed step by step from their beginning."""
-    states, _ = agent.states(batch.x, batch.start, agent.cell.weight_hh.new_zeros(batch.x.shape[1], args.hidden_size))
+    states, _ = agent.states(batch.x, batch.start, agent.fresh(batch.x.shape[1]))
     policy, value = agent.heads(states)
     ratio = ((policy.log_prob(batch.action) - batch.log_prob) * batch.mask).exp()
     loss = torch.max(-batch.advantage * ratio, -batch.advantage * ratio.clamp(1 - args.clip, 1 + args.clip))
@@ -229,7 +263,9 @@ def ppo_loss(agent: Agent, batch: Batch, args, entropy_coef: float) -> Tensor:
     return (loss * batch.mask).sum() / batch.mask.sum()
 
 
-def update(agent: Agent, optimizer, batch: Batch, args, remaining: float, generator: torch.Generator) -> None:
+def update(
+    agent: Agent | AttentionAgent, optimizer, batch: Batch, args, remaining: float, generator: torch.Generator
+) -> None:
     """Epochs of PPO over minibatches of whole trials; `remaining` is the part of training that lies ahead."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):

@@ -2,11 +2,12 @@
 
     python benchmark/speed.py maml_trpo --peer
     python benchmark/speed.py maml_trpo --env-id Navigation2D-v0 --meta-batch-size 20 --hidden-size 64
-    python benchmark/speed.py promp                          (reptile_ppo, multitask_ppo: likewise, without a peer)
+    python benchmark/speed.py promp --peer                   (reptile_ppo, multitask_ppo: likewise)
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
     python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
+    python benchmark/speed.py meta_critic                    (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
 maml_trpo and its like, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the
@@ -41,7 +42,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
+from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
 
 
@@ -50,13 +51,13 @@ class Options:
     algorithm: tyro.conf.Positional[
         Literal[
             "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
-            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo",
+            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo", "meta_critic", "lirpg", "lifetime_rewards",
         ]
     ]  # fmt: skip
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 20,
-    supervised algorithms 40"""
+    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 and
+    the last three 20, supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     peer: bool = False
@@ -167,27 +168,37 @@ def physics(envs, horizon: int, watch: Stopwatch):
 
 
 def peer(options: Options, args, envs, theta: dict, watch: Stopwatch):
-    """A function that runs one iteration of benchmark/peer_<algorithm>.py, from the same initial policy."""
-    module = load(ROOT / f"benchmark/peer_{options.algorithm}.py")
-    tasks, generator = options.peer_tasks or args.meta_batch_size, torch.Generator().manual_seed(args.seed)
+    """A function that runs one iteration written the usual way, the first measured one from the same policy."""
+    module, generator = (
+        load(ROOT / f"benchmark/{PEERS[options.algorithm]}.py"),
+        torch.Generator().manual_seed(args.seed),
+    )
     single = module.make(args.env_id, args.episodes_per_task, args.action_scale)
     single.reset(seed=args.seed)
-    theta = {name: value.detach().cpu().clone().requires_grad_() for name, value in theta.items()}
+    copies = ({name: x.detach().cpu().clone().requires_grad_() for name, x in theta.items()} for _ in "ab")
+    warm_up, iterate = (module.ITERATIONS[options.algorithm](single, copy, args) for copy in copies)
+    clock, collect = [0.0], module.collect
+
+    def timed(*inputs):
+        since = watch.now()
+        result = collect(*inputs)
+        clock[0] += watch.now() - since
+        return result
+
+    module.collect = timed
 
     def measure() -> None:
-        nonlocal theta
         if len(watch.times["peer_sample"]) == options.peer_iterations:
             return
-        warm_up = len(watch.times["total"]) == 1
-        tasks_NP = envs.unwrapped.sample_tasks(1 if warm_up else tasks, generator).cpu().numpy()
-        start, cpu = watch.now(), time.process_time()
-        batches = module.sample(single, tasks_NP, theta, args)
-        sampled = watch.now()
-        new_theta, _ = module.trpo_step(theta, batches, args)
-        if warm_up:
+        if len(watch.times["total"]) == 1:
+            warm_up(envs.unwrapped.sample_tasks(1, generator).cpu().numpy())
             return
-        theta = new_theta
-        values = {"sample": sampled - start, "update": watch.now() - sampled, "cpu": time.process_time() - cpu}
+        tasks = options.peer_tasks or args.meta_batch_size
+        tasks_NP = envs.unwrapped.sample_tasks(tasks, generator).cpu().numpy()
+        since, cpu, clock[0] = watch.now(), time.process_time(), 0.0
+        iterate(tasks_NP)
+        total = watch.now() - since
+        values = {"sample": clock[0], "update": total - clock[0], "cpu": time.process_time() - cpu}
         for name, value in values.items():
             watch.times["peer_" + name].append(value)
 
@@ -202,6 +213,8 @@ def from_policy(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) ->
     algorithm.train(envs, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
 
 
+PEERS = {"maml_trpo": "peer_maml_trpo"}
+PEERS |= dict.fromkeys(("promp", "reptile_ppo", "multitask_ppo"), "peer_ppo_family")
 SAMPLING = {"maml_trpo": "collect", "promp": "sample", "reptile_ppo": "sample", "multitask_ppo": "sample"}
 RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
@@ -224,6 +237,7 @@ def report(options: Options, args, envs, watch: Stopwatch) -> dict:
         sample, update, cpu = (median(watch.times["peer_" + name]) for name in ("sample", "update", "cpu"))
         result |= {
             "speedup_end_to_end": (steps / total) / (peer_steps / (sample + update)),
+            "cpu_speedup_end_to_end": (steps / watch.median("cpu")) / (peer_steps / cpu),
             "peer_sampling_steps_per_s": peer_steps / sample,
             "peer_end_to_end_steps_per_s": peer_steps / (sample + update),
             "peer_sample_s": sample,
@@ -267,11 +281,14 @@ def runner(name: str):
         return run_pearl, 5
     if name == "mbmpo":
         return run_mbmpo, 10
+    if name in speed_lives.PLAYS:
+        return run_lives, 20
     return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
 
 
-def main() -> None:
-    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+def parse(flags: list[str] | None = None) -> tuple:
+    """The options, the algorithm's module and Args, and the function that measures it, from the command line."""
+    options, rest = tyro.cli(Options, args=flags, description=__doc__, return_unknown_args=True)
     algorithm, (run, iterations) = load(ROOT / f"algos/{options.algorithm}.py"), runner(options.algorithm)
     default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in SAMPLING else {}
     args = tyro.cli(algorithm.Args, args=rest, **default)
@@ -280,6 +297,11 @@ def main() -> None:
     algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in SAMPLING else {}
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
+    return options, algorithm, args, run
+
+
+def main() -> None:
+    options, algorithm, args, run = parse()
     print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
 
 
@@ -311,11 +333,20 @@ def run_mbmpo(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
     return speed_mbmpo.report(watch) | speed_mbmpo.sizes(args, watch) | about
 
 
+def run_lives(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    if options.peer:
+        raise SystemExit(f"--peer: {options.algorithm} has none")
+    about = describe(options, args)
+    with suppress(FinishedError):
+        speed_lives.measure(options.algorithm, algorithm, args, watch)
+    return speed_lives.report(watch) | about
+
+
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
-    if options.peer and options.algorithm != "maml_trpo":
-        raise SystemExit(f"--peer: {options.algorithm} has none; allowed with maml_trpo, rl2_ppo, pearl_sac, mbmpo")
+    if options.peer and getattr(args, "task_given", False):
+        raise SystemExit("--peer: none is written for --task-given")
     worlds = args.meta_batch_size * args.episodes_per_task
-    envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale)
+    envs = task_envs.make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     envs = task_envs.TaskGiven(envs) if getattr(args, "task_given", False) else envs
     about = sizes(options, args, envs) | describe(options, args)
     setattr(algorithm, SAMPLING[options.algorithm], watch.around(getattr(algorithm, SAMPLING[options.algorithm])))

@@ -35,7 +35,14 @@ FITS, EPOCHS = 5, 5
 
 def make_worlds(args) -> tuple[ScaleActions, Imagined]:
     """The real and the imagined worlds that the algorithm's main() makes."""
-    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, args.cuda, args.action_scale)
+    envs = make(
+        args.env_id,
+        args.num_models * args.real_episodes,
+        args.horizon,
+        args.cuda,
+        args.action_scale,
+        physics=args.physics,
+    )
     return envs, imagine(envs, args.num_models * args.episodes_per_task)
 
 
@@ -71,7 +78,9 @@ class Peer:
 
     def __init__(self, args, watch):
         self.args, self.watch, self.models = args, watch, {}
-        self.worlds = make(args.env_id, args.episodes_per_task, args.horizon, args.cuda, args.action_scale)
+        self.worlds = make(
+            args.env_id, args.episodes_per_task, args.horizon, args.cuda, args.action_scale, physics=args.physics
+        )
         self.worlds.reset(seed=args.seed)
 
     def keep(self, number: int, **values) -> None:

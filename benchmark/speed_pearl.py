@@ -30,7 +30,7 @@ def make_worlds(options, args) -> VectorEnv:
     """The worlds that the algorithm's main() makes; SystemExit where a peer is asked for that does not exist."""
     if options.peer and args.env_id.startswith("Meta-World/"):
         raise SystemExit(f"--peer: its environment comes from gym.make, which does not know {args.env_id}")
-    return make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda)
+    return make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
 
 
 def peer_like(state: dict, args, obs: int, actions: int) -> peer_pearl.Agent:

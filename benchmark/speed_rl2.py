@@ -1,8 +1,8 @@
 """How fast RL2 learns; `python benchmark/speed.py rl2_ppo|rl2_transformer_ppo` comes here.
 
-Runs the algorithm file's own `train()` on its own trials. `--peer` (rl2_ppo with its GRU only) adds iterations of the
-same algorithm written the usual way, from the same weights and of the same sizes, each between two of ours in the same
-process; attention has no peer. Figures are medians over iterations.
+Runs the algorithm file's own `train()` on its own trials. `--peer` (not for the LSTM) adds iterations of the same
+algorithm written the usual way, from the same weights and of the same sizes, each between two of ours in the same
+process; attention has the same network there, without a cache. Figures are medians over iterations.
 
 Steps are those of the trials, without the ones that a world waits for the others. sample_s: time in `play_trials`, the
 advantages included; update_s: the rest of the iteration. peer_env_s: the part of peer_sample_s that its environments
@@ -22,15 +22,15 @@ from envs import Trials, make
 
 def make_trials(options, args) -> Trials:
     """The trials that the algorithm's main() makes; SystemExit where a peer is asked for that does not exist."""
-    if options.peer and args.encoder != "gru":
-        raise SystemExit(f"--peer: the usual way is written here for rl2_ppo's gru, not for {args.encoder}")
-    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, discrete=True)
+    if options.peer and args.encoder == "lstm":
+        raise SystemExit("--peer: the usual way is written here for gru, transformer and snail, not for lstm")
+    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, True, args.physics)
     return Trials(envs, args.episodes_per_trial)
 
 
-def peer(options, args, envs: Trials, theta: dict, watch):
-    """A function that runs one iteration of benchmark/peer_rl2.py, the first of them from the same initial weights."""
-    agent, generator = peer_rl2.agent_like(theta).to(envs.unwrapped.device), Generator().manual_seed(args.seed)
+def peer(options, args, envs: Trials, agent, watch):
+    """A function that runs one iteration of benchmark/peer_rl2.py; `agent` has the same initial weights."""
+    agent, generator = agent.to(envs.unwrapped.device), Generator().manual_seed(args.seed)
     optimizer = Adam(agent.parameters(), args.lr, eps=1e-5)
     worlds = peer_rl2.make(args.env_id, options.peer_tasks or args.meta_batch_size, args)
     worlds.reset(seed=args.seed)
@@ -67,7 +67,10 @@ def measure(options, algorithm, args, envs: Trials, watch) -> None:
     theta = algorithm.init_network(envs, args, generator)
     algorithm.play_trials = watch.around(algorithm.play_trials)
     if options.peer:
-        watch.extras.append(peer(options, args, envs, theta, watch))
+        is_gru, copy = args.encoder == "gru", {name: value.clone() for name, value in theta.items()}
+        encode = algorithm.ENCODERS[args.encoder][1]
+        agent = peer_rl2.agent_like(copy) if is_gru else peer_rl2.AttentionAgent(copy, encode)
+        watch.extras.append(peer(options, args, envs, agent, watch))
     state = {"theta": theta, "generator": generator.get_state(), "iteration": 0, "env_steps": 0, "seconds": 0.0}
     algorithm.train(envs, args, watch, state)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from torch.distributed.run import get_args_parser
 
 from tests.double_precision import Alone
 from tools.sync import definitions, source, sync
@@ -145,7 +146,9 @@ def test_sync_repairs_what_differs_and_nothing_else(tmp_path):
 
 
 def test_flags_named_in_the_documentation_exist():
-    known = {"--help", "--no-deps", "--nproc-per-node"}  # of every script, of pip, of torchrun
+    known = {"--help", "--no-deps", "--cpu"} | set(get_args_parser()._option_string_actions)  # pip, gpu.sh, torchrun
+    known |= {"--array", "--cpus-per-task", "--time", "--output", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
+    known |= {"--signal"}  # SLURM, like the line above
     for path in [*FILES, *(ROOT / "benchmark").glob("*.py")]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and node.name in ("Args", "Options"):

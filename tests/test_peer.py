@@ -152,7 +152,7 @@ def test_speed_prints_one_line(env_id, monkeypatch, capsys):
     ("name", "steps"),
     [("promp", 60), ("reptile_ppo", 120), ("multitask_ppo", 30), ("multitask_ppo --task-given", 30)],
 )
-def test_speed_of_files_without_a_peer(name, steps, monkeypatch, capsys):
+def test_speed_of_the_ppo_family(name, steps, monkeypatch, capsys):
     flags = f"{name} --env-id Navigation2D-v0 --meta-batch-size 2 --episodes-per-task 3 --horizon 5 --iterations 1"
     monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split()])
     speed.main()
@@ -161,5 +161,13 @@ def test_speed_of_files_without_a_peer(name, steps, monkeypatch, capsys):
     assert result["end_to_end_steps_per_s"] == pytest.approx(steps / iteration_s, rel=1e-3)
     assert not any("peer" in key for key in result)
     monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split(), "--peer"])
-    with pytest.raises(SystemExit, match=r"--peer: .* has none; allowed with maml_trpo"):
-        speed.main()
+    if "--task-given" in flags:
+        with pytest.raises(SystemExit, match="--peer: none is written for --task-given"):
+            speed.main()
+        return
+    speed.main()
+    result = json.loads(capsys.readouterr().out)
+    for name in ("", "peer_"):
+        seconds = steps / result[f"{name}end_to_end_steps_per_s"]
+        assert seconds == pytest.approx(result[f"{name}sample_s"] + result[f"{name}update_s"], rel=1e-3)
+        assert result[f"{name}sample_s"] > 0 < result[f"{name}update_s"]

@@ -10,6 +10,7 @@ import torch
 from torch import Generator
 
 from algos import rl2_ppo as ours
+from algos import rl2_transformer_ppo as attention
 from benchmark import peer_rl2 as peer
 from benchmark import speed
 from envs import ScaleActions, Trials
@@ -194,6 +195,31 @@ def test_speed_prints_one_line_with_the_peer(env_id, monkeypatch, capsys):
     assert result["args"]["hidden_size"] == 64
 
 
+@pytest.mark.parametrize("env_id", ["Bandit5-v0", "HalfCheetahVel-v0"])
+@pytest.mark.parametrize("encoder", attention.ENCODERS)
+def test_attention_without_a_cache_agrees(env_id, encoder, monkeypatch):
+    args, envs, _, tasks_NP, generator = small(env_id, False, monkeypatch)
+    known = {name: value for name, value in vars(args).items() if hasattr(attention.Args, name)}
+    args = attention.Args(**known | {"encoder": encoder, "hidden_size": 16})
+    theta = attention.init_network(envs, args, generator)
+    theta = {name: x.double() + 0.2 * torch.randn(x.shape, generator=generator) for name, x in theta.items()}
+    steps, _ = attention.play_trials(envs, tasks_NP, theta, args, generator)
+    own, agent = as_batch(steps), peer.AttentionAgent(theta, attention.ENCODERS[encoder][1])
+    actions = iter(own.action)
+    monkeypatch.setattr(peer, "draw", lambda policy: next(actions))
+    batch = peer.collect(single_worlds(env_id, False, args), tasks_NP.numpy(), agent, args)
+    for name in ("x", "log_prob", "advantage", "target"):
+        assert getattr(own, name).std() > 0.01
+        torch.testing.assert_close(getattr(batch, name), getattr(own, name), rtol=1e-8, atol=1e-9)
+    weights = {name: value.requires_grad_() for name, value in other(theta).items()}
+    loss, _ = attention.ppo_loss(weights, steps, args, args.entropy_coef)
+    loss.backward()
+    agent = peer.AttentionAgent(other(theta), attention.ENCODERS[encoder][1])
+    peer.ppo_loss(agent, own, args, args.entropy_coef).backward()
+    for name, parameter in agent.theta.items():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("flags", ["rl2_ppo", "rl2_ppo --encoder lstm", "rl2_transformer_ppo --encoder snail"])
 def test_speed_without_a_peer(flags, monkeypatch, capsys):
     flags += " --meta-batch-size 6 --minibatches 2 --episodes-per-trial 4 --horizon 2"
@@ -203,6 +229,9 @@ def test_speed_without_a_peer(flags, monkeypatch, capsys):
     assert result["sample_s"] > 0 < result["update_s"]
     assert result["cpu_s_per_iteration"] > 0
     assert not [name for name in result if "peer" in name]
-    if "encoder" in flags:
-        with pytest.raises(SystemExit, match="gru"):
+    if "lstm" in flags:
+        with pytest.raises(SystemExit, match="not for lstm"):
             speed_line(flags + " --peer", monkeypatch, capsys)
+    if "snail" in flags:
+        result = speed_line(flags + " --peer --iterations 2", monkeypatch, capsys)
+        assert result["peer_sample_s"] > result["peer_env_s"] > 0 < result["peer_update_s"]

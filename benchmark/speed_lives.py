@@ -1,0 +1,42 @@
+"""How fast worlds with a clock each learn; `python benchmark/speed.py meta_critic|lirpg|lifetime_rewards` comes here.
+
+Runs the algorithm file's own `main()`, with the stopwatch in place of its `Run` and no evaluation. No peer is written
+for these three. Figures are medians.
+
+sampling_steps_per_s: steps of the worlds, over the time in the function that plays them; end_to_end_steps_per_s: over
+the whole iteration. cpu_s_per_iteration: processor time, of all threads together; on a busy machine that is the measure
+to trust.
+"""
+
+import torch
+
+PLAYS = {"meta_critic": "play_window", "lirpg": "play_steps", "lifetime_rewards": "live"}
+
+
+def flags_of(args) -> list[str]:
+    """The command line that gives these Args."""
+    words = []
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def measure(name: str, algorithm, args, watch) -> None:
+    """main() of algos/<name>.py, until the stopwatch ends it."""
+    setattr(algorithm, PLAYS[name], watch.around(getattr(algorithm, PLAYS[name])))
+    algorithm.evaluate = lambda *_: torch.zeros(1) if name == "lirpg" else {}
+    algorithm.Run = lambda *_: watch
+    algorithm.main(flags_of(args))
+
+
+def report(watch) -> dict:
+    steps, total, sample, update, cpu = (watch.median(name) for name in ("steps", "total", "sample", "update", "cpu"))
+    result = {
+        "end_to_end_steps_per_s": steps / total,
+        "sampling_steps_per_s": steps / sample,
+        "sample_s": sample,
+        "update_s": update,
+        "cpu_s_per_iteration": cpu,
+    }
+    return {name: float(f"{value:.5g}") for name, value in result.items()} | {"steps_per_iteration": int(steps)}
