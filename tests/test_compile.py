@@ -41,6 +41,7 @@ class Family(Worlds):
 by_hand = pytest.mark.skipif("INDUCTOR" not in os.environ or not shutil.which("g++"), reason="slow; needs g++")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of torch, in its compiler
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=by_hand)])
 def test_compiled_updates_are_the_eager_ones_and_compiled_once(backend, monkeypatch):
     real, modes = torch.compile, []
