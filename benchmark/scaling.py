@@ -276,6 +276,12 @@ def draw(options: Options) -> None:
     by_episodes.set(xlabel=f"episodes of each of {tasks} tasks", ylabel="steps per second", xscale="log")
     by_processes.set(xlabel=f"processes, {tasks} tasks of {episodes} episodes", ylabel="steps per second")
     memory.set(xlabel="worlds", ylabel="memory, MB (GPU: of torch's tensors)", xscale="log")
+    sizes = {size for points in lines.values() for size in points}
+    ticks = {by_tasks: {n for n, e in sizes if e == episodes}, by_episodes: {e for n, e in sizes if n == tasks}}
+    ticks[by_processes] = {number for points in at.values() for number in points}
+    for axes, values in ticks.items():
+        axes.set_xticks(sorted(values), [str(value) for value in sorted(values)])
+        axes.minorticks_off()
     for axes in (by_tasks, by_episodes, by_processes, memory):
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=7)
