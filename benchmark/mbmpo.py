@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from algos import maml_trpo, mbmpo  # noqa: E402
 from benchmark.curves import common, interval  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
-from envs import learning_curve, make  # noqa: E402
+from envs import make  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/mbmpo"
 PAPER = {"HalfCheetahForward": (100_000, 550)}  # the authors' real steps and return, as RLlib's README quotes them
@@ -59,13 +59,6 @@ class Options:
     """of `error` and `disagreement`"""
 
 
-class Quiet(mbmpo.Run):
-    """A run whose picture is not drawn: nobody adapts."""
-
-    def draw(self) -> None:
-        self.bar.close()
-
-
 def trpo(options: Options) -> None:
     """TRPO on the real environment: 20 episodes an iteration, one policy, a linear baseline; into runs/."""
     args = maml_trpo.Args(
@@ -75,7 +68,7 @@ def trpo(options: Options) -> None:
     envs, generator = make(args.env_id, 20, 200, False, args.action_scale), Generator().manual_seed(args.seed)
     theta = maml_trpo.init_policy(envs, args.hidden_size, generator)
     state = {"algorithm": "trpo", "env_steps": 0, "seconds": 0.0, "args": vars(args)}
-    task_1P, run = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)), Quiet(args, "trpo", 0)
+    task_1P, run = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)), mbmpo.Run(args, "trpo", 0)
     for iteration in range(1, args.iterations + 1):
         batch = maml_trpo.collect(envs, task_1P, theta, args, generator)
         theta, stats = maml_trpo.trpo_step(theta, maml_trpo.adapted_policies, [], batch, args)
@@ -84,7 +77,7 @@ def trpo(options: Options) -> None:
         if run.stopping:
             break
     run.save(state)
-    run.bar.write(learning_curve(run.folder))
+    run.bar.close()  # and no picture: nobody adapts
 
 
 def label(args: dict, folder: Path) -> str:

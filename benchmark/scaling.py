@@ -22,6 +22,7 @@ first process's.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -94,8 +95,10 @@ class SharedStopwatch(speed.Stopwatch):
 
 def resident_mb() -> float:
     """The most memory that this process has held so far."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage counts what the process that started this one held
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def device_mb() -> float:
