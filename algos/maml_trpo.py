@@ -251,7 +251,7 @@ def adapted_policies(theta: Params, supports: list[Episodes], query: Episodes, a
     log_prob_NB = Normal(mean_NBA, std_N1A, False).log_prob(query.action.flatten(1, 2)).sum(-1)
     ratio_NET = ((log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask).exp()
     J_N, return_N = (x.sum((1, 2)) / query.mask.sum((1, 2)) for x in (ratio_NET * query.advantage, query.reward))
-    (mean,), N = average(return_N.mean()), len(return_N) * int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    (mean,), N = average(return_N.mean()), len(return_N) * (dist.get_world_size() if dist.is_initialized() else 1)
     credit_N = return_N - (N * mean - return_N) / max(1, N - 1)  # baseline: the other tasks' mean
     return J_N + credit_N * score_N, mean_NBA, std_N1A
 

@@ -268,8 +268,8 @@ def fit_models(envs, models: Params, data: Params, args: Args, generator: Genera
         if not envs.unwrapped.in_any_process(running_N11.any()):
             break
     stats |= {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}  # a range beyond what was seen
-    error = average(vmap(error)(kept, valid_NV).mean())[0]
-    return kept | stats, {"train/model_error": float(error), "train/model_epochs": epoch}
+    final = float(*average(vmap(error)(kept, valid_NV).mean()))
+    return kept | stats, {"train/model_error": final, "train/model_epochs": epoch}
 
 
 def tailor(imagined, models: Params, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator):
@@ -358,7 +358,7 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     device, share, gather = envs.unwrapped.device, envs.unwrapped.share, envs.unwrapped.gather
     theta, models, data = ({name: x.to(device) for name, x in state[k].items()} for k in ("theta", "models", "data"))
-    models = {name: share(x) if name[0] in "wb" else x for name, x in models.items()}
+    models = {name: share(x) if name[0] in "wb" else x for name, x in models.items()}  # w0, b0, ..: one per model
     (generator := Generator()).set_state(state["generator"])
     tasks_NP = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).expand(args.num_models, -1)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):

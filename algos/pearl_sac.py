@@ -249,7 +249,7 @@ def pearl_loss(theta: Params, target: Params, batch_NBV: Tensor, context_NSI: Te
     obs_NBO, action_NBA, _, next_obs_NBO, reward_NB1, ended_NB1 = batch_NBV.split([obs, A, 1, obs, 1, 1], -1)
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
     mean_NZ, variance_NZ = posterior(theta, context_NSI, torch.ones_like(context_NSI[..., 0]))  # [5]
-    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
+    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()  # L has its sum over all tasks
     z_NBZ = (mean_NZ + variance_NZ.sqrt() * z_noise_NZ)[:, None].expand(-1, batch_NBV.shape[1], -1)
     with torch.no_grad():
         next_action_NBA, log_prob_NB = act(theta, next_obs_NBO, z_NBZ, next_noise_NBA)

@@ -352,13 +352,13 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             minibatch = Steps(*(x[envs.unwrapped.share(rows).to(x.device)] for x in steps))
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
-            share = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # of the steps, over the processes' mean
-            gradients = average(*(share * x for x in torch.autograd.grad(loss, list(weights.values()))))
+            portion = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # of the steps, over the processes' mean
+            gradients = average(*(portion * x for x in torch.autograd.grad(loss, list(weights.values()))))
             for value, gradient in zip(theta.values(), gradients, strict=True):
                 value.grad = gradient
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
             optimizer.step()  # [7]
-    means = average(*(share * x for x in parts.values()), norm)
+    means = average(*(portion * x for x in parts.values()), norm)
     return {f"train/{name}": float(x) for name, x in zip((*parts, "gradient_norm"), means, strict=True)}
 
 

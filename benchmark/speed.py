@@ -130,6 +130,17 @@ class Stopwatch:
     def median(self, name: str) -> float:
         return median(self.times[name][1:])
 
+    def figures(self) -> dict[str, float]:
+        """Rates and times of an iteration, the warm-up left out."""
+        steps = self.median("steps")
+        return {
+            "end_to_end_steps_per_s": steps / self.median("total"),
+            "sampling_steps_per_s": steps / self.median("sample"),
+            "sample_s": self.median("sample"),
+            "update_s": self.median("update"),
+            "cpu_s_per_iteration": self.median("cpu"),
+        }
+
 
 def physics(envs, horizon: int, watch: Stopwatch):
     """A function that moves all worlds for one horizon, without policy, reward or observation; and appends its time."""
@@ -220,16 +231,11 @@ RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
 
 def report(options: Options, args, envs, watch: Stopwatch) -> dict:
-    steps, sample, total = watch.median("steps"), watch.median("sample"), watch.median("total")
-    physics_rate = envs.num_envs * args.horizon / median(watch.times["physics"])
-    result = {
+    steps, total = watch.median("steps"), watch.median("total")
+    physics_rate, result = envs.num_envs * args.horizon / median(watch.times["physics"]), watch.figures()
+    result |= {
         "physics_steps_per_s": physics_rate,
-        "sampling_steps_per_s": steps / sample,
-        "sampling_over_physics": steps / sample / physics_rate,
-        "end_to_end_steps_per_s": steps / total,
-        "sample_s": sample,
-        "update_s": watch.median("update"),
-        "cpu_s_per_iteration": watch.median("cpu"),
+        "sampling_over_physics": result["sampling_steps_per_s"] / physics_rate,
     }
     if options.peer:
         tasks = options.peer_tasks or args.meta_batch_size

@@ -31,12 +31,5 @@ def measure(name: str, algorithm, args, watch) -> None:
 
 
 def report(watch) -> dict:
-    steps, total, sample, update, cpu = (watch.median(name) for name in ("steps", "total", "sample", "update", "cpu"))
-    result = {
-        "end_to_end_steps_per_s": steps / total,
-        "sampling_steps_per_s": steps / sample,
-        "sample_s": sample,
-        "update_s": update,
-        "cpu_s_per_iteration": cpu,
-    }
-    return {name: float(f"{value:.5g}") for name, value in result.items()} | {"steps_per_iteration": int(steps)}
+    rounded = {name: float(f"{value:.5g}") for name, value in watch.figures().items()}
+    return rounded | {"steps_per_iteration": int(watch.median("steps"))}

@@ -77,14 +77,8 @@ def measure(options, algorithm, args, envs: Trials, watch) -> None:
 
 def report(options, watch) -> dict:
     """Rates and times; those of the peer beside them."""
-    steps, total, sample, update, cpu = (watch.median(name) for name in ("steps", "total", "sample", "update", "cpu"))
-    result = {
-        "end_to_end_steps_per_s": steps / total,
-        "sampling_steps_per_s": steps / sample,
-        "sample_s": sample,
-        "update_s": update,
-        "cpu_s_per_iteration": cpu,
-    }
+    steps, total, cpu = (watch.median(name) for name in ("steps", "total", "cpu"))
+    result = watch.figures()
     if options.peer:
         names = "steps", "sample", "update", "cpu", "env"
         peer_steps, sample, update, peer_cpu, env = (median(watch.times["peer_" + name][1:]) for name in names)
