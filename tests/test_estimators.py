@@ -5,8 +5,10 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from matplotlib.image import imread
@@ -51,7 +53,10 @@ def close(actual, expected, tolerance=1e-9):
 
 
 @pytest.fixture
-def double():
+def double(monkeypatch):
+    """Worlds and policies in double precision: fits of few episodes are so ill-conditioned that in single precision
+    two processors' meta-gradients may differ in every digit."""
+    monkeypatch.setattr(gym, "make_vec", partial(gym.make_vec, dtype=torch.float64))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -204,7 +209,7 @@ def small(gamma=1.0):
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
-def test_meta_gradients_are_those_of_the_shared_parameters(pairs):
+def test_meta_gradients_are_those_of_the_shared_parameters(pairs, double):
     """A forward and a backward task a row: torch.autograd through both inner steps, from the same episodes."""
     _, theta, args = small()
     args.meta_batch_size = 2 * pairs
@@ -213,8 +218,7 @@ def test_meta_gradients_are_those_of_the_shared_parameters(pairs):
     actual = study.meta_gradients(envs, theta, args, estimators, Generator().manual_seed(5))
     generator, tasks = Generator().manual_seed(5), torch.tensor([[1.0], [-1.0]] * pairs)
     support = maml_trpo.collect(envs, tasks, theta, args, generator)
-    copies = {key: torch.stack([value] * 2 * pairs) for key, value in theta.items()}  # shared ones round otherwise,
-    query = maml_trpo.collect(envs, tasks, maml_trpo.adapt(copies, support, args), args, generator)  # few for a fit
+    query = maml_trpo.collect(envs, tasks, maml_trpo.adapt(theta, support, args), args, generator)
     for name, row in itertools.product(estimators, range(pairs)):
         own = maml_trpo.Args(**vars(args) | {"estimator": "lvc" if name == "first-order" else name})
         own.first_order = name == "first-order"
@@ -223,12 +227,12 @@ def test_meta_gradients_are_those_of_the_shared_parameters(pairs):
         maml_trpo.adapted_policies(leaf, pair[:1], pair[1], own)[0].mean().backward()
         expected = torch.cat([value.grad.flatten() for value in leaf.values()])
         assert actual[name].shape == (pairs, len(expected))
-        assert float((actual[name][row] - expected).norm() / expected.norm()) < 1e-4
+        assert float((actual[name][row] - expected).norm() / expected.norm()) < 1e-7  # 1e-11 under three kernels
     for a, b in itertools.combinations([name for name in estimators if name != "first-order"], 2):
         assert float((actual[a] - actual[b]).norm()) > 1e-3 * float(actual[a].norm()), (a, b)
 
 
-def test_below_a_discount_of_one_dice_adapts_elsewhere():
+def test_below_a_discount_of_one_dice_adapts_elsewhere(double):
     envs, theta, args = small(gamma=0.9)
     rest = [name for name in study.ESTIMATORS if name != "dice"]
     assert study.meta_gradients(envs, theta, args, rest, Generator().manual_seed(5)).keys() == set(rest)
@@ -255,7 +259,7 @@ def test_theta_is_what_the_file_trains(iterations, monkeypatch):
     assert returns == {}
 
 
-def test_samples_come_in_pairs_of_tasks():
+def test_samples_come_in_pairs_of_tasks(double):
     _, theta, args = small()
     parts = study.sample(theta, args, 25, ("lvc", "first-order"), Generator().manual_seed(6))
     assert {name: x.shape[0] for name, x in parts.items()} == {"lvc": 20, "first-order": 20}  # in batches of 20 pairs
