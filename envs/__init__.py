@@ -39,7 +39,7 @@ from envs.locomotion import (
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
-from envs.processes import Follower, join, shard
+from envs.processes import Follower, all_worlds, join, shard, summarise
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif, learning_curve
@@ -100,7 +100,7 @@ __all__ = [
     "TaskGiven",
 ]
 __all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "join", "learning_curve"]
-__all__ += ["make", "make_supervised"]
+__all__ += ["make", "make_supervised", "summarise"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -152,7 +152,7 @@ def make(
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
     `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
     `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
-    Processes that have joined (`join`) get an equal part of the worlds each.
+    Processes that have joined (`join`) move an equal part of the worlds each, and see it or all of them.
     """
     part = shard()
     options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, physics, cuda)
@@ -160,7 +160,7 @@ def make(
         try:
             worlds = make_metaworld(env_id.removeprefix("Meta-World/"), num_envs // part[1], **options)
             worlds.shard = part
-            return ScaleActions(worlds, action_scale)
+            return all_worlds(ScaleActions(worlds, action_scale))
         except (ImportError, ValueError) as error:
             raise SystemExit(f"--env-id {env_id}: {error}") from None
     if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
@@ -173,7 +173,7 @@ def make(
     envs.unwrapped.shard = part
     if envs.unwrapped.is_discrete and not discrete:
         raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")
-    return envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale)
+    return all_worlds(envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale))
 
 
 def imagine(envs: ScaleActions, num_envs: int) -> Imagined:

@@ -20,12 +20,16 @@ episodes of a batch start together and end together at the horizon.
   every step to see it; there it is the same error at the horizon, or at the next reset (`checks_late`).
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
   episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
-* Under torchrun the worlds of a batch are shared by several processes (`shard`, `share`, `gather`; envs/processes.py).
+* Under torchrun the worlds of a batch are shared by several processes (envs/processes.py). An algorithm need not know:
+  `reset` takes the tasks of all worlds; `noise`, `minibatches` and `choose` draw for all; each process takes its own
+  part; `total` adds all parts up.
 * `reward(obs, action, next_obs, task)` and `ended(obs)` are pure and static, so that model-based algorithms can call
   them too (`envs/imagined.py`). Where rewards are random (bandits, TabularMDP) it is their mean.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gymnasium as gym
 import numpy as np
@@ -157,8 +161,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Start all episodes, or those of `options={"reset_mask": [B]}` (bool): obs [B, O], info.
 
         `options={"tasks": [B, task_dim]}` sets the tasks of the worlds that start, otherwise they draw fresh training
-        tasks. Raises ValueError for tasks of another shape or with numbers that are not finite and for another mask,
-        NotImplementedError where a family's worlds can only start together."""
+        tasks; under torchrun these may be the tasks of all processes' worlds. Raises ValueError for tasks of another
+        shape or with numbers that are not finite and for another mask, NotImplementedError where a family's worlds
+        can only start together."""
         self._refuse_late()
         mask, before = (options or {}).get("reset_mask"), {}
         if mask is not None:
@@ -175,6 +180,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         else:
             torch.randint(2**62, (1,), generator=self._generator)
         tasks = torch.as_tensor(tasks, dtype=self.dtype, device=self.device)
+        if len(tasks) == self.num_envs * self.shard[1]:
+            tasks = self.share(tasks)
         if tasks.shape != (self.num_envs, self.task_dim):
             raise ValueError(f"tasks must have shape {(self.num_envs, self.task_dim)}, got {tuple(tasks.shape)}")
         if not torch.isfinite(tasks).all():
@@ -211,9 +218,45 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """The parts [N, ..] of all processes, equal in size, as one [processes * N, ..]."""
         return processes.gather(x) if self.shard[1] > 1 else x
 
-    def in_any_process(self, condition: bool) -> bool:
-        """Whether it is true in one of the processes, to which all must come for it."""
-        return bool(self.gather(torch.tensor([condition], device=self.device)).any())
+    def noise(self, generator: Generator, *shape: int, dim: int = 0, uniform: bool = False) -> Tensor:
+        """Standard normal numbers of this shape, or uniform ones from 0 to 1, on the worlds' device.
+
+        Tasks lie along `dim`. Under torchrun `shape` has room for the tasks of all processes; each draws the same
+        numbers and takes the part that belongs to its own worlds.
+        """
+        draw = torch.rand if uniform else torch.randn
+        return self.share(draw(shape, generator=generator, device=generator.device), dim).to(self.device, self.dtype)
+
+    def minibatches(self, number: int, parts: int, generator: Generator) -> Iterator[Tensor]:
+        """A random order of the numbers below `number`, cut into `parts`, on the worlds' device.
+
+        Under torchrun each process gets its own share of every part.
+        """
+        for rows in torch.randperm(number, generator=generator).tensor_split(parts):
+            yield self.share(rows).to(self.device)
+
+    def choose(self, number: int, count: int, generator: Generator) -> Tensor:
+        """`count` different numbers below `number`, in random order, on the generator's device.
+
+        Under torchrun each process gets its own share of them.
+        """
+        keys = torch.rand(number, generator=generator, device=generator.device)
+        return self.share(keys.argsort()[:count])
+
+    def total(self, x: Tensor) -> int:
+        """The sum of x, such as of steps played, over all worlds, those of other processes included."""
+        return int(self.gather(x.sum().reshape(1)).sum())
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """One thread of torch while worlds play: a single step's small matrices gain nothing from more, and waiting
+        threads that spin would take the cores from the physics. Afterwards, also after an error, as many as before."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _draw(self, function, generator: Generator, *shape: int, **kwargs) -> Tensor:
         """Random numbers [B, *shape] for these worlds, of those that one process would draw for all worlds."""

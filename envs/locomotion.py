@@ -7,8 +7,10 @@ of health. Rewards are the meta-RL papers', each a pure function of observation,
 beyond Gymnasium's observation (the mean velocity over the control step) is appended to the observation.
 """
 
+import importlib
 import math
 import os
+import sys
 import threading
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,19 @@ RENDER_HINT = (
     "imported); on Debian and Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
 )
 _rollout_lock = threading.Lock()  # the pool's MjData serve one call at a time
+
+
+def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+    """What draws a model; on Linux without a display by EGL. RuntimeError with a hint where nothing can draw."""
+    windows = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    try:
+        if sys.platform == "linux" and not windows and "MUJOCO_GL" not in os.environ:
+            os.environ["MUJOCO_GL"] = "egl"  # MuJoCo has read it when it was imported, and must read it again
+            names = ("mujoco.rendering.classic.gl_context", "mujoco.gl_context")
+            importlib.reload(next(sys.modules[name] for name in names if name in sys.modules))
+        return mujoco.Renderer(model, height, width)
+    except Exception as error:  # the type depends on which OpenGL library is missing
+        raise RuntimeError(RENDER_HINT) from error
 
 
 @cache
@@ -224,10 +239,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
     def render_frame(self, index=0, height=240, width=320):
         """An RGB picture [height, width, 3] (uint8) of one world; the camera follows the torso."""
         if self._renderer is None:
-            try:
-                self._renderer = mujoco.Renderer(self.model, height, width)
-            except Exception as error:  # the type depends on which OpenGL library is missing
-                raise RuntimeError(RENDER_HINT) from error
+            self._renderer = make_renderer(self.model, height, width)
         data = mujoco.MjData(self.model)
         data.qpos[:] = self.qpos(self._state)[index].cpu()
         mujoco.mj_forward(self.model, data)

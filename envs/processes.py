@@ -3,10 +3,14 @@
     torchrun --nproc-per-node=4 algos/maml_trpo.py
 
 Every process holds an equal part of the tasks and of their worlds. All draw the same random numbers, for all worlds,
-and take their own part (`TaskVectorEnv.share`), so that the result is that of one process, to rounding.
+and take their own part (`TaskVectorEnv.noise`), so that the result is that of one process, to rounding.
+
+An algorithm whose processes need to see all worlds while they act, because what was played is mixed afterwards, joins
+with `sees_all`: `envs.make` then shows every process all worlds (`AllWorlds`), of which it still moves its own part.
 """
 
 import atexit
+import math
 import os
 import signal
 import sys
@@ -14,22 +18,29 @@ import time
 import traceback
 from types import TracebackType
 
+import gymnasium as gym
 import torch
 import torch.distributed as dist
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+_sees_all = False  # whether processes have joined so that each sees the worlds of all
 
-def join(cuda: bool = False, minibatches: int = 1, **sizes: int) -> bool:
+
+def join(cuda: bool = False, minibatches: int = 1, sees_all: bool = False, **sizes: int) -> bool:
     """Join torchrun's other processes, if there are any; whether this one leads, which prints, logs and saves.
 
     Args:
         cuda: each process computes on a CUDA device of its own.
         minibatches: into which the tasks are cut, and the processes share each.
+        sees_all: every process sees the worlds of all; otherwise only its own.
         sizes: numbers of tasks, under their flags' names, that the processes share.
     SystemExit for a size that is no multiple of the processes' number, for minibatches too small to share, and for more
     processes than there are CUDA devices.
     """
-    number, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    global _sees_all
+    number = int(os.environ.get("RANK", 0))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return True
     for name, size in sizes.items():
@@ -44,6 +55,7 @@ def join(cuda: bool = False, minibatches: int = 1, **sizes: int) -> bool:
             raise SystemExit(f"--cuda: torchrun started more processes here than the {devices} CUDA devices")
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    _sees_all = sees_all
     atexit.register(_leave)
     sys.excepthook = _name_lost_process
     return number == 0
@@ -81,6 +93,67 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def in_any_process(condition: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether it is true in one of the processes, all of which must ask."""
+    return bool(gather(torch.tensor([bool(condition)], device=device)).any())
+
+
+def summarise(stats: dict[str, float | Tensor]) -> dict[str, float]:
+    """What a run logs: of a tensor the mean over all tasks, those of other processes included.
+
+    Under a name that ends in ci95 it is half the width of that mean's 95 % confidence interval.
+    """
+    summary = {}
+    for name, x in stats.items():
+        if isinstance(x, Tensor):
+            x = x.detach()
+            x = x if _sees_all or not x.ndim else gather(x)
+            ci95 = name.endswith("ci95")
+            x = 1.96 * float(x.std(correction=0)) / math.sqrt(x.numel()) if ci95 else float(x.mean())
+        summary[name] = x
+    return summary
+
+
+class AllWorlds(gym.vector.VectorWrapper):
+    """The worlds of all processes, as each of them sees them; it moves its own and is told about the others.
+
+    Tasks, actions and observations are those of all worlds: what one process would see and do. Tensors in `info` are
+    the same for all worlds, too.
+    """
+
+    @property
+    def num_envs(self) -> int:
+        return self.env.num_envs * self.unwrapped.shard[1]
+
+    @property
+    def observation_space(self) -> gym.Space:
+        return batch_space(self.single_observation_space, self.num_envs)
+
+    @property
+    def action_space(self) -> gym.Space:
+        return batch_space(self.single_action_space, self.num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """As the family's own `reset`, with the tasks of all worlds."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        return gather(obs), info
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """As the family's own `step`, with the actions of all worlds."""
+        *results, info = self.env.step(self.unwrapped.share(action))
+        told = {name: x for name, x in info.items() if isinstance(x, Tensor) and x.ndim}
+        parts = [*results, *told.values()]
+        columns = [x.reshape(len(x), -1).to(results[0].dtype) for x in parts]
+        whole = gather(torch.cat(columns, 1)).split([x.shape[1] for x in columns], 1)  # one message a step
+        parts = [y.reshape(-1, *x.shape[1:]).to(x.dtype) for x, y in zip(parts, whole, strict=True)]
+        return *parts[:4], info | dict(zip(told, parts[4:], strict=True))
+
+
+def all_worlds(envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
+    """The worlds of all processes, where these have joined so; the same worlds in a single process."""
+    return AllWorlds(envs) if _sees_all else envs
+
+
 class Follower:
     """Stands in for an algorithm's `Run` where another process leads: saves nothing, stops on the same signals."""
 
@@ -93,8 +166,13 @@ class Follower:
         self.stopping = True
         signal.signal(number, signal.SIG_DFL)
 
+    def should_stop(self) -> bool:
+        """Whether this process, or another one, was asked to stop."""
+        return in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        """Nothing: the leader's log checks and writes the same numbers."""
+        """This process's part of the means; the leader checks and writes them."""
+        summarise(stats)
 
     def save(self, state: dict) -> None:
         """Nothing: the leader's checkpoint holds the same."""

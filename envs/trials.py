@@ -4,6 +4,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from envs.processes import in_any_process
+
 
 class Trials(gym.vector.VectorWrapper):
     """Plays `episodes` episodes of every world's task, one after the other; works for every family of the contract.
@@ -47,14 +49,14 @@ class Trials(gym.vector.VectorWrapper):
         return obs, info
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """Advance all worlds, into the next episode where one ends; ResetNeeded behind the trial's last step."""
+        """Advance all worlds, into the next episode where one ends; ResetNeeded after the trial's last step."""
         if self.is_over:
             raise gym.error.ResetNeeded("call reset() before the first step and after every trial")
         obs, reward, terminated, truncated, info = self.env.step(action)
         over, family = terminated | truncated, self.unwrapped
         info |= {"done": over & ~self._waits, "episode": self._episode}
         self._waits = over
-        if family.at_horizon or (family.can_terminate and not family.in_any_process(not over.all())):
+        if family.at_horizon or (family.can_terminate and not in_any_process(not over.all(), over.device)):
             self._episode += 1
             self._waits = torch.zeros_like(over)
             if not self.is_over:
