@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Generator
 
+from envs import TaskVectorEnv, summarise
+
 
 @pytest.fixture(autouse=True)
 def float64():
@@ -22,20 +24,24 @@ def flat(params):
 
 
 class Alone:
-    """Of worlds in a single process, what updates need."""
+    """What algorithms need of worlds in a single process, for doubles; the methods are those of real worlds."""
+
+    device, shard = torch.device("cpu"), (0, 1)
+    share = TaskVectorEnv.share
+    gather = TaskVectorEnv.gather
+    noise = TaskVectorEnv.noise
+    minibatches = TaskVectorEnv.minibatches
+    choose = TaskVectorEnv.choose
+    total = TaskVectorEnv.total
+    playing = TaskVectorEnv.playing
 
     @property
     def unwrapped(self):
         return self
 
-    def share(self, x, dim=0):
-        return x
-
-    def gather(self, x):
-        return x
-
-    def in_any_process(self, condition):
-        return bool(condition)
+    @property
+    def dtype(self):
+        return torch.get_default_dtype()
 
 
 ALONE = Alone()
@@ -44,13 +50,14 @@ ALONE = Alone()
 class Recorder:
     """In place of Run."""
 
-    stopping = False
-
     def __init__(self):
         self.logged, self.saved = [], []
 
+    def should_stop(self):
+        return False
+
     def log(self, state, stats):
-        self.logged.append((state["iteration"], state["env_steps"], stats))
+        self.logged.append((state["iteration"], state["env_steps"], summarise(stats)))
 
     def save(self, state):
         self.saved.append(state["iteration"])
