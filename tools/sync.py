@@ -17,21 +17,22 @@ def definitions(text: str) -> dict[str, tuple[int, int]]:
     return {node.name: (first[node.name], node.end_lineno) for node in nodes if node.name not in OWN}
 
 
-def source(text: str, name: str) -> str:
-    first, last = definitions(text)[name]
-    return "\n".join(text.split("\n")[first - 1 : last])  # splitlines would also cut at form feeds
+def sources(text: str) -> dict[str, str]:
+    """Name -> source of these definitions."""
+    lines = text.split("\n")  # splitlines would also cut at form feeds
+    return {name: "\n".join(lines[first - 1 : last]) for name, (first, last) in definitions(text).items()}
 
 
 def sync(path: Path) -> list[str]:
     """Update the other files of the folder; returns "file: name" for every definition that changed."""
-    text, changed = path.read_bytes().decode(), []  # read_text would turn \r\n into \n
+    shared, changed = sources(path.read_bytes().decode()), []  # read_text would turn \r\n into \n
     for other in sorted(set(path.parent.glob("*.py")) - {path}):
         copy = other.read_bytes().decode()
-        for name in definitions(text).keys() & definitions(copy).keys():
-            if source(copy, name) != source(text, name):
+        for name, old in sources(copy).items():
+            if name in shared and old != shared[name]:
                 first, last = definitions(copy)[name]
                 lines = copy.split("\n")
-                copy = "\n".join([*lines[: first - 1], source(text, name), *lines[last:]])
+                copy = "\n".join([*lines[: first - 1], shared[name], *lines[last:]])
                 changed.append(f"{other.name}: {name}")
         other.write_bytes(copy.encode())
     return changed
