@@ -3,7 +3,6 @@ golden values, quadrature, central differences, explicit Hessians, and plain loo
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import torch
 from torch.func import grad, jacrev
 
 from algos import maml_trpo as ours
+from envs import summarise
 from envs.navigation import Navigation2D, SparseNavigation2D
-from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 ESTIMATORS = ("score", "lvc", "dice", "loaded", "e_maml")
 N, E, T = 3, 4, 5
@@ -103,8 +103,14 @@ def ref_log_prob(params, batch):
     return (-((batch.action - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def ref_surrogate(params, batch, estimator):
+def ref_units(batch, args):
+    """gamma^t over the standard deviation that normalised the task's advantages [E, T]."""
+    return args.gamma ** torch.arange(batch.mask.shape[1]) / batch.std[:, None]
+
+
+def ref_surrogate(params, batch, args):
     """The sum over the running steps of one task's episodes."""
+    estimator, unit = args.estimator, ref_units(batch, args)
     log_prob, total, past = ref_log_prob(params, batch), 0.0, 1.0
     for t in range(batch.mask.shape[1]):
         runs = batch.mask[:, t] == 1
@@ -115,7 +121,7 @@ def ref_surrogate(params, batch, estimator):
         elif estimator == "lvc":
             terms = ratio * advantage
         elif estimator == "dice":
-            terms = past * ratio * batch.reward[:, t] + (1 - ratio) * batch.value[:, t]
+            terms = unit[:, t] * (past * ratio * batch.reward[:, t] + (1 - ratio) * batch.value[:, t])
         else:
             terms = (past * ratio - past) * advantage
         past, total = past * ratio, total + terms[runs].sum()
@@ -126,7 +132,7 @@ def ref_adapt(theta, batch, args, scale=1.0, create_graph=False):
     """One inner step of one task."""
     weights = {name: value for name, value in theta.items() if not name.startswith("alpha.")}
     weights = {name: x if x.requires_grad else x.clone().requires_grad_() for name, x in weights.items()}
-    gain = ref_surrogate(weights, batch, args.estimator) / batch.mask.sum()
+    gain = ref_surrogate(weights, batch, args) / batch.mask.sum()
     slopes = torch.autograd.grad(gain, list(weights.values()), create_graph=create_graph)
     rates = [theta.get("alpha." + name, torch.tensor(args.inner_lr)) for name in weights]
     moved = {
@@ -151,7 +157,7 @@ def ref_objective(theta, supports, query, args):
             params = ref_adapt(params, support, args)
         ratio = (ref_log_prob(params, batch) - batch.log_prob).exp()
         surrogates.append((ratio * batch.advantage)[batch.mask == 1].mean())
-        returns.append(batch.reward[batch.mask == 1].mean())
+        returns.append((ref_units(batch, args) * batch.reward)[batch.mask == 1].mean())
         scores.append(score)
     if args.estimator == "e_maml":
         for i in range(N):
@@ -188,7 +194,7 @@ def meta_gradient(theta, supports, query, args, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or b)
-        ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
+        ours.trpo_step(theta, ours.surrogate, supports, query, args)
     return seen[0]
 
 
@@ -210,7 +216,7 @@ def test_meta_gradient_against_central_differences(estimator, inner_steps, learn
     def objective(vector):
         return ref_objective(ours.unflatten(vector, away), supports, query, args)
 
-    close(ours.adapted_policies(away, supports, query, args)[0].mean(), torch.tensor(objective(flat(away))))
+    close(ours.surrogate(away, supports, query, args)[0].mean(), torch.tensor(objective(flat(away))))
     expected = central_differences(objective, flat(away))
     assert relative_error(meta_gradient(away, supports, query, args, monkeypatch), expected) < 1e-6
     # Negative control: without the derivative through the inner step the same comparison fails.
@@ -284,10 +290,18 @@ class Tabular:
         weight = torch.as_tensor(weight).expand(len(self.chance))[:, None]
         advantage = self.to_go - baseline if advantage is None else advantage
         value = torch.as_tensor(baseline).expand_as(self.reward)
-        fields = (weight * advantage, weight * self.reward, weight * value, self.reward.sum(1))
         obs = torch.nn.functional.one_hot(self.state * A + self.action, S * A).double()
         one = torch.ones_like(self.reward)
-        return ours.Episodes(obs, torch.zeros(*one.shape, 1), self.log_prob(theta).detach(), one, *fields)
+        return ours.Episodes(
+            obs=obs,
+            action=torch.zeros(*one.shape, 1),
+            log_prob=self.log_prob(theta).detach(),
+            mask=one,
+            reward=weight * self.reward,
+            value=weight * value,
+            std=torch.ones(len(one)),
+            advantage=weight * advantage,
+        )
 
 
 @pytest.fixture
@@ -365,7 +379,7 @@ def test_first_and_second_derivatives_of_the_surrogates(estimator, baseline):
         batch = weighted(mdp, theta, baseline)
 
         def surrogate(theta, mdp=mdp, batch=batch):
-            return ours.inner_objective(mdp.log_prob(theta), batch, estimator).sum()
+            return ours.inner_objective(mdp.log_prob(theta), batch, ours.Args(estimator=estimator, gamma=1.0)).sum()
 
         close(grad(surrogate)(theta), grad(mdp.expected_return)(theta))
         error = (hessian(surrogate)(theta) - hessian(mdp.expected_return)(theta)).abs().max()
@@ -380,11 +394,11 @@ def formulation_one(tasks, theta, estimator, baseline, alpha, first_order=False)
     queries = [mdp.episodes(x, 0.0, mdp.prob(x) * M_H) for mdp, x in zip(tasks, adapted, strict=True)]
     support, query = (ours.Episodes(*map(torch.stack, zip(*x, strict=True))) for x in (supports, queries))
     # The file averages over steps: alpha * M H undoes it in the inner step, weights * M H in the outer objective.
-    args = ours.Args(estimator=estimator, inner_lr=alpha * M_H, first_order=first_order)
+    args = ours.Args(estimator=estimator, inner_lr=alpha * M_H, first_order=first_order, gamma=1.0)
     close(ours.adapt({"b0": theta.flatten()}, support, args)["b0"], torch.stack(adapted).flatten(1))
 
     def objective(vector):
-        return ours.adapted_policies({"b0": vector}, [support], query, args)[0].mean()
+        return ours.surrogate({"b0": vector}, [support], query, args)[0].mean()
 
     return grad(objective)(theta.flatten()).view(shape)
 
@@ -464,10 +478,10 @@ def test_e_maml_credits_the_support(inner_steps, episodes, golden_value, golden_
     query = ours.Episodes(*(x.expand(D, *x.shape) for x in mdp.episodes(theta)))
     query = query._replace(advantage=weight * mdp.to_go, reward=weight * mdp.reward * (D - 1) / D)
     query = query._replace(log_prob=mdp.log_prob(adapted))
-    args = ours.Args(estimator="e_maml", inner_lr=alpha * H)
+    args = ours.Args(estimator="e_maml", inner_lr=alpha * H, gamma=1.0, meta_batch_size=D)
 
     def objective(vector):
-        return (prob * ours.adapted_policies({"b0": vector}, supports, query, args)[0]).sum()
+        return (prob * ours.surrogate({"b0": vector}, supports, query, args)[0]).sum()
 
     close(grad(objective)(theta.flatten()).view(2, 2), expected)
     if golden_gradient:  # without the score term
@@ -481,7 +495,8 @@ def test_only_dice_has_more_variance_when_all_rewards_shift():
     def spread(shift, estimator, baseline):
         mdp, theta = Tabular(*WALK, (torch.tensor(TASK1[2]) + shift).tolist(), 3, 0.9), torch.tensor(WALK_THETA)
         batch = mdp.episodes(theta, mdp.values(theta)[0] if baseline else 0.0)
-        terms = hessian(lambda x: ours.inner_objective(mdp.log_prob(x), batch, estimator))(theta).flatten(1)
+        args = ours.Args(estimator=estimator, gamma=1.0)
+        terms = hessian(lambda x: ours.inner_objective(mdp.log_prob(x), batch, args))(theta).flatten(1)
         mean = mdp.prob(theta) @ terms
         return float((mdp.prob(theta) @ (terms - mean).square().sum(1)).sqrt() / mean.norm())
 
@@ -509,8 +524,16 @@ def test_hessian_of_the_gaussian_bandit(estimator, expected):
     baseline = (weights * reward).sum()
     assert float(baseline) == pytest.approx(-(0.8**2) - math.exp(-1))
     one = torch.ones_like(action)
-    fields = (weights * (reward - baseline), weights * reward, weights * baseline, reward[:, 0])
-    batch = ours.Episodes(torch.zeros(20, 1, 1), action[..., None], None, one, *fields)
+    batch = ours.Episodes(
+        obs=torch.zeros(20, 1, 1),
+        action=action[..., None],
+        log_prob=None,
+        mask=one,
+        reward=weights * reward,
+        value=weights * baseline,
+        std=one[:, 0],
+        advantage=weights * (reward - baseline),
+    )
 
     def log_prob(x):
         params = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"b2": x[:1], "log_std": x[1:]}
@@ -520,7 +543,7 @@ def test_hessian_of_the_gaussian_bandit(estimator, expected):
     batch = batch._replace(log_prob=log_prob(x))
 
     def surrogate(x):
-        return ours.inner_objective(log_prob(x), batch, estimator).sum()
+        return ours.inner_objective(log_prob(x), batch, ours.Args(estimator=estimator)).sum()
 
     close(grad(surrogate)(x), torch.tensor([1.6, -2 / math.e]))
     close(hessian(surrogate)(x), torch.tensor(expected, dtype=torch.float64))
@@ -541,7 +564,7 @@ def test_fisher_product_against_the_hessian_of_the_kl(estimator, inner_steps, le
     args.fisher_fraction, args.cg_damping = fraction, 0.01
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    product = ours.fisher_product(flat(theta), theta, ours.adapted_policies, supports, query, args)
+    product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
     half = slice(None, round(fraction * E))
     *supports, query = (ours.Episodes(*(x[:, half] for x in batch)) for batch in (*supports, query))
     assert 0 < query.mask.mean() < 1
@@ -564,7 +587,7 @@ def test_gae_against_its_definition(gae_lambda):
             expected[i, e, t] = sum((gamma * gae_lambda) ** (k - t) * delta for k, delta in deltas.items())
     close(ours.gae(reward, value, gamma, gae_lambda), expected, 1e-12)
     discounted = [[[sum(gamma ** (k - t) * y[k] for k in range(t, 6)) for t in range(6)] for y in x] for x in reward]
-    close(ours.gae(reward, torch.zeros_like(reward), gamma, 1.0), torch.tensor(discounted), 1e-12)
+    close(ours.discounted_returns(reward, gamma), torch.tensor(discounted), 1e-12)
 
 
 def ref_baseline(obs, returns, mask):
@@ -665,8 +688,8 @@ def test_collect(gae_lambda):
         close(batch.obs[..., t, :][runs], position[..., t - 1, :][runs], 1e-12)
     close(batch.mask, mask)
     reward = -(position - tasks[:, None, None]).norm(dim=-1) * mask
-    close(batch.total, reward.sum(-1))
-    for name in ("advantage", "reward", "value"):
+    close(batch.reward, reward)
+    for name in ("advantage", "reward"):
         assert getattr(batch, name)[mask == 0].eq(0).all()
     discount = args.gamma ** torch.arange(8.0)
     for i in range(N):
@@ -678,8 +701,9 @@ def test_collect(gae_lambda):
         runs = mask[i] == 1
         mean, std = advantage[runs].mean(), advantage[runs].std(correction=0)
         close(batch.advantage[i][runs], (advantage[runs] - mean) / std, 1e-6)
-        close(batch.reward[i], discount * reward[i] / std, 1e-6)
-        close(batch.value[i][runs], (discount * (value + mean) / std)[runs], 1e-6)
+        close(batch.std[i], std.expand(E), 1e-6)
+        close(batch.value[i][runs], (value + mean)[runs], 1e-6)
+        close(ours.discounted_units(task(batch, i), args.gamma), discount * mask[i] / std, 1e-6)
         assert float(batch.advantage[i][runs].mean()) == pytest.approx(0, abs=1e-9)
         assert float(batch.advantage[i][runs].std(correction=0)) == pytest.approx(1, abs=1e-6)
 
@@ -729,8 +753,8 @@ def test_an_inner_step_lowers_the_inner_loss(estimator):
     (support,), _ = make_batches(args, theta)
     adapted = ours.adapt(theta, support, args)
     for i in range(N):
-        after = ref_surrogate(task(adapted, i), task(support, i), estimator)
-        assert after > ref_surrogate(theta, task(support, i), estimator)
+        after = ref_surrogate(task(adapted, i), task(support, i), args)
+        assert after > ref_surrogate(theta, task(support, i), args)
 
 
 @pytest.mark.parametrize("inner_steps", [1, 2])
@@ -740,14 +764,14 @@ def test_at_the_old_theta_all_ratios_are_one(estimator, inner_steps):
     args = make_args(estimator=estimator, inner_steps=inner_steps)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    J, mean, std = ours.adapted_policies(theta, supports, query, args)
+    J, (mean, std) = ours.surrogate(theta, supports, query, args)
     close(J, torch.zeros(N), 1e-12)  # the mean of normalised advantages, and no score
     log_prob = torch.distributions.Normal(mean, std).log_prob(query.action.flatten(1, 2)).sum(-1)
     close((log_prob.view_as(query.mask) - query.log_prob) * query.mask, torch.zeros_like(query.mask), 1e-12)
 
 
 @every_estimator
-def test_nothing_behind_an_early_end_matters(estimator):
+def test_nothing_after_an_early_end_matters(estimator):
     """Other observations and actions there, so improbable when drawn that a ratio would overflow, change no result."""
     args = make_args(estimator=estimator, fisher_fraction=0.5)
     theta = make_theta(args)
@@ -761,9 +785,9 @@ def test_nothing_behind_an_early_end_matters(estimator):
             )
             for batch, x in ((batch, size * (1 - batch.mask)) for batch in (*supports, query))
         )
-        J = ours.adapted_policies(ours.unflatten(away, theta), s, q, args)[0]
-        fisher = ours.fisher_product(flat(theta), theta, ours.adapted_policies, s, q, args)(away)
-        moved, stats = ours.trpo_step(theta, ours.adapted_policies, s, q, args)
+        J = ours.surrogate(ours.unflatten(away, theta), s, q, args)[0]
+        fisher = ours.fisher_product(theta, ours.surrogate, s, q, args)(away)
+        moved, stats = ours.trpo_step(theta, ours.surrogate, s, q, args)
         results.append((J, fisher, flat(moved), torch.tensor(list(stats.values()))))
     for plain, disturbed in zip(*results, strict=True):
         close(disturbed, plain, 1e-8)
@@ -777,7 +801,7 @@ def test_trpo_step(estimator, inner_steps, max_kl, monkeypatch):
     args = make_args(estimator=estimator, inner_steps=inner_steps, max_kl=max_kl, cg_damping=0.5, inner_lr=0.2)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
     g = meta_gradient(theta, supports, query, args, monkeypatch)
     F = explicit_fisher(theta, supports, query, args) + 0.5 * torch.eye(len(g))
     direction = torch.linalg.solve(F, g)
@@ -810,13 +834,13 @@ def test_theta_stays_when_no_step_is_acceptable(obstacle, monkeypatch):
     args = make_args()
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    assert ours.trpo_step(theta, ours.adapted_policies, supports, query, args)[1]["train/step"] > 0
+    assert ours.trpo_step(theta, ours.surrogate, supports, query, args)[1]["train/step"] > 0
     if obstacle == "downhill":  # a direction that lowers J, with a small enough step
         monkeypatch.setattr(ours, "conjugate_gradient", lambda product, b: -b)
     else:  # a curvature that is underestimated, hence steps that are 1000 times too long
-        product = ours.fisher_product(flat(theta), theta, ours.adapted_policies, supports, query, args)
+        product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
         monkeypatch.setattr(ours, "fisher_product", lambda *_: lambda v: 1e-6 * product(v))
-    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
     assert all(torch.equal(moved[name], theta[name]) for name in theta)
     assert stats["train/step"] == 0
     assert abs(stats["train/kl"]) < 1e-12
@@ -830,9 +854,9 @@ def test_no_reward_no_step_no_nan(estimator):
     envs, theta = make_envs(args, SparseNavigation2D), make_theta(args)
     tasks = envs.sample_tasks(N, seeded(0))
     *supports, query = (ours.collect(envs, tasks, theta, args, seeded(i)) for i in range(3))
-    assert query.total.eq(0).all()
+    assert query.reward.eq(0).all()
     assert query.advantage.eq(0).all()
-    moved, stats = ours.trpo_step(theta, ours.adapted_policies, supports, query, args)
+    moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
     assert all(torch.equal(moved[name], theta[name]) for name in theta)
     assert all(math.isfinite(x) for x in stats.values())
     assert stats["train/gradient_norm"] == 0
@@ -860,10 +884,10 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
             close(replayed[runs].detach(), batches[k + 1].log_prob[i][runs], 1e-9)
         for name, value in expected.items():
             close(params[name][i], value.detach(), 1e-9)
-    returns = np.array([batch.total.mean(1).numpy() for batch in batches])  # [k, N]
+    returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
-    assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
+    assert summarise(stats) == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
 
 
 def test_evaluation_is_repeatable_and_leaves_training_alone():
@@ -873,10 +897,9 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
         args.eval_every = eval_every
         theta, generator, envs = make_theta(args), seeded(3), make_envs(args)
         state = {"iteration": 0, "env_steps": 0, "theta": theta, "generator": generator.get_state()}
-        log = []
-        run = SimpleNamespace(stopping=False, save=lambda state: None, log=lambda state, stats: log.append(stats))
+        run = Recorder()
         ours.train(envs, args, run, state)
-        return state, log, ours.evaluate(envs, state["theta"], args)[0]
+        return state, [stats for _, _, stats in run.logged], summarise(ours.evaluate(envs, state["theta"], args)[0])
 
     often, log, last = train(1)
     torch.rand(7)  # the global generator has no part in it
