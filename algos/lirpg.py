@@ -108,200 +108,321 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
 
 
-class Batch(NamedTuple):
-    """T steps of each of N worlds, in whose course episodes end and begin."""
+class Stream(NamedTuple):
+    """T steps of each of N worlds as they were played; episodes end and begin among them."""
 
-    obs: Tensor  # [N, T, O] normalised
+    raw_obs: Tensor  # [N, T, O] as the environment gave it
+    obs: Tensor  # [N, T, O] normalised: what the policy saw
     action: Tensor  # [N, T] numbers of choices, or [N, T, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, T] log pi_old(a|s)
-    trace: Tensor  # [N, T, T] weight of the TD error of a step (last axis) in the advantage of another
-    delta: Tensor  # [N, T] TD error of V_mix, but for the intrinsic reward
-    value: Tensor  # [N, T] V_mix
-    advantage: Tensor  # [N, T] A_ex
-    target: Tensor  # [N, T] what V_ex should have been
+    reward: Tensor  # [N, T] the environment's, not yet delayed
+    next_obs: Tensor  # [N, T, O] normalised, after the step; of the same episode even where that ended
+    fell: Tensor  # [N, T] the episode ended, and not by its time limit
+    done: Tensor  # [N, T] the episode ended
+
+
+class Batch(NamedTuple):
+    """What a stream is worth to the two losses; the learned reward is missing, because it changes while we learn."""
+
+    obs: Tensor  # [N, T, O] normalised
+    action: Tensor  # [N, T] or [N, T, A]
+    log_prob: Tensor  # [N, T] log pi_old(a|s)
+    gae_weight: Tensor  # [N, T, T] of a step's TD error (last axis) in the advantage of another step
+    mixed_delta: Tensor  # [N, T] TD error of V_mix without the learned reward
+    mixed_value: Tensor  # [N, T] V_mix
+    extrinsic_advantage: Tensor  # [N, T] A_ex
+    extrinsic_target: Tensor  # [N, T] what V_ex should have been
+
+
+def init_mlp(name: str, inputs: int, outputs: int, generator: Generator) -> Params:
+    """Two layers of 64 tanh units, as in the paper, and a linear one. Its outputs begin near 0."""
+    sizes = inputs, 64, 64, outputs
+    scales = math.sqrt(2), math.sqrt(2), 0.01
+    weights, biases = {}, {}
+    for i, scale in enumerate(scales):
+        fan_in, fan_out = sizes[i], sizes[i + 1]
+        weights[f"{name}_w{i}"] = scale / math.sqrt(fan_in) * torch.randn(fan_out, fan_in, generator=generator)
+        biases[f"{name}_b{i}"] = torch.zeros(fan_out)
+    return weights | biases
 
 
 def first_state(envs, args: Args, generator: Generator) -> dict:
-    """What an iteration needs from the one before, but the worlds; outputs of the first networks are near 0."""
-    (obs,), space, H = envs.single_observation_space.shape, envs.single_action_space, 64  # units, as in the paper
-    A = space.shape[0] if space.shape else int(space.n)
+    """Everything that one iteration hands to the next, apart from the worlds themselves."""
+    obs_size = envs.single_observation_space.shape[0]
+    space = envs.single_action_space
+    action_size = space.shape[0] if space.shape else int(space.n)
+    theta = init_mlp("policy", obs_size, action_size, generator) | init_mlp("value", obs_size, 1, generator)
+    if space.shape:
+        theta["log_std"] = torch.zeros(action_size)
+    eta = init_mlp("reward", obs_size + action_size, 1, generator) | init_mlp("value", obs_size, 1, generator)
+    sums = {name: torch.zeros(args.num_worlds) for name in ("return", "discounted", "step", "due")}
+    return {
+        "theta": theta,  # pi and V_mix
+        "eta": eta,  # r_in and V_ex
+        "theta_adam": init_adam(theta),
+        "eta_adam": init_adam(eta),
+        "obs_moments": init_moments(obs_size),
+        "return_moments": init_moments(1),
+        "sums": sums,  # of the present episode's rewards in each world
+    }
 
-    def network(name: str, inputs: int, outputs: int) -> Params:
-        shapes = (H, inputs, math.sqrt(2)), (H, H, math.sqrt(2)), (outputs, H, 0.01)
-        weights = {f"{name}_w{i}": x / math.sqrt(m) * torch.randn(n, m, generator=generator)
-                   for i, (n, m, x) in enumerate(shapes)}  # fmt: skip
-        return weights | {f"{name}_b{i}": torch.zeros(n) for i, (n, *_) in enumerate(shapes)}
 
-    state = {"theta": network("policy", obs, A) | network("value", obs, 1)}
-    state["theta"] |= {"log_std": torch.zeros(A)} if space.shape else {}
-    state["eta"] = network("reward", obs + A, 1) | network("value", obs, 1)
-    for name in ("theta", "eta"):
-        zeros_W = torch.zeros(sum(x.numel() for x in state[name].values()))
-        state[f"{name}_adam"] = {"mean": zeros_W, "square": zeros_W, "steps": torch.zeros((), dtype=torch.float64)}
-    for name, size in (("obs_moments", obs), ("return_moments", 1)):
-        state[name] = {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.tensor(1e-4)}
-    return state | {"sums": {name: torch.zeros(args.num_worlds) for name in ("return", "discounted", "step", "due")}}
-
-
-def output(params: Params, name: str, x: Tensor) -> Tensor:
-    """Outputs [.., outputs] of a network for x [.., inputs]."""
+def mlp_output(params: Params, name: str, x: Tensor) -> Tensor:
+    """Outputs [.., outputs] of one of the networks in `params` for x [.., inputs]."""
     for i in range(3):
-        x = linear(x if i == 0 else x.tanh(), params[f"{name}_w{i}"], params[f"{name}_b{i}"])
+        inputs = x if i == 0 else x.tanh()
+        x = linear(inputs, params[f"{name}_w{i}"], params[f"{name}_b{i}"])
     return x
 
 
-def actions_of(theta: Params, obs: Tensor) -> Distribution:
+def policy_of(theta: Params, obs: Tensor) -> Distribution:
     """pi(.|s) for obs [.., O]: over choices, or Gaussian where theta has a standard deviation."""
-    scores = output(theta, "policy", obs)
+    scores = mlp_output(theta, "policy", obs)
     if "log_std" not in theta:
         return Categorical(logits=scores, validate_args=False)
     return Independent(Normal(scores, theta["log_std"].exp(), validate_args=False), 1, validate_args=False)
 
 
-def intrinsic(eta: Params, obs: Tensor, action: Tensor) -> Tensor:
+def value_of(params: Params, obs: Tensor) -> Tensor:
+    """V_mix [..] if `params` is theta, V_ex [..] if it is eta, for obs [.., O]."""
+    return mlp_output(params, "value", obs).squeeze(-1)
+
+
+def intrinsic_reward(eta: Params, obs: Tensor, action: Tensor) -> Tensor:
     """r_in [..] within +-1 for obs [.., O] and actions [..] or [.., A]."""
-    features = action if action.is_floating_point() else one_hot(action, eta["reward_w0"].shape[1] - obs.shape[-1])
-    return output(eta, "reward", torch.cat([obs, features], -1)).squeeze(-1).tanh()
+    num_actions = eta["reward_w0"].shape[1] - obs.shape[-1]
+    features = action if action.is_floating_point() else one_hot(action, num_actions)
+    return mlp_output(eta, "reward", torch.cat([obs, features], -1)).squeeze(-1).tanh()
+
+
+def draw_action(policy: Distribution, noise_NA: Tensor) -> Tensor:
+    """Actions [N, A], or choices [N], that normal noise turns into draws from the policy."""
+    if isinstance(policy, Categorical):  # Gumbel's trick: the argmax of logits + Gumbel noise is a draw
+        gumbel_NA = -(-torch.special.log_ndtr(noise_NA)).log()  # log_ndtr: the logarithm of uniform noise
+        return (policy.logits + gumbel_NA).argmax(1)
+    return policy.mean + policy.stddev * noise_NA
+
+
+def normalized(obs: Tensor, moments: Params) -> Tensor:
+    """Observations by their running moments, which stay 0 and 1 with --no-normalize."""
+    std_O = (moments["var"] + 1e-8).sqrt()
+    return ((obs - moments["mean"]) / std_O).clamp(-10, 10)
+
+
+@torch.no_grad()
+def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generator) -> tuple[Tensor, Stream]:
+    """The observation after so many further steps of all worlds, and these steps. Nothing is learned."""
+    num_scores = len(state["theta"]["policy_b2"])
+    noise_TNA = torch.randn(steps, len(obs_NO), num_scores, generator=generator).to(obs_NO)
+    moments = state["obs_moments"]
+    records = []
+    for noise_NA in noise_TNA:
+        seen_NO = normalized(obs_NO, moments)
+        policy = policy_of(state["theta"], seen_NO)
+        action = draw_action(policy, noise_NA)
+        next_NO, reward_N, fell_N, late_N, info = envs.step(action)
+        final_NO = info.get("final_obs", next_NO)  # where an episode ended, next_NO already belongs to another
+        step = Stream(
+            raw_obs=obs_NO, obs=seen_NO, action=action, log_prob=policy.log_prob(action), reward=reward_N,
+            next_obs=normalized(final_NO, moments), fell=fell_N, done=fell_N | late_N,
+        )  # fmt: skip
+        records.append(step)
+        obs_NO = next_NO
+    return obs_NO, Stream._make(torch.stack(field, 1) for field in zip(*records, strict=True))
+
+
+def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple[Tensor, Tensor, Tensor, Params]:
+    """[N, T] each: returns and discounted returns so far, payments; and the sums that the next steps go on with.
+
+    Rewards are paid every `delay` steps of an episode and at its end.
+    """
+    returns, discounted, paid = [], [], []
+    for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
+        sums = {
+            "return": sums["return"] + reward_N,
+            "discounted": args.gamma * sums["discounted"] + reward_N,
+            "due": sums["due"] + reward_N,
+            "step": sums["step"] + 1,
+        }
+        pays_N = done_N | (sums["step"] % args.delay == 0)
+        returns.append(sums["return"])
+        discounted.append(sums["discounted"])
+        paid.append(sums["due"] * pays_N)
+        sums = {name: x * ~(pays_N if name == "due" else done_N) for name, x in sums.items()}
+    return torch.stack(returns, 1), torch.stack(discounted, 1), torch.stack(paid, 1), sums
+
+
+def update_moments(moments: Params, x_SF: Tensor) -> Params:
+    """Running mean and variance [F] of all rows so far, these included."""
+    count = moments["count"] + len(x_SF)
+    share = len(x_SF) / count
+    shift_F = x_SF.mean(0) - moments["mean"]
+    var_F = (1 - share) * moments["var"] + share * x_SF.var(0, correction=0) + share * (1 - share) * shift_F**2
+    return {"mean": moments["mean"] + share * shift_F, "var": var_F, "count": count}
+
+
+@torch.no_grad()
+def receive(stream: Stream, state: dict, args: Args) -> tuple[Tensor, dict]:
+    """The delayed rewards r_ex [N, T], and statistics. Updates the sums and the running moments in `state`."""
+    return_NT, discounted_NT, paid_NT, state["sums"] = pay_late(stream.reward, stream.done, state["sums"], args)
+    stats = {}
+    if stream.done.any():
+        stats["train/return_post"] = float(return_NT[stream.done].mean())
+    if args.normalize:
+        state["obs_moments"] = update_moments(state["obs_moments"], stream.raw_obs.flatten(0, 1))
+        state["return_moments"] = update_moments(state["return_moments"], discounted_NT.reshape(-1, 1))
+        paid_NT = (paid_NT / (state["return_moments"]["var"] + 1e-8).sqrt()).clamp(-10, 10)
+    return paid_NT, stats
+
+
+def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
+    """[N, T, T]: decay^(j - i), the weight of step j's TD error in the advantage of step i.
+
+    0 where j comes before i, or after the end of i's episode. GAE as a matrix keeps advantages linear in the rewards.
+    """
+    episode_NT = done_NT.cumsum(1) - done_NT.long()  # how many episodes of the world ended before the step
+    t_T = torch.arange(done_NT.shape[1], device=done_NT.device)
+    weight_TT = (decay ** (t_T - t_T[:, None]).clamp_min(0)).triu()
+    same_NTT = episode_NT[:, :, None] == episode_NT[:, None, :]
+    return weight_TT * same_NTT
+
+
+@torch.no_grad()
+def prepare(stream: Stream, reward_NT: Tensor, state: dict, args: Args) -> Batch:
+    """What an update learns from: all that stays fixed while theta and eta change."""
+    gae_weight_NTT = gae_weights(stream.done, args.gamma * args.gae_lambda)
+    discount_NT = args.gamma * ~stream.fell  # after a fall there is nothing; after a time limit V goes on
+    extrinsic_NT = value_of(state["eta"], stream.obs)
+    next_extrinsic_NT = value_of(state["eta"], stream.next_obs)
+    mixed_NT = value_of(state["theta"], stream.obs)
+    next_mixed_NT = value_of(state["theta"], stream.next_obs)
+
+    delta_NT = reward_NT + discount_NT * next_extrinsic_NT - extrinsic_NT
+    advantage_NT = (gae_weight_NTT @ delta_NT[..., None]).squeeze(-1)  # [2]
+    known_NT = args.extrinsic_coef * reward_NT + args.live_bonus  # r_mix without r_in
+    return Batch(
+        obs=stream.obs, action=stream.action, log_prob=stream.log_prob, gae_weight=gae_weight_NTT,
+        mixed_delta=known_NT + discount_NT * next_mixed_NT - mixed_NT, mixed_value=mixed_NT,
+        extrinsic_advantage=advantage_NT, extrinsic_target=advantage_NT + extrinsic_NT,
+    )  # fmt: skip
 
 
 def clipped_loss(theta: Params, critic: Params, batch: Batch, rows_B: Tensor, advantage_NT: Tensor, target_NT: Tensor,
-                 args: Args, entropy_coef: float) -> Tensor:  # fmt: skip
-    """PPO's loss of pi_theta and a value on a minibatch; normalisation of advantages belongs to its graph."""
-    parts = batch.obs, batch.action, batch.log_prob, advantage_NT, target_NT
-    obs_BO, action, log_prob_B, advantage_B, target_B = (x.flatten(0, 1)[rows_B] for x in parts)
-    if args.normalize_advantages:
+                 entropy_coef: float, args: Args) -> Tensor:  # fmt: skip
+    """PPO's loss on a minibatch, of pi_theta and of the value in `critic` (theta: V_mix, eta: V_ex)."""
+    obs_BO = batch.obs.flatten(0, 1)[rows_B]
+    action = batch.action.flatten(0, 1)[rows_B]
+    log_prob_B = batch.log_prob.flatten()[rows_B]
+    advantage_B = advantage_NT.flatten()[rows_B]
+    target_B = target_NT.flatten()[rows_B]
+    if args.normalize_advantages:  # inside the loss, so that the meta-gradient passes through it
         advantage_B = (advantage_B - advantage_B.mean()) / (advantage_B.var(correction=0) + 1e-8).sqrt()
-    policy = actions_of(theta, obs_BO)
+    policy = policy_of(theta, obs_BO)
     ratio_B = (policy.log_prob(action) - log_prob_B).exp()
-    gain_B = torch.minimum(ratio_B * advantage_B, ratio_B.clamp(1 - args.clip, 1 + args.clip) * advantage_B)
-    error_B = (output(critic, "value", obs_BO).squeeze(-1) - target_B).square()
+    clipped_B = ratio_B.clamp(1 - args.clip, 1 + args.clip)
+    gain_B = torch.minimum(ratio_B * advantage_B, clipped_B * advantage_B)
+    error_B = (value_of(critic, obs_BO) - target_B).square()
     return 0.5 * error_B.mean() - gain_B.mean() - entropy_coef * policy.entropy().mean()  # [5]
 
 
 def mixed_loss(theta: Params, eta: Params, batch: Batch, rows_B: Tensor, args: Args) -> Tensor:
-    """L_mix of a minibatch, whose advantages depend on r_in at all later steps of their episodes."""
-    reward_NT = args.intrinsic_coef * intrinsic(eta, batch.obs, batch.action)  # [3]
-    advantage_NT = (batch.trace @ (batch.delta + reward_NT)[..., None]).squeeze(-1)  # [4]
-    return clipped_loss(theta, theta, batch, rows_B, advantage_NT, advantage_NT + batch.value, args, args.entropy_coef)
+    """L_mix of a minibatch. A step's advantage depends on r_in of all later steps of its episode."""
+    reward_NT = args.intrinsic_coef * intrinsic_reward(eta, batch.obs, batch.action)  # [3]
+    delta_NT = batch.mixed_delta + reward_NT
+    advantage_NT = (batch.gae_weight @ delta_NT[..., None]).squeeze(-1)  # [4]
+    target_NT = advantage_NT + batch.mixed_value
+    return clipped_loss(theta, theta, batch, rows_B, advantage_NT, target_NT, args.entropy_coef, args)
+
+
+def init_adam(params: Params) -> Params:
+    zeros_W = torch.zeros(sum(x.numel() for x in params.values()))
+    return {"mean": zeros_W, "square": zeros_W, "steps": torch.zeros((), dtype=torch.float64)}
+
+
+def init_moments(size: int) -> Params:
+    return {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.tensor(1e-4)}
 
 
 def adam_step(params: Params, gradient: Params, adam: Params, lr: float) -> tuple[Params, Params]:
-    """Adam on the gradient, shortened to a norm of 0.5; differentiable but for the second moment. Also its moments."""
-    steps, gradient_W = adam["steps"] + 1, torch.cat([gradient[name].flatten() for name in params])
-    gradient_W = gradient_W * (0.5 / (gradient_W.square().sum() + 1e-20).sqrt()).clamp(max=1)
-    mean_W, square_W = 0.9 * adam["mean"] + 0.1 * gradient_W, 0.999 * adam["square"] + 0.001 * gradient_W.detach() ** 2
-    step_W = lr / (1 - 0.9**steps) * mean_W / ((square_W / (1 - 0.999**steps)).sqrt() + 1e-5)
-    parts = zip(params.items(), step_W.split([x.numel() for x in params.values()]), strict=True)
-    params = {name: x - part.view_as(x) for (name, x), part in parts}
-    return params, {"mean": mean_W, "square": square_W, "steps": steps}
+    """Parameters and moments after a step of Adam on the gradient, shortened to a norm of 0.5.
+
+    theta' = theta - lr m / (sqrt(v) + 1e-5), m and v the bias-corrected moments. Differentiable in the gradient through
+    m; v is a constant, as in the authors' code.
+    """
+    gradient_W = torch.cat([gradient[name].flatten() for name in params])
+    norm = (gradient_W.square().sum() + 1e-20).sqrt()
+    gradient_W = gradient_W * (0.5 / norm).clamp(max=1)
+    steps = adam["steps"] + 1
+    mean_W = 0.9 * adam["mean"] + 0.1 * gradient_W
+    square_W = 0.999 * adam["square"] + 0.001 * gradient_W.detach() ** 2
+    root_W = (square_W / (1 - 0.999**steps)).sqrt()
+    step_W = lr / (1 - 0.9**steps) * mean_W / (root_W + 1e-5)
+    parts = step_W.split([x.numel() for x in params.values()])
+    new_params = {name: x - part.view_as(x) for (name, x), part in zip(params.items(), parts, strict=True)}
+    return new_params, {"mean": mean_W, "square": square_W, "steps": steps}
 
 
-def extrinsic_loss(eta: Params, theta: Params, adam: Params, batch: Batch, rows_B: Tensor, args: Args):
-    """L_ex at theta'(eta); and theta', with Adam's moments."""
-    theta, adam = adam_step(theta, grad(mixed_loss)(theta, eta, batch, rows_B, args), adam, args.lr)  # [6]
-    return clipped_loss(theta, eta, batch, rows_B, batch.advantage, batch.target, args, 0.0), (theta, adam)  # [7]
+def extrinsic_loss(eta: Params, theta: Params, theta_adam: Params, batch: Batch, rows_B: Tensor, args: Args):
+    """L_ex at theta'(eta), the policy after its own update: its gradient in eta is the meta-gradient.
+
+    Also returns theta' and its Adam's moments.
+    """
+    gradient = grad(mixed_loss)(theta, eta, batch, rows_B, args)
+    new_theta, new_adam = adam_step(theta, gradient, theta_adam, args.lr)  # [6]
+    advantage_NT, target_NT = batch.extrinsic_advantage, batch.extrinsic_target
+    loss = clipped_loss(new_theta, eta, batch, rows_B, advantage_NT, target_NT, 0.0, args)  # [7]
+    return loss, (new_theta, new_adam)
 
 
 def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> None:
-    """All minibatches of an update, which change the networks in `state`."""
+    """All minibatches of an update, each of which changes theta and eta in `state`."""
     for _ in range(args.epochs):
-        for rows_B in torch.randperm(batch.value.numel(), generator=generator).tensor_split(args.minibatches):
+        order = torch.randperm(batch.log_prob.numel(), generator=generator)
+        for rows_B in order.tensor_split(args.minibatches):
             inputs = state["theta"], state["theta_adam"], batch, rows_B.to(batch.obs.device), args
             if args.intrinsic_coef:
-                g_eta, stepped = grad(extrinsic_loss, has_aux=True)(state["eta"], *inputs)  # [8]
-                state["eta"], state["eta_adam"] = adam_step(state["eta"], g_eta, state["eta_adam"], args.reward_lr)
-            else:  # PPO: eta is without effect
-                _, stepped = extrinsic_loss(state["eta"], *inputs)
-            state["theta"], state["theta_adam"] = stepped
-
-
-def merged(moments: Params, x_BF: Tensor) -> Params:
-    """Running mean and variance [F] of all rows so far, these included."""
-    count = moments["count"] + len(x_BF)
-    share, shift_F = len(x_BF) / count, x_BF.mean(0) - moments["mean"]
-    var_F = (1 - share) * moments["var"] + share * x_BF.var(0, correction=0) + share * (1 - share) * shift_F**2
-    return {"mean": moments["mean"] + share * shift_F, "var": var_F, "count": count}
-
-
-def late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple[list[Tensor], Params]:
-    """Returns so far, discounted ones, payments (every `delay` steps and at an end) [N, T]; sums to go on with."""
-    columns = []
-    for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
-        sums = {"return": sums["return"] + reward_N, "discounted": args.gamma * sums["discounted"] + reward_N,
-                "due": sums["due"] + reward_N, "step": sums["step"] + 1}  # fmt: skip
-        pays_N = done_N | (sums["step"] % args.delay == 0)
-        columns.append((sums["return"], sums["discounted"], sums["due"] * pays_N))
-        sums = {name: x * ~(pays_N if name == "due" else done_N) for name, x in sums.items()}
-    return [torch.stack(x, 1) for x in zip(*columns, strict=True)], sums
-
-
-def gae_trace(done_NT: Tensor, decay: float) -> Tensor:
-    """[N, T, T]: decay^(j - i), step j's weight in the advantage of step i; 0 in the past and behind an end."""
-    part_NT, t_T = done_NT.cumsum(1) - done_NT.long(), torch.arange(done_NT.shape[1], device=done_NT.device)
-    weight_TT = (decay ** (t_T - t_T[:, None]).clamp_min(0)).triu()
-    return weight_TT * (part_NT[:, :, None] == part_NT[:, None, :])
-
-
-@torch.no_grad()
-def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generator) -> tuple[Tensor, list[Tensor]]:
-    """Further steps of all worlds: the observation behind them, and [N, T, ..] of each part of a transition."""
-    records, theta, mean = [], state["theta"], state["obs_moments"]["mean"]
-    std = (state["obs_moments"]["var"] + 1e-8).sqrt()
-    for noise_NA in torch.randn(steps, len(obs_NO), len(theta["policy_b2"]), generator=generator).to(obs_NO):
-        policy = actions_of(theta, seen_NO := ((obs_NO - mean) / std).clamp(-10, 10))
-        if "log_std" in theta:
-            action = policy.mean + policy.stddev * noise_NA
-        else:  # with Gumbel's noise the argmax is a draw
-            action = (policy.logits - (-torch.special.log_ndtr(noise_NA)).log()).argmax(1)
-        raw_NO, (obs_NO, reward_N, fell_N, over_N, info) = obs_NO, envs.step(action)
-        next_NO = ((info.get("final_obs", obs_NO) - mean) / std).clamp(-10, 10)
-        records.append((raw_NO, seen_NO, action, policy.log_prob(action), reward_N, next_NO, fell_N, fell_N | over_N))
-    return obs_NO, [torch.stack(x, 1) for x in zip(*records, strict=True)]
-
-
-@torch.no_grad()
-def prepare(records: list[Tensor], state: dict, args: Args) -> tuple[Batch, dict]:
-    """A batch to learn from, and statistics; changes the normalisers and running sums in `state`."""
-    raw_NTO, obs_NTO, action, log_prob_NT, reward_NT, next_NTO, fell_NT, done_NT = records
-    (return_NT, discounted_NT, reward_NT), state["sums"] = late(reward_NT, done_NT, state["sums"], args)  # [1]
-    stats = {"train/intrinsic_std": float(intrinsic(state["eta"], obs_NTO, action).std(correction=0))}
-    stats |= {"train/return_post": float(return_NT[done_NT].mean())} if done_NT.any() else {}
-    if args.normalize:
-        state["obs_moments"] = merged(state["obs_moments"], raw_NTO.flatten(0, 1))
-        state["return_moments"] = merged(state["return_moments"], discounted_NT.reshape(-1, 1))
-        reward_NT = (reward_NT / (state["return_moments"]["var"] + 1e-8).sqrt()).clamp(-10, 10)
-    trace_NTT, weight_NT = gae_trace(done_NT, args.gamma * args.gae_lambda), args.gamma * ~fell_NT
-    pairs = [(state[name], x) for name in ("eta", "theta") for x in (obs_NTO, next_NTO)]
-    value_NT, next_NT, mixed_NT, next_mixed_NT = (output(params, "value", x).squeeze(-1) for params, x in pairs)
-    advantage_NT = (trace_NTT @ (reward_NT + weight_NT * next_NT - value_NT)[..., None]).squeeze(-1)  # [2]
-    delta_NT = args.extrinsic_coef * reward_NT + args.live_bonus + weight_NT * next_mixed_NT - mixed_NT
-    target_NT = advantage_NT + value_NT
-    return Batch(obs_NTO, action, log_prob_NT, trace_NTT, delta_NT, mixed_NT, advantage_NT, target_NT), stats
+                gradient, policy_update = grad(extrinsic_loss, has_aux=True)(state["eta"], *inputs)  # [8]
+                eta_update = adam_step(state["eta"], gradient, state["eta_adam"], args.reward_lr)
+                state["eta"], state["eta_adam"] = eta_update
+            else:  # PPO: eta has no effect
+                _, policy_update = extrinsic_loss(state["eta"], *inputs)
+            state["theta"], state["theta_adam"] = policy_update  # after eta's gradient: both are of the old theta
 
 
 def evaluate(envs, tasks_NP: Tensor, state: dict, args: Args) -> Tensor:
-    """Returns [N] of an episode in each world, from the same start states with the same noise in every evaluation."""
+    """Returns [N] of an episode in each world: the same start states and the same noise in every evaluation."""
     obs_NO, _ = envs.reset(seed=args.seed + 1, options={"tasks": tasks_NP})
-    return play_steps(envs, obs_NO, state, args.horizon, Generator().manual_seed(args.seed + 1))[1][4].sum(1).cpu()
+    generator = Generator().manual_seed(args.seed + 1)
+    _, stream = play_steps(envs, obs_NO, state, args.horizon, generator)
+    return stream.reward.sum(1).cpu()
 
 
 def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 1, from `state` on; `test_envs` are worlds of their own."""
-    state |= {part: {name: x.to(envs.unwrapped.device) for name, x in state[part].items()} for part in CARRIED}
-    (generator := Generator()).set_state(state["generator"])
+    for part in CARRIED:
+        state[part] = {name: x.to(envs.unwrapped.device) for name, x in state[part].items()}
+    generator = Generator()
+    generator.set_state(state["generator"])
     tasks_NP = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).repeat(args.num_worlds, 1)
     obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": tasks_NP})
-    obs_NO = envs.load_worlds(state["worlds"]) if "worlds" in state else obs_NO
-    state.setdefault("first_returns", evaluate(test_envs, tasks_NP, state, args))
+    if "worlds" in state:  # a resumed run: in the midst of episodes
+        obs_NO = envs.load_worlds(state["worlds"])
+    if "first_returns" not in state:
+        state["first_returns"] = evaluate(test_envs, tasks_NP, state, args)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
-        state |= {"iteration": iteration, "env_steps": state["env_steps"] + args.num_worlds * args.rollout_steps}
-        obs_NO, records = play_steps(envs, obs_NO, state, args.rollout_steps, generator)
-        batch, stats = prepare(records, state, args)
-        learn_from(batch, state, args, generator)
+        state["iteration"] = iteration
+        state["env_steps"] += args.num_worlds * args.rollout_steps
+        obs_NO, stream = play_steps(envs, obs_NO, state, args.rollout_steps, generator)
+        intrinsic_NT = intrinsic_reward(state["eta"], stream.obs, stream.action)
+        reward_NT, stats = receive(stream, state, args)  # [1]
+        stats["train/intrinsic_std"] = float(intrinsic_NT.std(correction=0))
+        learn_from(prepare(stream, reward_NT, state, args), state, args, generator)
         save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
         if save or iteration == 1:
-            before_N, now_N = state["first_returns"], evaluate(test_envs, tasks_NP, state, args)  # [9]
-            stats |= {"test/return_k0": float(before_N.mean()), "test/return_k1": float(now_N.mean())}
+            before_N = state["first_returns"]
+            now_N = evaluate(test_envs, tasks_NP, state, args)  # [9]
+            stats["test/return_k0"] = float(before_N.mean())
+            stats["test/return_k1"] = float(now_N.mean())
             stats["test/gain_ci95"] = 1.96 * float((now_N - before_N).std(correction=0)) / math.sqrt(args.num_worlds)
         run.log(state, stats)
         if save:

@@ -168,12 +168,11 @@ def reward(options: Options) -> None:
     rows, columns = len(envs.map), len(envs.map[0])
     task = envs.sample_tasks(1, torch.Generator().manual_seed(args.seed))
     walls = torch.tensor([letter == "#" for letter in "".join(envs.map)])
-    cells = (torch.eye(envs.num_cells) - state["obs_moments"]["mean"]) / (state["obs_moments"]["var"] + 1e-8).sqrt()
+    seen = lirpg.normalized(torch.eye(envs.num_cells), state["obs_moments"])
     actions = torch.arange(len(envs.moves)).expand(envs.num_cells, -1)
     with torch.no_grad():
-        seen = cells.clamp(-10, 10)
-        r_in = lirpg.intrinsic(state["eta"], seen[:, None].expand(-1, actions.shape[1], -1), actions)
-        chances = lirpg.actions_of(state["theta"], seen).probs
+        r_in = lirpg.intrinsic_reward(state["eta"], seen[:, None].expand(-1, actions.shape[1], -1), actions)
+        chances = lirpg.policy_of(state["theta"], seen).probs
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, values, what in zip(
         figure.subplots(1, 2),

@@ -53,12 +53,12 @@ def example(kind, seed=0, long=True, **flags):
     action = draw(N, T, 2) if kind == "gaussian" else torch.randint(3, (N, T), generator=generator)
     old = noisy(state["theta"], generator, 0.02)
     done = torch.rand(N, T, generator=generator) < 0.25
-    trace = lirpg.gae_trace(done, args.gamma * args.gae_lambda)
+    weight = lirpg.gae_weights(done, args.gamma * args.gae_lambda)
     delta, value, advantage, target = (draw(N, T) for _ in range(4))
     if not long:
         delta, value = 0.01 * delta, slow_output(state["theta"], "value", obs)[..., 0]
     log_prob = slow_log_prob(old, obs, action)[0]
-    return args, state, Batch(obs, action, log_prob, trace, delta, value, advantage, target), done
+    return args, state, Batch(obs, action, log_prob, weight, delta, value, advantage, target), done
 
 
 def slow_output(params, name, x):
@@ -118,9 +118,9 @@ def slow_loss(theta, value, batch, rows, advantage, target, args, entropy_coef):
 def slow_step(eta, state, batch, done, rows, args, denominator=None):
     """theta'(eta) as one vector, by torch.autograd and Adam's formulas; and Adam's denominator, which may be given."""
     theta = {name: x.clone().requires_grad_() for name, x in state["theta"].items()}
-    delta = batch.delta + args.intrinsic_coef * slow_reward(eta, batch.obs, batch.action)
+    delta = batch.mixed_delta + args.intrinsic_coef * slow_reward(eta, batch.obs, batch.action)
     advantage = slow_advantages(delta, done, args.gamma * args.gae_lambda)
-    loss = slow_loss(theta, theta, batch, rows, advantage, advantage + batch.value, args, args.entropy_coef)
+    loss = slow_loss(theta, theta, batch, rows, advantage, advantage + batch.mixed_value, args, args.entropy_coef)
     gradient = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(theta.values()))])
     norm = gradient.norm()
     gradient = gradient / max(1.0, float(norm) / 0.5)
@@ -135,7 +135,7 @@ def slow_extrinsic_loss(eta, state, batch, done, rows, args, denominator):
     stepped = slow_step(eta, state, batch, done, rows, args, denominator)[0]
     parts = stepped.split([x.numel() for x in state["theta"].values()])
     theta = {name: part.view_as(x) for (name, x), part in zip(state["theta"].items(), parts, strict=True)}
-    return float(slow_loss(theta, eta, batch, rows, batch.advantage, batch.target, args, 0.0))
+    return float(slow_loss(theta, eta, batch, rows, batch.extrinsic_advantage, batch.extrinsic_target, args, 0.0))
 
 
 # ---------------------------------------------------------------- the meta-gradient
@@ -161,7 +161,7 @@ def test_the_bandit_of_the_closed_form():
     batch = Batch(
         torch.zeros(3, 1, 1), arms, zeros - math.log(3), torch.ones(3, 1, 1), zeros, zeros, paid[:, None], zeros
     )
-    close(intrinsic_of_arms := lirpg.intrinsic(state["eta"], batch.obs, arms)[:, 0], learned, 1e-12)
+    close(intrinsic_of_arms := lirpg.intrinsic_reward(state["eta"], batch.obs, arms)[:, 0], learned, 1e-12)
     inputs = state["eta"], state["theta"], adam, batch, torch.arange(3), args
     gradient, (stepped, _) = grad(lirpg.extrinsic_loss, has_aux=True)(*inputs)
     close(stepped["policy_b2"], torch.tensor([0.1238449765, -0.2323529623, 0.3085079858]), 1e-8)
@@ -221,8 +221,8 @@ def test_one_minibatch_at_the_old_policy_is_the_actor_critic_gradient(kind):
     log_prob, entropy = slow_log_prob(theta, batch.obs, batch.action)
     batch = batch._replace(log_prob=log_prob.detach())
     reward = slow_reward(state["eta"], batch.obs, batch.action)
-    advantage = slow_advantages(batch.delta + reward, done, args.gamma * args.gae_lambda)
-    error = slow_output(theta, "value", batch.obs)[..., 0] - advantage - batch.value
+    advantage = slow_advantages(batch.mixed_delta + reward, done, args.gamma * args.gae_lambda)
+    error = slow_output(theta, "value", batch.obs)[..., 0] - advantage - batch.mixed_value
     loss = (error**2 / 2 - advantage * log_prob - args.entropy_coef * entropy).mean()
     expected = torch.autograd.grad(loss, list(theta.values()))
     gradient = grad(lirpg.mixed_loss)(state["theta"], state["eta"], batch, torch.arange(N * T), args)
@@ -260,11 +260,11 @@ def test_without_the_learned_reward_it_is_ppo(kind):
         state[f"{name}_adam"] = {key: torch.zeros_like(x) for key, x in state[f"{name}_adam"].items()}
     theta = {name: x.clone().requires_grad_() for name, x in state["theta"].items()}
     optimizer, generator = torch.optim.Adam(theta.values(), args.lr, eps=1e-5), seeded(3)
-    advantage = slow_advantages(batch.delta, done, args.gamma * args.gae_lambda)
+    advantage = slow_advantages(batch.mixed_delta, done, args.gamma * args.gae_lambda)
     for _ in range(args.epochs):
         for rows in torch.randperm(N * T, generator=generator).chunk(2):
             optimizer.zero_grad()
-            goal = advantage + batch.value
+            goal = advantage + batch.mixed_value
             slow_loss(theta, theta, batch, rows, advantage, goal, args, args.entropy_coef).backward()
             torch.nn.utils.clip_grad_norm_(theta.values(), 0.5)
             optimizer.step()
@@ -307,7 +307,7 @@ def test_advantages_are_cut_where_episodes_end():
     delta, done = torch.randn(5, 11, generator=generator), torch.rand(5, 11, generator=generator) < 0.3
     assert 5 < done.sum() < 30
     for decay in (0.9, 1.0, 0.0):
-        close((lirpg.gae_trace(done, decay) @ delta[..., None])[..., 0], slow_advantages(delta, done, decay))
+        close((lirpg.gae_weights(done, decay) @ delta[..., None])[..., 0], slow_advantages(delta, done, decay))
 
 
 @pytest.mark.parametrize("delay", [1, 3, 40])
@@ -317,7 +317,7 @@ def test_rewards_are_paid_late_across_batches(delay):
     reward, done = torch.randn(4, 30, generator=generator), torch.rand(4, 30, generator=generator) < 0.15
     sums, columns = {name: torch.zeros(4) for name in ("return", "discounted", "step", "due")}, []
     for part in (slice(0, 8), slice(8, 9), slice(9, 30)):
-        parts, sums = lirpg.late(reward[:, part], done[:, part], sums, args)
+        *parts, sums = lirpg.pay_late(reward[:, part], done[:, part], sums, args)
         columns.append(torch.stack(parts))
     for world in range(4):
         total = discounted = due = step = 0
@@ -343,7 +343,7 @@ def test_running_moments_against_numpy():
     x = 3 + 2 * torch.randn(50, 4, generator=seeded(6))
     moments = {"mean": torch.zeros(4), "var": torch.ones(4), "count": torch.tensor(0.0)}
     for part in x.split((1, 20, 29)):
-        moments = lirpg.merged(moments, part)
+        moments = lirpg.update_moments(moments, part)
     close(moments["mean"], torch.tensor(np.mean(x.numpy(), 0)))
     close(moments["var"], torch.tensor(np.var(x.numpy(), 0)))
     assert moments["count"] == 50
@@ -377,8 +377,9 @@ def test_a_batch_is_what_was_played(kind, normalize):
     """Played again by hand: observations, log-probabilities, V's TD errors, on through time limits and not falls."""
     envs, args, state, first, tasks = worlds(kind, normalize=normalize, live_bonus=0.3, extrinsic_coef=0.7)
     before = {name: dict(x) for name, x in state.items()}
-    after, records = lirpg.play_steps(envs, first, state, args.rollout_steps, seeded(4))
-    batch, stats = lirpg.prepare(records, state, args)
+    after, stream = lirpg.play_steps(envs, first, state, args.rollout_steps, seeded(4))
+    paid, stats = lirpg.receive(stream, state, args)
+    batch = lirpg.prepare(stream, paid, state, args)
     envs.reset(seed=3, options={"tasks": tasks})
     scale = lambda obs: ((obs - before["obs_moments"]["mean"]) / math.sqrt(2 + 1e-8)).clamp(-10, 10)  # noqa: E731
     raw, seen, reward, nexts, fell, done, obs = [], [], [], [], [], [], first
@@ -399,42 +400,42 @@ def test_a_batch_is_what_was_played(kind, normalize):
     reward, fell, done, raw = (torch.stack(x, 1) for x in (reward, fell, done, raw))
     assert fell.any() == (kind == "choices")
     assert (done & ~fell).any()
-    (returns, discounted, late), _ = lirpg.late(reward, done, before["sums"], args)
+    returns, discounted, late, _ = lirpg.pay_late(reward, done, before["sums"], args)
     assert stats["train/return_post"] == pytest.approx(float(returns[done].mean()))
     if normalize:
-        moments = lirpg.merged(before["return_moments"], discounted.reshape(-1, 1))
+        moments = lirpg.update_moments(before["return_moments"], discounted.reshape(-1, 1))
         late = (late / (moments["var"] + 1e-8).sqrt()).clamp(-10, 10)
-        close(state["obs_moments"]["mean"], lirpg.merged(before["obs_moments"], raw.flatten(0, 1))["mean"])
+        close(state["obs_moments"]["mean"], lirpg.update_moments(before["obs_moments"], raw.flatten(0, 1))["mean"])
     else:
         assert state["obs_moments"] == before["obs_moments"]
     for name, earned in (("theta", 0.7 * late + 0.3), ("eta", late)):
         value, following = (slow_output(state[name], "value", torch.stack(x, 1))[..., 0] for x in (seen, nexts))
         delta = earned + args.gamma * following * torch.where(fell, 0.0, 1.0) - value
         if name == "theta":
-            close(batch.delta, delta)
-            close(batch.value, value)
+            close(batch.mixed_delta, delta)
+            close(batch.mixed_value, value)
         else:
-            close(batch.advantage, slow_advantages(delta, done, args.gamma * args.gae_lambda))
-            close(batch.target, batch.advantage + value)
-    close(batch.trace, lirpg.gae_trace(done, args.gamma * args.gae_lambda))
+            close(batch.extrinsic_advantage, slow_advantages(delta, done, args.gamma * args.gae_lambda))
+            close(batch.extrinsic_target, batch.extrinsic_advantage + value)
+    close(batch.gae_weight, lirpg.gae_weights(done, args.gamma * args.gae_lambda))
 
 
 def test_choices_are_draws_from_the_policy():
     envs, _, state, obs, _ = worlds("choices")
     state["theta"] |= {"policy_w2": 0 * state["theta"]["policy_w2"], "policy_b2": torch.tensor([0.5, -0.5])}
-    _, records = lirpg.play_steps(envs, obs, state, 4000, seeded(5))
-    assert float((records[2] == 0).double().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.015)
+    _, stream = lirpg.play_steps(envs, obs, state, 4000, seeded(5))
+    assert float((stream.action == 0).double().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.015)
     uniform = 0.5 * (1 + torch.erf(torch.randn(4000, N, 2, generator=seeded(5)) / math.sqrt(2)))
     expected = (torch.tensor([0.5, -0.5]) - torch.log(-torch.log(uniform))).argmax(-1).T
-    assert torch.equal(records[2], expected)  # Gumbel's maximum, whose sign matters among three choices and more
+    assert torch.equal(stream.action, expected)  # Gumbel's maximum, whose sign matters among three choices and more
 
 
 def test_gaussian_actions_have_the_policys_moments():
     envs, _, state, obs, _ = worlds("gaussian")
     state["theta"] |= {"policy_w2": 0 * state["theta"]["policy_w2"], "policy_b2": torch.tensor([0.5, -0.5])}
-    _, records = lirpg.play_steps(envs, obs, state, 4000, seeded(5))
-    close(records[2].mean((0, 1)), torch.tensor([0.5, -0.5]), 0.04)
-    close(records[2].std((0, 1)), state["theta"]["log_std"].exp(), 0.03)
+    _, stream = lirpg.play_steps(envs, obs, state, 4000, seeded(5))
+    close(stream.action.mean((0, 1)), torch.tensor([0.5, -0.5]), 0.04)
+    close(stream.action.std((0, 1)), state["theta"]["log_std"].exp(), 0.03)
 
 
 @each_kind

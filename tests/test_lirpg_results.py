@@ -70,6 +70,6 @@ def test_the_learned_reward_is_drawn_where_it_is(finished, monkeypatch):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     cell = torch.zeros(121)
     cell[2 * 11 + 3] = 1
-    best = max(float(lirpg.intrinsic(state["eta"], cell, torch.tensor(action))) for action in range(4))
+    best = max(float(lirpg.intrinsic_reward(state["eta"], cell, torch.tensor(action))) for action in range(4))
     assert float(drawn[0][2, 3]) == pytest.approx(best, abs=1e-6)
     assert drawn[0][0, 5].isnan()  # a wall
