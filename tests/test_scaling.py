@@ -205,7 +205,7 @@ def run_of_torchrun(words: list[str]):
 
 
 def test_torchruns_commands_parse():
-    lines = [line.partition("#")[0].split() for block in blocks("") for line in block.splitlines()]
+    lines = [line.partition("#")[0].split() for block in blocks("") for line in block.replace("\\\n", "").splitlines()]
     found = [run_of_torchrun(words[1:]) for words in lines if words[:1] == ["torchrun"]]
     assert [options.nproc_per_node for options, _ in found] == ["4", "8", "8"]
     assert [args.meta_batch_size for _, args in found] == [40, 40, 80]
