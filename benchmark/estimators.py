@@ -30,7 +30,7 @@ from torch.func import grad, jacrev, vmap
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from algos import maml_trpo  # noqa: E402
-from envs import make  # noqa: E402
+from envs import make, summarise  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "benchmark/results/estimators.json", ROOT / "docs/images/estimators.png"
 ESTIMATORS = ("score", "lvc", "dice", "loaded", "first-order", "e_maml")
@@ -138,12 +138,20 @@ class Task:
     def differentiate(self, estimator: str) -> tuple[Tensor, Tensor]:
         """First and second derivatives [M, 4] and [M, 4, 4] of every trajectory's surrogate at THETA, by the file's
         own inner_objective()."""
-        fields = torch.ones_like(self.reward), self.to_go - self.value, self.reward, self.value, self.to_go[:, 0]
-        batch = maml_trpo.Episodes(None, None, self.log_prob(THETA), *fields)
-        name = "score" if estimator == "first-order" else estimator
+        batch = maml_trpo.Episodes(
+            obs=None,
+            action=None,
+            log_prob=self.log_prob(THETA),
+            mask=torch.ones_like(self.reward),
+            reward=self.reward,
+            value=self.value,
+            std=torch.ones_like(self.chance),
+            advantage=self.to_go - self.value,
+        )
+        args = maml_trpo.Args(estimator="score" if estimator == "first-order" else estimator, gamma=1.0)
 
         def surrogate(theta):
-            return maml_trpo.inner_objective(self.log_prob(theta), batch, name)
+            return maml_trpo.inner_objective(self.log_prob(theta), batch, args)
 
         second = jacrev(jacrev(surrogate))(THETA)
         return jacrev(surrogate)(THETA), second * (estimator != "first-order")
@@ -195,7 +203,7 @@ def tabular_gradients(tasks: list[Task], supports: list[Tensor], draw, episodes:
         for task, support, slope, own in zip(tasks, supports, slopes, returns, strict=True):
             curvature = torch.einsum("rm,mvw->rvw", support, task.derivatives[name][1])
             each.append(slope + ALPHA * torch.einsum("rvw,rw->rv", curvature, slope))
-            if name == "e_maml":  # credit for the support, as in adapted_policies()
+            if name == "e_maml":  # credit for the support, as in maml_trpo.surrogate()
                 score = episodes * support @ jacrev(lambda x, task=task: task.log_prob(x).sum(-1))(THETA)
                 each[-1] += (own - (sum(returns) - own) / max(1, len(tasks) - 1))[:, None] * score
         result[name] = sum(each) / len(tasks)
@@ -233,13 +241,17 @@ def tabular(options: Options) -> dict:
 
 
 def trained(iterations: int, seed: int) -> tuple[maml_trpo.Params, maml_trpo.Args, dict]:
-    """theta behind some updates of maml_trpo, its Args, and the last logged returns."""
+    """theta after some updates of maml_trpo, its Args, and the last logged returns."""
     args = maml_trpo.Args(meta_batch_size=20, episodes_per_task=10, seed=seed)
     args = replace(args, iterations=max(1, iterations), eval_every=10**9)
     envs, generator, logged = make(args.env_id, 200, args.horizon, False, args.action_scale), Generator(), [{}]
     theta = maml_trpo.init_policy(envs, args.hidden_size, generator.manual_seed(seed))
     state = {"iteration": 0 if iterations else 1, "env_steps": 0, "theta": theta, "generator": generator.get_state()}
-    run = SimpleNamespace(stopping=False, save=lambda state: None, log=lambda state, stats: logged.append(stats))
+    run = SimpleNamespace(
+        should_stop=lambda: False,
+        save=lambda state: None,
+        log=lambda state, stats: logged.append(summarise(stats)),
+    )
     maml_trpo.train(envs, args, run, state)
     return state["theta"], args, {name: x for name, x in logged[-1].items() if "return" in name}
 
@@ -259,7 +271,7 @@ def meta_gradients(envs, theta, args: maml_trpo.Args, estimators, generator: Gen
             torch.testing.assert_close(value, params[key], rtol=1e-3, atol=1e-4)
 
         def objective(each, own=own):
-            return maml_trpo.adapted_policies(each, [support], query, own)[0].sum()
+            return maml_trpo.surrogate(each, [support], query, own)[0].sum()
 
         gradient = grad(objective)(each)
         gradient_NW = torch.cat([value.flatten(1) for value in gradient.values()], 1)

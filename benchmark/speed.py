@@ -87,7 +87,7 @@ class Stopwatch:
     """Stands in for the algorithm's `Run`: train() calls `log` after each iteration, where the clocks stop."""
 
     def __init__(self, options: Options, cuda: bool):
-        self.iterations, self.cuda, self.stopping = options.iterations, cuda, False
+        self.iterations, self.cuda = options.iterations, cuda
         self.extras = []  # functions that measure something else, called between two iterations
         self.times = defaultdict(list)  # quantity: one value for each iteration, the warm-up included
         self.sampled, self.steps = 0.0, 0
@@ -126,6 +126,9 @@ class Stopwatch:
 
     def save(self, state: dict) -> None:
         pass
+
+    def should_stop(self) -> bool:
+        return False
 
     def median(self, name: str) -> float:
         return median(self.times[name][1:])
@@ -226,7 +229,7 @@ def from_policy(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) ->
 
 PEERS = {"maml_trpo": "peer_maml_trpo"}
 PEERS |= dict.fromkeys(("promp", "reptile_ppo", "multitask_ppo"), "peer_ppo_family")
-SAMPLING = {"maml_trpo": "collect", "promp": "sample", "reptile_ppo": "sample", "multitask_ppo": "sample"}
+SAMPLING = {"maml_trpo": "collect", "promp": "collect", "reptile_ppo": "collect", "multitask_ppo": "collect"}
 RL2 = ("rl2_ppo", "rl2_transformer_ppo")
 
 

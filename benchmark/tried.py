@@ -122,6 +122,7 @@ def rollout_with(policy, late: bool = True, buffers: bool = False):
     @torch.no_grad()
     def rollout(envs, tasks_NP, params, args, generator):
         N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
+        names = "obs", "action", "log_prob", "mask", "reward"
         noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
         obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
         mask_NE, steps, kept = torch.ones(N, E), [], None
@@ -141,7 +142,7 @@ def rollout_with(policy, late: bool = True, buffers: bool = False):
         result = kept or [torch.stack(x, 2) for x in zip(*steps, strict=True)]
         if late:
             result[2] = Normal(result[2], std.unsqueeze(-2), False).log_prob(result[1]).sum(-1)
-        return tuple(result)
+        return dict(zip(names, result, strict=True))
 
     return rollout
 
@@ -158,7 +159,7 @@ def fused_policy(params: dict, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 def objective(w_W: Tensor, theta: dict, supports: list, query, args):
     """What trpo_step calls so, with all its data as arguments."""
-    J_N, *outputs = maml_trpo.adapted_policies(maml_trpo.unflatten(w_W, theta), supports, query, args)
+    J_N, outputs = maml_trpo.surrogate(maml_trpo.unflatten(w_W, theta), supports, query, args)
     return J_N.mean(), outputs
 
 
@@ -175,7 +176,7 @@ def product_anew(v_W: Tensor, w_W: Tensor, theta: dict, supports: list, query, a
     """fisher_product's product without damping for unit masks, linearised in every call, so that it can be compiled."""
 
     def outputs(w_W: Tensor):
-        return maml_trpo.adapted_policies(maml_trpo.unflatten(w_W, theta), supports, query, args)[1:]
+        return maml_trpo.surrogate(maml_trpo.unflatten(w_W, theta), supports, query, args)[1]
 
     (_, std), (d_mean, d_std) = jvp(outputs, (w_W,), (v_W,))
     _, transposed = vjp(outputs, w_W)
@@ -198,7 +199,7 @@ def maml_trpo_parts(args) -> dict:
     keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
     few = [maml_trpo.Episodes(*(x[:, :keep] for x in batch)) for batch in (support, query)]
     undamped = replace(args, cg_damping=0.0)
-    product = maml_trpo.fisher_product(vector_W, theta, maml_trpo.adapted_policies, [support], query, undamped)
+    product = maml_trpo.fisher_product(theta, maml_trpo.surrogate, [support], query, undamped)
     anew = vector_W, vector_W, theta, few[:1], few[1], args
 
     def rolls(rollout):
@@ -208,7 +209,7 @@ def maml_trpo_parts(args) -> dict:
         batches = [maml_trpo.collect(envs, tasks_NP, theta, args, generator)]
         adapted = maml_trpo.adapt(theta, batches[0], args)
         batches.append(maml_trpo.collect(envs, tasks_NP, adapted, args, generator))
-        maml_trpo.trpo_step(theta, maml_trpo.adapted_policies, batches[:1], batches[1], args)
+        maml_trpo.trpo_step(theta, maml_trpo.surrogate, batches[:1], batches[1], args)
 
     def physics():
         for _ in range(2):

@@ -89,7 +89,7 @@ def test_expectation_over_every_support_of_one_episode():
 @pytest.mark.parametrize("name", study.ESTIMATORS)
 @pytest.mark.parametrize("setting", study.SETTINGS)
 def test_an_estimate_is_what_the_file_computes_from_those_episodes(name, setting, tabular_policy, double):  # noqa: F811
-    """Five drawn episodes a task, through adapt() and adapted_policies() on a tabular policy."""
+    """Five drawn episodes a task, through adapt() and surrogate() on a tabular policy."""
     tabular_policy.shape, K, H = (2, 2), 5, 3
     baseline, shift = study.SETTINGS[setting]
     worlds = [Tabular(*x[:2], (torch.tensor(x[2]) + shift).tolist(), *x[3:]) for x in (TASK1, TASK2)]
@@ -110,10 +110,11 @@ def test_an_estimate_is_what_the_file_computes_from_those_episodes(name, setting
         queries.append(maml_trpo.Episodes(*(x[query] for x in world.episodes(params, world.values(params)[0]))))
     support, query = (maml_trpo.Episodes(*map(torch.stack, zip(*x, strict=True))) for x in (supports, queries))
     estimator = "score" if name == "first-order" else name
-    args = maml_trpo.Args(estimator=estimator, inner_lr=0.3 * H, first_order=name == "first-order")
+    args = maml_trpo.Args(estimator=estimator, inner_lr=0.3 * H, first_order=name == "first-order", gamma=1.0)
+    args.meta_batch_size = 2
 
     def objective(vector):  # the file divides by the number of steps
-        return H * maml_trpo.adapted_policies({"b0": vector}, [support], query, args)[0].mean()
+        return H * maml_trpo.surrogate({"b0": vector}, [support], query, args)[0].mean()
 
     expected = grad(objective)(study.THETA)
     shares = [
@@ -224,7 +225,7 @@ def test_meta_gradients_are_those_of_the_shared_parameters(pairs, double):
         own.first_order = name == "first-order"
         leaf = {key: value.clone().requires_grad_() for key, value in theta.items()}
         pair = [maml_trpo.Episodes(*(x[2 * row : 2 * row + 2] for x in batch)) for batch in (support, query)]
-        maml_trpo.adapted_policies(leaf, pair[:1], pair[1], own)[0].mean().backward()
+        maml_trpo.surrogate(leaf, pair[:1], pair[1], own)[0].mean().backward()
         expected = torch.cat([value.grad.flatten() for value in leaf.values()])
         assert actual[name].shape == (pairs, len(expected))
         assert float((actual[name][row] - expected).norm() / expected.norm()) < 1e-7  # 1e-11 under three kernels

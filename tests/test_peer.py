@@ -49,7 +49,7 @@ def ours_and_peers_data(args, batch, theta, generator):
         params = ours.adapt(params, batches[-1], args) if k else theta
         batches.append(ours.collect(batch, tasks, params, args, generator))
     lists = [
-        [peer.Episodes(x.obs[i], x.action[i], x.log_prob[i], x.advantage[i], x.total[i]) for x in batches]
+        [peer.Episodes(x.obs[i], x.action[i], x.log_prob[i], x.advantage[i], x.reward[i].sum(-1)) for x in batches]
         for i in range(args.meta_batch_size)
     ]
     return batches, lists
@@ -115,7 +115,7 @@ def test_gradient_fisher_product_and_step_agree(inner_steps, variant):
     vector = torch.cat([value.flatten() for value in theta.values()])
 
     def objective(vector):
-        return ours.adapted_policies(ours.unflatten(vector, theta), batches[:-1], batches[-1], args)[0].mean()
+        return ours.surrogate(ours.unflatten(vector, theta), batches[:-1], batches[-1], args)[0].mean()
 
     leaves = peer.set_vector(theta, vector)
     surrogate, kl, _ = peer.losses(leaves, lists, args)
@@ -123,10 +123,10 @@ def test_gradient_fisher_product_and_step_agree(inner_steps, variant):
     torch.testing.assert_close(grad(objective)(vector), gradient, rtol=1e-9, atol=1e-11)
 
     v = torch.randn(vector.shape, generator=generator, dtype=torch.float64)
-    own = ours.fisher_product(vector, theta, ours.adapted_policies, batches[:-1], batches[-1], args)(v)
+    own = ours.fisher_product(theta, ours.surrogate, batches[:-1], batches[-1], args)(v)
     torch.testing.assert_close(own, peer.fisher_product(kl, leaves, args.cg_damping)(v), rtol=1e-9, atol=1e-11)
 
-    new, stats = ours.trpo_step(theta, ours.adapted_policies, batches[:-1], batches[-1], args)
+    new, stats = ours.trpo_step(theta, ours.surrogate, batches[:-1], batches[-1], args)
     peer_new, peer_stats = peer.trpo_step(leaves, lists, args)
     assert peer_stats["step"] == stats["train/step"] > 0
     assert peer_stats["kl"] == pytest.approx(stats["train/kl"], rel=1e-5)
