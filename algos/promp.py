@@ -7,8 +7,8 @@ Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta_o, theta_o = theta, the support D_i
     [3]     per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
-    [4]     theta'_i = theta + alpha grad J_LR(theta; D_i), J_LR = mean_D_i [ pi_theta(a|s) / pi_theta_o(a|s) A ];
-            its second derivative is that of low-variance curvature (LVC); [2] to [4] K times
+    [4]     theta'_i = theta + alpha grad J_LR(theta; D_i), J_LR = mean_D_i [ r_o A ],
+            r_o = pi_theta(a|s) / pi_theta_o(a|s): low-variance curvature (LVC); [2] to [4] K times
     [5]     per task: sample E episodes with pi_theta'_i, the query D'_i
     [6]     J_clip = mean_i mean_D'_i [ min(r A, clip(r, 1 - eps, 1 + eps) A) ],
             r = pi_theta'_i(a|s) / pi_old_i(a|s), theta'_i a function of theta
@@ -73,9 +73,9 @@ class Args:
     clip: float = 0.3
     """the query's ratios gain nothing beyond 1 +- clip (epsilon); 0.3 in the authors' code"""
     kl_coef: float = 5e-4
-    """weight of the KL of the policies that sampled the supports (eta); 5e-4 in the authors' code"""
+    """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code"""
     target_kl: float = 0.0
-    """eta follows the KL to this target; 0 leaves it fixed; 0.01 in the authors' code for random parameters"""
+    """KL that eta is adapted to; 0: eta stays; 0.01 in the authors' code for random parameters"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
     gae_lambda: float = 1.0
@@ -229,7 +229,11 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 
 
 def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
-    """One inner step of all tasks at once, from the same parameters for all or from one set per task."""
+    """One inner step of all tasks at once, from the same parameters for all or from one set per task.
+
+    Where the support was drawn all ratios are 1 and their gradient is that of log pi: a policy gradient step.
+    But the step's own derivative knows that other parameters would draw other actions, as log pi's does not.
+    """
 
     def objective(params: Params, batch: Episodes) -> Tensor:
         return (ratios(params, batch) * batch.advantage).sum() / batch.mask.sum()
@@ -240,9 +244,9 @@ def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) 
 
 
 def repeat_inner_steps(theta: Params, supports: list[Episodes], args: Args) -> tuple[list[Normal], Params]:
-    """Take the inner steps once more, from this theta, on the supports that were sampled before.
+    """Take the inner steps once more, from another theta, on the supports that were sampled already.
 
-    Returns for each step the policy that it starts from, on its support, [N, B, A]; and the adapted parameters.
+    Returns for each step the policy that it starts from, at its support's observations [N, B, A]; and params.
     """
     params = theta
     policies = []
@@ -295,7 +299,9 @@ def meta_update(
 
 
 def next_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
-    """eta of the next iteration, from the KL that this one came to: PPO's rule (1707.06347, section 4)."""
+    """eta of the next iteration: more where the KL came out too large, less where it came out too small."""
+    if not target_kl:
+        return kl_coef
     if kl > 1.5 * target_kl:
         return 2 * kl_coef
     if kl < target_kl / 1.5:
@@ -327,6 +333,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         optimizer.param_groups[0]["lr"] = args.outer_lr  # a resumed run may have another
     generator = Generator()
     generator.set_state(state["generator"])
+    kl_coef = state.get("kl_coef", args.kl_coef) if args.target_kl else args.kl_coef
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
@@ -336,15 +343,12 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
             supports.append(collect(envs, tasks_NP, params, args, generator))  # [2]
             params = lvc_step(params, supports[-1], args)
         query = collect(envs, tasks_NP, params, args, generator)  # [5]
-        kl_coef = args.kl_coef
-        if args.target_kl:
-            kl_coef = state.get("kl_coef", args.kl_coef)  # what the iterations before have made of it
         stats = meta_update(theta, optimizer, supports, query, args, kl_coef)
         stats["train/kl_coef"] = kl_coef
-        if args.target_kl:
-            state["kl_coef"] = next_kl_coef(kl_coef, stats["train/kl"], args.target_kl)  # [9]
+        kl_coef = next_kl_coef(kl_coef, stats["train/kl"], args.target_kl)  # [9]
         state["env_steps"] += sum(envs.unwrapped.total(batch.mask) for batch in (*supports, query))
-        state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        state |= {"theta": theta, "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
+        state |= {"generator": generator.get_state()}
         stats["train/return_pre"] = supports[0].reward.sum(-1)
         stats["train/return_post"] = query.reward.sum(-1)
         stopping = run.should_stop()
