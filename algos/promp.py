@@ -231,8 +231,8 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
     """One inner step of all tasks at once, from the same parameters for all or from one set per task.
 
-    At the parameters that drew the support, ratios are 1 and their gradient is that of log pi: the step is the
-    policy gradient. Its own derivative, unlike log pi's, knows that other parameters draw other actions (LVC).
+    At the parameters that drew the support, ratios are 1 and their gradient is that of log pi: the step is
+    the policy gradient. Its own derivative, unlike log pi's, knows that other parameters draw other actions.
     """
 
     def objective(params: Params, batch: Episodes) -> Tensor:

@@ -1,34 +1,33 @@
-"""Reptile for reinforcement learning: PPO on one task, then a step of the initialisation towards where it led.
+"""Reptile for reinforcement learning: PPO on each task, then a step of theta towards where it led.
 
-Paper: Nichol, Achiam, Schulman 2018, arXiv:1803.02999, Algorithm 2, which reports only negative results on RL.
-    PPO: 1707.06347.
-Run: python algos/reptile_ppo.py --env-id Navigation2D-v0 --action-scale 1     (--help explains every flag; --cuda: GPU)
-Result: Navigation2D after 0, 1, 3 inner steps: -40, -30, -15 (MAML: -40, -13, -13; paper: none); docs/reptile_ppo.md
+Paper: Nichol, Achiam, Schulman 2018, arXiv:1803.02999, Algorithm 2; on RL it reports only negative
+    results. PPO: 1707.06347.
+Run: python algos/reptile_ppo.py --env-id Navigation2D-v0 --action-scale 1     (--help explains every flag)
+Result: Navigation2D after 0, 1, 3 inner steps: -40, -30, -15 (MAML: -40, -13, -13; paper: none)
 Algorithm:
     [1] repeat: draw N tasks; phi_i = theta
     [2]     k times, per task: sample E episodes with pi_phi_i
-    [3]         per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
-    [4]         phi_i <- phi_i + alpha grad J_i, several times on the same batch, where
-                J_i = mean [ min(r A, clip(r, 1 - eps, 1 + eps) A) ], r = pi_phi_i(a|s) / pi_old_i(a|s)
-    [5]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
-    [6]     now and then: return on held-out tasks after 0, 1, .. inner steps ([2] to [4])
-With k = 1 theta climbs the mean return of all tasks, which is joint training; whatever prepares theta for adaptation is
-    of second order in alpha and grows with k (1803.02999, section 5).
-Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, eps = clip, epsilon = outer_lr, lambda of [3] = gae_lambda.
-Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples, O
-    observation, A action, P task vector, F features. Entries of parameter dicts gain N by adaptation.
-Differs from the paper: it does not say how RL was tried. The inner optimiser is plain SGD, so that with one epoch an
-    inner step is maml_trpo.py's, and k = 1 is joint training by the policy gradient.
+    [3]         per batch: advantages A by GAE over a linear baseline fitted to the batch, normalised
+    [4]         J_i = mean [ min(r A, clip(r, 1 - eps, 1 + eps) A) ], r = pi_phi_i(a|s) / pi_old_i(a|s),
+                pi_old_i the policy that sampled the batch
+    [5]         phi_i <- phi_i + alpha grad J_i, several times on the same batch
+    [6]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
+    [7]     now and then: return on held-out tasks after 0, 1, .. inner steps ([2] to [5])
+With k = 1 theta climbs the mean return of all tasks, which is joint training; whatever prepares theta for
+    adaptation is of second order in alpha and grows with k (1803.02999, section 5).
+Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, eps = clip, epsilon = outer_lr at the start,
+    lambda of [3] = gae_lambda.
+Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
+    O observation, A action, P task vector, F features of the baseline, Y of time. The entries of parameter
+    dicts gain N by adaptation.
+Differs from the paper: it does not say how RL was tried. The inner optimiser is plain SGD, so that with one
+    epoch an inner step is maml_trpo.py's, and k = 1 is joint training by the policy gradient.
 """
 
-import io
-import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +37,9 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Normal
 from torch.func import grad, vmap
+from torch.nn import functional
 
-Params = dict[str, Tensor]  # one policy for all tasks: w0 [O, H], b0 [H], ..; one policy per task: w0 [N, O, H], ..
+Params = dict[str, Tensor]  # one policy for all tasks: w0 [O, H], b0 [H], ..; one per task: w0 [N, O, H], ..
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Args:
     cuda: bool = False
     """policy, inner and outer loop on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     capture_video: bool = False
@@ -99,15 +99,17 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
 
 
-class Rollouts(NamedTuple):
-    """E episodes of each of N tasks (inside vmap: of one task, without N); steps behind an early end have mask 0."""
+class Episodes(NamedTuple):
+    """E episodes of each of N tasks; inside vmap those of one task, without N."""
 
     obs: Tensor  # [N, E, T, O]
     action: Tensor  # [N, E, T, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
-    mask: Tensor  # [N, E, T] 1 while the episode runs
-    advantage: Tensor  # [N, E, T] mean 0 and standard deviation 1 over each task's steps
-    total: Tensor  # [N, E] undiscounted return
+    mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
+    reward: Tensor  # [N, E, T]
+    value: Tensor  # [N, E, T] the baseline plus the mean of the task's advantages
+    std: Tensor  # [N, E] standard deviation of the task's advantages, the same for all its episodes
+    advantage: Tensor  # [N, E, T] less the task's mean, divided by std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -128,140 +130,171 @@ def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, params["log_std"].clamp_min(math.log(1e-6)).exp().unsqueeze(-2)
 
 
-def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
-    delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
-    tails = [torch.zeros_like(delta_NET[..., 0])]
-    for delta_NE in reversed(delta_NET.unbind(-1)):
-        tails.append(delta_NE + gamma * gae_lambda * tails[-1])
-    return torch.stack(tails[:0:-1], -1)
+def normal(mean: Tensor, std: Tensor) -> Normal:
+    """Gaussian actions; without torch's checks of its arguments, which would wait for the GPU each time."""
+    return Normal(mean, std, validate_args=False)
+
+
+def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
+    """log pi(a|s) [.., E, T] of a batch's actions; where params lead with N, so does the batch."""
+    mean, std = policy(params, batch.obs.flatten(-3, -2))
+    return normal(mean, std).log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
+
+
+@torch.no_grad()
+def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
+    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+
+    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    """
+    E = args.episodes_per_task
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)
+    obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
+    playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
+    steps = []
+    with envs.unwrapped.playing():
+        for noise_NEA in noise_TNEA:
+            obs_NEO = obs.unflatten(0, playing_NE.shape)
+            mean_NEA, std = policy(params, obs_NEO)
+            action_NEA = mean_NEA + std * noise_NEA
+            obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
+            step = {"obs": obs_NEO, "action": action_NEA, "mean": mean_NEA, "mask": playing_NE}
+            steps.append(step | {"reward": reward.view_as(playing_NE)})
+            playing_NE = 1 - terminated.view_as(playing_NE).to(playing_NE)
+    played = {name: torch.stack([step[name] for step in steps], 2) for name in steps[0]}
+    policies = normal(played.pop("mean"), std.unsqueeze(-2))
+    return played | {"log_prob": policies.log_prob(played["action"]).sum(-1)}
+
+
+def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
+    """Sums of the rewards [.., T] from each step on, discounted."""
+    tail = torch.zeros_like(reward[..., 0])
+    tails = []
+    for reward_now in reversed(reward.unbind(-1)):
+        tail = reward_now + gamma * tail
+        tails.append(tail)
+    return torch.stack(list(reversed(tails)), -1)
+
+
+def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    next_value = functional.pad(value[..., 1:], (0, 1))
+    delta = reward + gamma * next_value - value
+    return discounted_returns(delta, gamma * gae_lambda)
 
 
 def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> Tensor:
-    """Values [N, E, T]: each task's ridge regression of returns on o, o^2, t, t^2, t^3, 1 (arXiv:1604.06778)."""
+    """Values [N, E, T]: each task's ridge regression of returns on o, o^2, t, t^2, t^3, 1 (1604.06778)."""
     t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
-    time_NETK = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
+    time_NETY = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
     obs_NETO = obs_NETO.double().clamp(-10, 10)
-    x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETK], -1) * mask_NET[..., None]).flatten(1, 2)
+    x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETY], -1) * mask_NET[..., None]).flatten(1, 2)
     y_NB1 = return_NET.double().flatten(1)[..., None]
     gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
     return (x_NBF @ torch.linalg.solve(gram_NFF, x_NBF.mT @ y_NB1)).view_as(return_NET).to(return_NET)
 
 
-@torch.no_grad()
-def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
-    """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
-    N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
-    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
-    obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
-    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
-    for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
-        action_NEA = mean_NEA + std * noise_NEA
-        obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        steps.append((obs_NEO, action_NEA, mean_NEA, mask_NE, reward.view_as(mask_NE)))
-        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
-    torch.set_num_threads(threads)
-    obs_NETO, action_NETA, mean_NETA, *rest = (torch.stack(x, 2) for x in zip(*steps, strict=True))
-    return obs_NETO, action_NETA, Normal(mean_NETA, std.unsqueeze(-2), False).log_prob(action_NETA).sum(-1), *rest
-
-
-def sample(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Rollouts:
+def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Episodes:
     """E episodes of each task, and their advantages."""
-    *data, mask_NET, reward_NET = rollout(envs, tasks_NP, params, args, generator)
-    value_NET = linear_baseline(data[0], gae(reward_NET, 0 * reward_NET, args.gamma, 1.0), mask_NET)  # [3]
-    advantage_NET = gae(reward_NET, value_NET, args.gamma, args.gae_lambda)
+    played = rollout(envs, tasks_NP, params, args, generator)
+    mask_NET = played["mask"]
+    return_NET = discounted_returns(played["reward"], args.gamma)
+    value_NET = linear_baseline(played["obs"], return_NET, mask_NET)  # [3]
+    advantage_NET = gae(played["reward"], value_NET, args.gamma, args.gae_lambda)
     weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
     mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
-    std_N11 = (weight_NET * (advantage_NET - mean_N11).square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
-    return Rollouts(*data, mask_NET, (advantage_NET - mean_N11) * mask_NET / std_N11, reward_NET.sum(-1))
+    centred_NET = advantage_NET - mean_N11
+    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    return Episodes(
+        **played,
+        value=value_NET + mean_N11,
+        std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
+        advantage=centred_NET * mask_NET / std_N11,
+    )
 
 
-def ratios(params: Params, batch: Rollouts) -> Tensor:
-    """pi(a|s) over that of the policy that drew a [.., E, T], 1 where mask is 0; N may lead the batch and params."""
-    policies = Normal(*policy(params, batch.obs.flatten(-3, -2)), validate_args=False)
-    log_prob = policies.log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
-    return ((log_prob - batch.log_prob) * batch.mask).exp()
+def ratios(params: Params, batch: Episodes) -> Tensor:
+    """pi(a|s) over that of the policy that drew a, [.., E, T]; 1 where the mask is 0."""
+    log_ratio = (batch_log_prob(params, batch) - batch.log_prob) * batch.mask
+    return log_ratio.exp()
 
 
-def clipped_gain(params: Params, batch: Rollouts, args: Args) -> Tensor:
-    """PPO's objective: one policy's, the mean over all steps of some episodes."""
+def clipped_gain(params: Params, batch: Episodes, args: Args) -> Tensor:
+    """PPO's objective: the mean over all steps of some episodes, which one policy is to be fitted to."""
     ratio = ratios(params, batch)
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-    return torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / batch.mask.sum()
+    return torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / batch.mask.sum()  # [4]
 
 
-def ppo_step(params: Params, batch: Rollouts, args: Args) -> Params:
-    """SGD on a batch, all tasks at once: from shared parameters, or one set per task, to one set per task."""
+def ppo_step(params: Params, batch: Episodes, args: Args) -> Params:
+    """SGD on a batch, all tasks at once, from the same parameters for all or from one set per task."""
     for _ in range(args.inner_epochs):
-        gradient = vmap(grad(clipped_gain), (0 if params["b0"].ndim == 2 else None, 0, None))(params, batch, args)
+        params_axis = 0 if params["b0"].ndim == 2 else None  # None: the same for all tasks
+        gradient = vmap(grad(clipped_gain), in_dims=(params_axis, 0, None))(params, batch, args)
         params = {name: value + args.inner_lr * gradient[name] for name, value in params.items()}
     return params
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Adapt to held-out tasks, with the same tasks and noise in every evaluation: metrics and the adapted policies."""
-    generator, params, returns = Generator().manual_seed(args.seed + 1), theta, []
+    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters."""
+    generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
+    params = theta
+    returns = []
     for k in range(args.eval_steps + 1):
-        batch = sample(envs, tasks_NP, params, args, generator)
-        returns.append(batch.total.mean(1))  # [6]
-        params = ppo_step(params, batch, args) if k < args.eval_steps else params
-    ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
-    return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}, params
+        batch = collect(envs, tasks_NP, params, args, generator)
+        returns.append(batch.reward.sum(-1).mean(1))  # [7]
+        if k < args.eval_steps:
+            params = ppo_step(params, batch, args)
+    stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}
+    return stats | {"test/gain_ci95": returns[-1] - returns[0]}, params
 
 
 def train(envs, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 2, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device) for name, value in state["theta"].items()}
-    (generator := Generator()).set_state(state["generator"])
+    generator = Generator()
+    generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
-        params, returns = theta, []
+        params = theta
+        returns = []
         for _ in range(args.inner_steps):
-            batch = sample(envs, tasks_NP, params, args, generator)  # [2]
-            params = ppo_step(params, batch, args)  # [4]
-            returns.append(float(batch.total.mean()))
-            state["env_steps"] += int(batch.mask.sum())
+            batch = collect(envs, tasks_NP, params, args, generator)  # [2]
+            params = ppo_step(params, batch, args)  # [5]
+            returns.append(batch.reward.sum(-1))
+            state["env_steps"] += envs.unwrapped.total(batch.mask)
         epsilon = args.outer_lr * (1 - (iteration - 1) / args.iterations)
-        change = {name: value.mean(0) - theta[name] for name, value in params.items()}
-        theta = {name: value + epsilon * change[name] for name, value in theta.items()}  # [5]
+        change = {name: value.mean(0) - theta[name] for name, value in params.items()}  # mean over the tasks
+        theta = {name: value + epsilon * change[name] for name, value in theta.items()}  # [6]
         state |= {"theta": theta, "generator": generator.get_state()}
         length = torch.cat([value.flatten() for value in change.values()]).norm()
-        stats = {"train/change": float(length), "train/return_pre": returns[0], "train/return_post": returns[-1]}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
-        stats |= evaluate(envs, theta, args)[0] if save or iteration == 1 else {}
+        stats = {"train/change": length, "train/return_pre": returns[0], "train/return_post": returns[-1]}
+        stopping = run.should_stop()
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
+        if save or iteration == 1:
+            stats |= evaluate(envs, theta, args)[0]
         run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
-                break
+        if stopping:
+            break
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
 
     def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
+        from envs import records
 
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        self.records = records
+        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
+        self.bar = records.progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -270,72 +303,44 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return self.records.in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = self.records.write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
 
     def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import make, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    if args.capture_video:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is first imported
-    from envs import adaptation_gif, learning_curve, make
-
-    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
-    envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, **options)
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    worlds = args.meta_batch_size * args.episodes_per_task
+    envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
-    try:
+    records.check_shapes(args.resume, saved=state["theta"], made=theta)
+    with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"])
         train(envs, args, run, state)
-        run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+        run.bar.write(records.learning_curve(run.folder))
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
-        actors = {"before": lambda obs: policy(state["theta"], obs)[0], "after": lambda obs: policy(params, obs)[0]}
-        adaptation_gif(run.folder / "adaptation.gif", envs, actors, args.seed)
+        records.film(run.folder, envs, policy, {"before": state["theta"], "after": params}, args.seed)
 
 
 if __name__ == "__main__":
