@@ -1,10 +1,11 @@
 """MAML for supervised learning: an initialisation from which a few gradient steps learn a new task.
 
 Paper: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400, Algorithm 2.
-Run: python algos/maml.py                           sinusoids; --help explains every flag; --cuda uses the GPU
-     python algos/maml.py --env-id Glyphs-v0        5-way 1-shot characters; --env-id Omniglot-v0 --data DIR: real ones
-Result: sinusoid, 10 shots: MSE 0.42 after 1 step, 0.14 after 10 (pretraining: 2.27, 1.49; paper's figure: about 0.4,
-    0.2). Glyphs, 5-way 1-shot: 93.8 % (nearest pixel mean: 45.3 %; the paper, on Omniglot: 98.7 %); docs/maml.md
+Run: python algos/maml.py                           sinusoids; --help explains every flag; --cuda: on the GPU
+     python algos/maml.py --env-id Glyphs-v0        5-way 1-shot characters, drawn on the spot
+     python algos/maml.py --env-id Omniglot-v0 --data DIR       the real ones
+Result: sinusoid, 10 shots: MSE 0.42 after 1 step, 0.14 after 10 (pretraining: 2.27, 1.49; paper's figure:
+    about 0.4, 0.2). Glyphs, 5-way 1-shot: 93.8 % (nearest pixel mean: 45.3 %; the paper, on Omniglot: 98.7 %)
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: a support set D_i and a query set D'_i of `shots` examples each, disjoint
@@ -12,24 +13,19 @@ Algorithm:
     [4]     L_meta(theta) = mean_i L(theta'_i; D'_i), theta'_i a function of theta
     [5]     g = grad L_meta(theta), through the inner steps: it contains the Hessians of L(.; D_i)
     [6]     theta <- Adam(theta, g)
-    [7]     now and then: score on held-out tasks after 0, 1, .. inner steps
+    [7]     now and then: result on held-out tasks after 0, 1, .. inner steps
 Symbols: theta'_i = params, alpha = inner_lr, beta = outer_lr; L: mean squared error or cross-entropy.
-Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, X inputs, Y outputs, K counts of inner steps from 0
-    on. Entries of parameter dicts gain N by adaptation; inside vmap a function sees one task, without N.
-Differs from the paper: torch's usual initialisation (its code: standard deviation 0.01); test amplitudes are never
-    trained on; the conv net keeps its last 2 x 2 pixels apart (its code averages them); fewer iterations.
+Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, X inputs, Y outputs, K counts of inner
+    steps, from 0. Entries of parameter dicts gain N by adaptation; inside vmap functions see one task, no N.
+Differs from the paper: torch's usual initialisation (its code: standard deviation 0.01); test amplitudes are
+    never trained on; the conv net keeps its last 2 x 2 pixels (its code averages them); fewer iterations.
 """
 
-import io
-import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -64,9 +60,9 @@ class Args:
     mlp: bool = False
     """fully connected layers for images, too, in place of 3x3 filters with stride 2"""
     hidden_sizes: tuple[int, ...] = ()
-    """units or filters of the layers; default: 40 40 for curves, 64 64 64 64 for images, with --mlp 256 128 64 64"""
+    """units or filters of layers; default 40 40 for curves, 64 64 64 64 for images, --mlp 256 128 64 64"""
     inner_lr: float | None = None
-    """step size of adaptation (alpha); default 0.01 for curves, 0.4 for images, as in MAML's paper (20-way: 0.1)"""
+    """step size of adaptation (alpha); default and MAML's paper: 0.01 for curves, 0.4 for images"""
     inner_steps: int | None = None
     """inner steps in training; default and MAML's paper: 1 (20-way: 5)"""
     outer_lr: float = 1e-3
@@ -78,7 +74,7 @@ class Args:
     eval_steps: int = 10
     """inner steps of an evaluation; 10 for curves, 3 for images in MAML's paper"""
     transductive: bool = True
-    """batch norm sees a task's queries together, as in the papers; if not, one query at a time beside the support"""
+    """batch norm sees all queries of a task, as in the papers; if not, one at a time beside the support"""
     cuda: bool = False
     """everything on the GPU"""
     resume: str = ""
@@ -95,42 +91,61 @@ class Args:
         usual = ((256, 128, 64, 64) if self.mlp else (64, 64, 64, 64)) if images else (40, 40)
         self.hidden_sizes = tuple(self.hidden_sizes) or usual
         for name, value in vars(self).items():
-            low, high = (0, 2**31) if name == "seed" else (1e-12, 1e6) if isinstance(value, float) else (1, 10**9)
+            low, high = (1e-12, 1e6) if isinstance(value, float) else (1, 10**9)
+            if name == "seed":
+                low, high = 0, 2**31
             for x in value if isinstance(value, tuple) else (value,):
                 if not isinstance(x, bool | str) and not low <= x <= high:
                     raise ValueError(f"--{name.replace('_', '-')} {x}: allowed is {low:g} to {high:g}")
 
 
 def init_params(tasks, args: Args, generator: Generator) -> Params:
-    """Weights and biases uniform in +-1 / sqrt(fan-in); scales of 1 for batch norm in the networks for images."""
-    params, depth, conv = {}, len(args.hidden_sizes), tasks.is_classification and not args.mlp
-    pixels = math.ceil(math.isqrt(tasks.num_inputs) / 2**depth) ** 2 if conv else 1  # behind the last convolution
-    sizes = 1 if conv else tasks.num_inputs, *args.hidden_sizes, tasks.num_outputs
+    """Weights and biases uniform in +-1 / sqrt(fan-in); batch norm in networks for images."""
+    depth = len(args.hidden_sizes)
+    convolutional = tasks.is_classification and not args.mlp
+    sizes = 1 if convolutional else tasks.num_inputs, *args.hidden_sizes, tasks.num_outputs
+    params = {}
     for i, (n, m) in enumerate(pairwise(sizes)):
-        shape = (m, n, 3, 3) if conv and i < depth else (n * pixels if i == depth else n, m)
-        bound = 1 / math.sqrt(9 * n if len(shape) == 4 else shape[0])
+        is_last = i == depth
+        if convolutional and is_last:  # it sees all pixels that are left after `depth` strides of 2
+            n = n * math.ceil(math.isqrt(tasks.num_inputs) / 2**depth) ** 2
+        filters = convolutional and not is_last
+        bound = 1 / math.sqrt(9 * n if filters else n)
+        shape = (m, n, 3, 3) if filters else (n, m)
         params[f"w{i}"] = bound * (2 * torch.rand(shape, generator=generator) - 1)
-        params[f"b{i}"] = bound * (2 * torch.rand(m, generator=generator) - 1)
-        params |= {f"scale{i}": torch.ones(m)} if tasks.is_classification and i < depth else {}
+        bias = bound * (2 * torch.rand(m, generator=generator) - 1)
+        if tasks.is_classification and not is_last:
+            params |= {f"shift{i}": bias, f"scale{i}": torch.ones(m)}
+        else:
+            params[f"b{i}"] = bias
     return params
 
 
 def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Normalise each channel (axis 1) over this very batch, in training and in evaluation: no running statistics."""
-    axes, shape = (0, *range(2, x.ndim)), (-1, *(1,) * (x.ndim - 2))
+    """Normalise each channel (axis 1) over this very batch, in evaluation, too: no running statistics.
+
+    Written out, because the second derivative of torch's own is wrong under vmap.
+    """
+    axes = (0, *range(2, x.ndim))
+    channels = (-1, *(1,) * (x.ndim - 2))
     centred = x - x.mean(axes, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(axes, keepdim=True) + 1e-5)
-    return centred * (rstd * scale.view(shape)) + shift.view(shape)
+    return centred * (rstd * scale.view(channels)) + shift.view(channels)
 
 
 def network(params: Params, x_BX: Tensor) -> Tensor:
-    """Outputs [B, Y]: ReLU layers, fully connected or 3x3 convolutions with stride 2 by the shape of the weights."""
-    hidden = x_BX.unflatten(1, (1, math.isqrt(x_BX.shape[1]), -1)) if params["w0"].ndim == 4 else x_BX
+    """Outputs [B, Y] of ReLU layers: fully connected, or 3x3 convolutions with stride 2 on square images."""
+    convolutional = params["w0"].ndim == 4
     last = sum(name.startswith("w") for name in params) - 1
+    hidden = x_BX.unflatten(1, (1, math.isqrt(x_BX.shape[1]), -1)) if convolutional else x_BX
     for i in range(last):
-        w, b, scale = params[f"w{i}"], params[f"b{i}"], params.get(f"scale{i}")
-        hidden = functional.conv2d(hidden, w, stride=2, padding=1) if w.ndim == 4 else hidden @ w
-        hidden = torch.relu(hidden + b if scale is None else batch_norm(hidden, scale, b))
+        w = params[f"w{i}"]
+        hidden = functional.conv2d(hidden, w, stride=2, padding=1) if convolutional else hidden @ w
+        if f"scale{i}" in params:
+            hidden = batch_norm(hidden, params[f"scale{i}"], params[f"shift{i}"])
+        else:
+            hidden = hidden + params[f"b{i}"]
+        hidden = torch.relu(hidden)
     return hidden.flatten(1) @ params[f"w{last}"] + params[f"b{last}"]
 
 
@@ -142,50 +157,60 @@ def loss(params: Params, x_BX: Tensor, y_BY: Tensor) -> Tensor:
     return (output_BY - y_BY).square().mean()
 
 
-def inner_loop(params: Params, supports: list[Examples], args: Args) -> Params:
-    """One inner step on each of the sets (all the same in MAML), for one task."""
-    for x_BX, y_BY in supports:
+def inner_loop(params: Params, support: Examples, steps: int, args: Args) -> Params:
+    """The inner steps on one task's support."""
+    x_BX, y_BY = support
+    for _ in range(steps):
         gradient = grad(loss)(params, x_BX, y_BY)
         params = {name: value - args.inner_lr * gradient[name] for name, value in params.items()}  # [3]
     return params
 
 
-def maml_gradient(theta: Params, supports: list[Examples], query: Examples, args: Args) -> tuple[Params, Tensor]:
+def maml_gradient(theta: Params, support: Examples, query: Examples, args: Args) -> tuple[Params, Tensor]:
     """The meta-gradient and the meta-loss of a batch of tasks."""
     theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    params = vmap(partial(inner_loop, args=args), (None, 0))(theta, supports)
+    params = vmap(lambda support: inner_loop(theta, support, args.inner_steps, args))(support)
     meta_loss = vmap(loss)(params, *query).mean()  # [4]
     gradient = torch.autograd.grad(meta_loss, list(theta.values()))  # [5]
     return dict(zip(theta, gradient, strict=True)), meta_loss.detach()
 
 
-def score(params: Params, support: Examples, query: Examples, args: Args) -> Tensor:
-    """Accuracy where y is boolean, mean squared error elsewhere, on the queries of one task."""
-    (x_BX, y_BY), alone = query, lambda x_X: network(params, torch.cat([support[0], x_X[None]]))[-1]
+def accuracy_or_error(params: Params, support: Examples, query: Examples, args: Args) -> Tensor:
+    """On the queries of one task: the accuracy where y is boolean, the mean squared error elsewhere."""
+    x_BX, y_BY = query
+
+    def alone(x_X: Tensor) -> Tensor:
+        """One query beside the support, so that batch norm cannot learn from the other queries."""
+        return network(params, torch.cat([support[0], x_X[None]]))[-1]
+
     output_BY = network(params, x_BX) if args.transductive else vmap(alone)(x_BX)
     if y_BY.dtype == torch.bool:
-        return y_BY.gather(1, output_BY.argmax(1, keepdim=True)).to(x_BX).mean()
+        return y_BY.take_along_dim(output_BY.argmax(1, keepdim=True), 1).to(x_BX).mean()
     return (output_BY - y_BY).square().mean()
 
 
 @torch.no_grad()
 def evaluate(tasks, theta: Params, args: Args) -> dict:
-    """Scores on held-out tasks, the same ones in every evaluation."""
+    """Accuracy or error on held-out tasks after 0, 1, .. inner steps, the same tasks in every evaluation."""
     generator = Generator().manual_seed(args.seed + 1)
-    support, query = tasks.sample(tasks.sample_tasks(args.eval_tasks, generator, "test"), (args.shots,) * 2, generator)
+    held_out = tasks.sample_tasks(args.eval_tasks, generator, "test")
+    support, query = tasks.sample(held_out, (args.shots, args.shots), generator)
 
-    def scores(support: Examples, query: Examples) -> Tensor:
-        params, result = theta, []
+    def learn_one_task(support: Examples, query: Examples) -> Tensor:
+        params = theta
+        results = []
         for _ in range(args.eval_steps + 1):
-            result.append(score(params, support, query, args))
-            params = inner_loop(params, [support], args)
-        return torch.stack(result)
+            results.append(accuracy_or_error(params, support, query, args))
+            params = inner_loop(params, support, 1, args)
+        return torch.stack(results)
 
-    score_NK = vmap(scores, chunk_size=50)(support, query)  # [7]
-    name, spread = "accuracy" if query[1].dtype == torch.bool else "loss", 1.96 / math.sqrt(args.eval_tasks)
-    stats = {f"test/{name}_k{k}": float(x) for k, x in enumerate(score_NK.mean(0))}
-    stats |= {"test/ci95": spread * float(score_NK[:, -1].std(correction=0))}
-    return stats | {"test/gain_ci95": spread * float((score_NK[:, -1] - score_NK[:, 0]).std(correction=0))}
+    result_NK = vmap(learn_one_task, chunk_size=50)(support, query)  # [7]
+    name = "accuracy" if tasks.is_classification else "loss"
+    stats = {f"test/{name}_k{k}": float(x) for k, x in enumerate(result_NK.mean(0))}
+    width = 1.96 / math.sqrt(args.eval_tasks)  # of a 95 % interval, to either side, in standard deviations
+    stats["test/ci95"] = width * float(result_NK[:, -1].std(correction=0))
+    stats["test/gain_ci95"] = width * float((result_NK[:, -1] - result_NK[:, 0]).std(correction=0))
+    return stats
 
 
 def train(tasks, args: Args, run: "Run", state: dict) -> None:
@@ -200,42 +225,36 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
         state["iteration"] = iteration
         batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
         support, query = tasks.sample(batch, (args.shots, args.shots), generator)  # [2]
-        gradient, meta_loss = maml_gradient(theta, [support] * args.inner_steps, query, args)
+        gradient, meta_loss = maml_gradient(theta, support, query, args)
         for name, value in theta.items():
             value.grad = gradient[name]
         optimizer.step()  # [6]
-        state["env_steps"] += 2 * len(batch) * support[0].shape[1]
+        x_NBX, _ = support
+        state["env_steps"] += 2 * x_NBX.shape[0] * x_NBX.shape[1]  # examples seen
         state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
-        stats = {"train/loss_post": float(meta_loss)}
-        run.log(state, stats | (evaluate(tasks, theta, args) if save else {}))
+        stats = {"train/loss_post": meta_loss}
+        stopping = run.should_stop()
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
+        if save:
+            stats |= evaluate(tasks, theta, args)
+        run.log(state, stats)
         if save:
             run.save(state)
-            if run.stopping:
-                break
+        if stopping:
+            break
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
 
     def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
+        from envs import records
 
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        self.records = records
+        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
+        self.bar = records.progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -244,66 +263,42 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return self.records.in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = self.records.write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
 
     def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import make_supervised, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import learning_curve, make_supervised
-
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
-    torch.set_num_threads(torch.get_num_threads() if tasks.is_classification else 1)  # small nets: threads only cost
+    if not tasks.is_classification:
+        torch.set_num_threads(1)  # on small nets more threads only cost
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
-    try:
+    records.check_shapes(args.resume, saved=state["theta"], made=theta)
+    with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"])
         train(tasks, args, run, state)
-        run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+        run.bar.write(records.learning_curve(run.folder))
 
 
 if __name__ == "__main__":

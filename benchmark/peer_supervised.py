@@ -31,7 +31,8 @@ def network(params: Params, x: Tensor) -> Tensor:
     depth, conv = sum(name.startswith("w") for name in params) - 1, params["w0"].ndim == 4
     hidden = x.view(len(x), 1, math.isqrt(x.shape[1]), -1) if conv else x
     for i in range(depth):
-        w, b, scale = params[f"w{i}"], params[f"b{i}"], params.get(f"scale{i}")
+        w, scale = params[f"w{i}"], params.get(f"scale{i}")
+        b = params[f"b{i}"] if scale is None else params[f"shift{i}"]
         if scale is None:
             hidden = torch.addmm(b, hidden, w)
         else:
@@ -65,12 +66,12 @@ def result(theta: Params, grads, total: Tensor, tasks: int) -> tuple[Params, Ten
 # ---------------------------------------------------------------- torch alone
 
 
-def maml(theta: Params, supports: list[Examples], query: Examples, args, first_order=False) -> tuple[Params, Tensor]:
+def maml(theta: Params, support: Examples, query: Examples, args, first_order=False) -> tuple[Params, Tensor]:
     theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    tasks, total = len(query[0]), 0.0
+    (x, y), tasks, total = support, len(query[0]), 0.0
     for i in range(tasks):
         params = theta
-        for x, y in supports:
+        for _ in range(args.inner_steps):
             inner = loss(params, x[i], y[i])
             grads = torch.autograd.grad(inner, list(params.values()), create_graph=not first_order)
             params = {name: value - args.inner_lr * g for (name, value), g in zip(params.items(), grads, strict=True)}
@@ -100,12 +101,13 @@ def reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tenso
 # ---------------------------------------------------------------- torchopt
 
 
-def torchopt_maml(theta: Params, supports: list[Examples], query: Examples, args) -> tuple[Params, Tensor]:
+def torchopt_maml(theta: Params, support: Examples, query: Examples, args) -> tuple[Params, Tensor]:
     net, tasks, total = Net(theta), len(query[0]), 0.0
     leaves, optimizer = list(net.parameters()), torchopt.MetaSGD(net, lr=args.inner_lr)
     starts = [torchopt.extract_state_dict(x, by="reference") for x in (net, optimizer)]
+    x, y = support
     for i in range(tasks):
-        for x, y in supports:
+        for _ in range(args.inner_steps):
             optimizer.step(net.loss(x[i], y[i]))
         total = total + net.loss(query[0][i], query[1][i])
         for x, start in zip((net, optimizer), starts, strict=True):
@@ -113,12 +115,13 @@ def torchopt_maml(theta: Params, supports: list[Examples], query: Examples, args
     return result(theta, torch.autograd.grad(total / tasks, leaves), total, tasks)
 
 
-def torchopt_fomaml(theta: Params, supports: list[Examples], query: Examples, args) -> tuple[Params, Tensor]:
+def torchopt_fomaml(theta: Params, support: Examples, query: Examples, args) -> tuple[Params, Tensor]:
     leaves = [value.detach().requires_grad_() for value in theta.values()]
     tasks, total, optimizer = len(query[0]), 0.0, torchopt.sgd(args.inner_lr)
+    x, y = support
     for i in range(tasks):
         params, state = leaves, optimizer.init(leaves)
-        for x, y in supports:
+        for _ in range(args.inner_steps):
             grads = list(torch.autograd.grad(loss(dict(zip(theta, params, strict=True)), x[i], y[i]), params))
             updates, state = optimizer.update(grads, state, inplace=True)
             params = torchopt.apply_updates(params, updates, inplace=False)

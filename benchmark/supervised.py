@@ -23,7 +23,7 @@ from torch.func import grad, vmap
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from envs import make_supervised  # noqa: E402
+from envs import make_supervised, summarise  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/supervised"
 
@@ -46,10 +46,10 @@ class Record:
     """Stands in for a run: keeps the metrics of every iteration that was evaluated."""
 
     def __init__(self):
-        self.rows, self.stopping, self.save = [], False, lambda state: None
+        self.rows, self.save, self.should_stop = [], lambda state: None, lambda: False
 
     def log(self, state: dict, stats: dict) -> None:
-        self.rows += [{"iteration": state["iteration"], **stats}] if len(stats) > 1 else []
+        self.rows += [{"iteration": state["iteration"], **summarise(stats)}] if len(stats) > 1 else []
 
 
 def initial(module, args):
@@ -126,7 +126,7 @@ def sinusoid(options: Options) -> None:
             task = (support[0][i], support[1][i])
             axis.plot(grid, tasks.target(grid, hidden[i]), "k", alpha=0.3, linewidth=4, label="task")
             for steps, style in ((0, "C7:"), (1, "C0--"), (10, "C3-")):
-                params = module.inner_loop(thetas[name], [task] * steps, rate)
+                params = module.inner_loop(thetas[name], task, steps, rate)
                 axis.plot(grid, module.network(params, grid), style, label=f"after {steps} steps")
             axis.plot(*task, "k^")
             axis.set(title={"maml": "MAML", "pretrained": "pretraining"}[name])

@@ -48,7 +48,7 @@ def test_gradients_agree(other, name, env_id, flags, inner_steps, families):
         inputs = (theta, tasks.sample(batch, (2,) * inner_steps, generator), args)
     else:
         support, query = tasks.sample(batch, (2, 2), generator)
-        inputs = (theta, [support] * inner_steps, query, args)
+        inputs = (theta, support, query, args)
     before = {name: value.clone() for name, value in theta.items()}
     gradient, mean_loss = getattr(algorithm, f"{name}_gradient")(*inputs)
     peer_gradient, peer_loss = getattr(peer_supervised, other)[name](*inputs)

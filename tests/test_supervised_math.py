@@ -5,6 +5,7 @@ tasks with torch.autograd."""
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 
 from algos import fomaml, maml, reptile
+from envs import summarise
 from envs.fewshot import Glyphs
 from envs.regression import Sinusoid
 from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
@@ -81,12 +83,18 @@ def sizes_of(net, count):
     return (4 if net == "curves" else 1,) * count
 
 
+def as_used(ours, sets):
+    """One set for each inner step: Reptile takes another one each time, MAML and FOMAML the first; their last is the
+    query."""
+    return sets if ours is reptile else [sets[0]] * (len(sets) - 1) + [sets[-1]]
+
+
 def gradient_of(ours, theta, sets, args):
-    """The file's meta-gradient and loss: inner steps on all sets, except that MAML's and FOMAML's last is the query."""
+    """The file's meta-gradient and loss, from sets `as_used`."""
     if ours is reptile:
         return reptile.reptile_gradient(theta, sets, args)
     function = maml.maml_gradient if ours is maml else fomaml.fomaml_gradient
-    return function(theta, sets[:-1], sets[-1], args)
+    return function(theta, sets[0], sets[-1], replace(args, inner_steps=len(sets) - 1))
 
 
 @pytest.fixture
@@ -102,8 +110,9 @@ def smooth(monkeypatch):
 
 def ref_network(params, x):
     hidden = x.reshape(-1, 1, 28, 28) if params["w0"].ndim == 4 else x
-    for i in range(sum(name.startswith("b") for name in params) - 1):
-        w, b, scale = params[f"w{i}"], params[f"b{i}"], params.get(f"scale{i}")
+    for i in range(sum(name.startswith("w") for name in params) - 1):
+        w, scale = params[f"w{i}"], params.get(f"scale{i}")
+        b = params[f"b{i}"] if scale is None else params[f"shift{i}"]
         hidden = functional.conv2d(hidden, w, None, 2, 1) if w.ndim == 4 else functional.linear(hidden, w.T)
         hidden = hidden + b if scale is None else functional.batch_norm(hidden, None, None, scale, b, training=True)
         hidden = torch.relu(hidden)
@@ -195,6 +204,7 @@ def stacked(params):
 def test_meta_gradient_of_linear_regression(ours, inner_steps, linear):
     alpha = 0.3
     sets, forms, W, theta = linear_tasks(inner_steps + 1)
+    sets, forms = as_used(ours, sets), as_used(ours, forms)
     gradients, losses = [], []
     for i in range(N):
         adapted, jacobian = W, np.eye(X + 1)
@@ -235,8 +245,8 @@ def test_reptile_gradient_of_linear_regression(inner_steps, linear):
 @pytest.mark.parametrize("inner_steps", [1, 2])
 @each_net
 def test_maml_gradient_against_central_differences(net, inner_steps, smooth):
-    args = make_args(maml, net)
-    theta, sets = make_theta(maml, net, args), make_sets(net, sizes_of(net, inner_steps + 1))
+    args = make_args(maml, net, inner_steps=inner_steps)
+    theta, sets = make_theta(maml, net, args), as_used(maml, make_sets(net, sizes_of(net, inner_steps + 1)))
 
     def objective(params):
         return np.mean(
@@ -246,9 +256,9 @@ def test_maml_gradient_against_central_differences(net, inner_steps, smooth):
             ]
         )
 
-    gradient, loss = maml.maml_gradient(theta, sets[:-1], sets[-1], args)
+    gradient, loss = maml.maml_gradient(theta, sets[0], sets[-1], args)
     close(loss, torch.tensor(objective(theta)))
-    first_order, _ = fomaml.fomaml_gradient(theta, sets[:-1], sets[-1], args)
+    first_order, _ = fomaml.fomaml_gradient(theta, sets[0], sets[-1], args)
     expected, actual, control = [], [], []
     for name, seed in itertools.product(theta, range(1 if net == "mlp" else 2)):  # random directions, by parameter
         direction = torch.randn(theta[name].shape, generator=seeded(seed))
@@ -266,15 +276,15 @@ def test_maml_gradient_against_central_differences(net, inner_steps, smooth):
 @each_batch_norm_net
 def test_the_library_batch_norm_would_be_wrong(net, inner_steps, smooth, monkeypatch):
     """Why it is written out; where torch has mended its second derivative under vmap, this fails: then use torch's."""
-    args = make_args(maml, net)
-    theta, sets = make_theta(maml, net, args), make_sets(net, sizes_of(net, inner_steps + 1))
-    right, loss = maml.maml_gradient(theta, sets[:-1], sets[-1], args)
+    args = make_args(maml, net, inner_steps=inner_steps)
+    theta, sets = make_theta(maml, net, args), as_used(maml, make_sets(net, sizes_of(net, inner_steps + 1)))
+    right, loss = maml.maml_gradient(theta, sets[0], sets[-1], args)
 
     def library(x, scale, shift):
         return functional.batch_norm(x, None, None, scale, shift, training=True)
 
     monkeypatch.setattr(maml, "batch_norm", library)
-    wrong, same_loss = maml.maml_gradient(theta, sets[:-1], sets[-1], args)
+    wrong, same_loss = maml.maml_gradient(theta, sets[0], sets[-1], args)
     close(same_loss, loss)
     assert 5e-3 < relative_error(flat(wrong), flat(right)) < 3e-2
 
@@ -309,6 +319,7 @@ def test_leading_terms_of_the_mean_gradient(ours, k, monkeypatch):
         avg_grad_inner = avg_grad_inner + torch.cat([z.flatten() for z in inner]) / 4
     sequences = torch.tensor(list(itertools.product(range(3), repeat=k)))  # [3^k, k]
     sets = [(x[:, column].flatten(0, 1), y[:, column].flatten(0, 1)) for column in sequences.T]
+    sets = as_used(ours, sets)
 
     def error(alpha, change=0.0):
         args.inner_lr = alpha
@@ -335,7 +346,7 @@ def test_leading_terms_of_the_mean_gradient(ours, k, monkeypatch):
 @each_net
 def test_the_gradient_of_a_batch_is_the_mean_over_its_tasks(ours, net, options):
     args = make_args(ours, net, **options)
-    theta, sets = make_theta(ours, net, args), make_sets(net, sizes_of(net, 3))
+    theta, sets = make_theta(ours, net, args), as_used(ours, make_sets(net, sizes_of(net, 3)))
     gradient, loss = gradient_of(ours, theta, sets, args)
     assert list(gradient) == list(theta)
     singles = [gradient_of(ours, theta, one(sets, i), args) for i in range(N)]
@@ -354,7 +365,11 @@ def test_adaptation_is_a_loop_of_gradient_steps(ours, net):
     if ours is reptile:
         path = vmap(lambda batches: reptile.fit(theta, batches, args))(sets)
     else:
-        path = [vmap(lambda part: ours.inner_loop(theta, part, args))(sets[:k]) for k in (1, 2, 3)]
+        sets = [sets[0]] * 3
+        path = [
+            vmap(lambda support, steps=steps: ours.inner_loop(theta, support, steps, args))(sets[0])
+            for steps in (1, 2, 3)
+        ]
     for i in range(N):
         expected = ref_steps(theta, item(sets, i), args)
         for params, reference in zip(path, expected if ours is reptile else expected[1:], strict=True):
@@ -414,8 +429,11 @@ class Recorder:
     def __init__(self, stop_at=math.inf):
         self.stop_at, self.stopping, self.logged, self.saved = stop_at, False, [], []
 
+    def should_stop(self):
+        return self.stopping
+
     def log(self, state, stats):
-        self.logged.append((state["iteration"], state["env_steps"], stats))
+        self.logged.append((state["iteration"], state["env_steps"], summarise(stats)))
         self.stopping = state["iteration"] + 1 >= self.stop_at
 
     def save(self, state):
@@ -486,7 +504,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ours):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks, loss, score
+# Networks, loss, accuracy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +540,7 @@ def test_conv_network_is_that_of_torch(ours, depth):
         layers += [nn.Conv2d(n, m, 3, stride=2, padding=1), nn.BatchNorm2d(m), nn.ReLU()]
         layers[-3].bias.data.zero_()  # batch norm takes the mean away
         layers[-3].weight.data, layers[-2].weight.data = theta[f"w{i}"], theta[f"scale{i}"]
-        layers[-2].bias.data = theta[f"b{i}"]
+        layers[-2].bias.data = theta[f"shift{i}"]
     side = (14, 7, 4, 2, 1)[depth - 1]
     layers += [nn.Flatten(), nn.Linear(sizes[-1] * side**2, 5)]
     assert layers[-1].weight.T.shape == theta[f"w{depth}"].shape
@@ -538,11 +556,11 @@ def test_fully_connected_network_is_that_of_torch(ours, net):
     layers, sizes = [], (x.shape[-1], 3, 5, 4, y.shape[-1])
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(n, m))
-        layers[-1].weight.data, layers[-1].bias.data = theta[f"w{i}"].T, theta[f"b{i}"]
+        layers[-1].weight.data = theta[f"w{i}"].T
+        layers[-1].bias.data = theta.get(f"b{i}", torch.zeros(m))
         if net == "mlp" and i < 3:
-            layers[-1].bias.data = torch.zeros(m)
             layers.append(nn.BatchNorm1d(m))
-            layers[-1].weight.data, layers[-1].bias.data = theta[f"scale{i}"], theta[f"b{i}"]
+            layers[-1].weight.data, layers[-1].bias.data = theta[f"scale{i}"], theta[f"shift{i}"]
         layers += [nn.ReLU()] if i < 3 else []
     close(ours.network(theta, x[0]), nn.Sequential(*layers).train()(x[0]).detach())
 
@@ -559,7 +577,8 @@ def test_initial_parameters_are_uniform_in_one_over_root_fan_in(ours, net):
         torch_layers = [nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
     names = set()
     for i, layer in enumerate(torch_layers):
-        w, b, fan_in = theta[f"w{i}"], theta[f"b{i}"], layer.weight[0].numel()
+        bias = f"shift{i}" if net != "curves" and i < len(hidden) else f"b{i}"
+        w, b, fan_in = theta[f"w{i}"], theta[bias], layer.weight[0].numel()
         assert w.shape == (layer.weight if w.ndim == 4 else layer.weight.T).shape
         assert b.shape == layer.bias.shape
         assert float(w.abs().max()) <= fan_in**-0.5
@@ -571,7 +590,7 @@ def test_initial_parameters_are_uniform_in_one_over_root_fan_in(ours, net):
         if len(b) > 10:
             assert float(b.max()) > 0.5 * fan_in**-0.5
             assert float(b.min()) < -0.5 * fan_in**-0.5
-        names |= {f"w{i}", f"b{i}"}
+        names |= {f"w{i}", bias}
         if net != "curves" and i < len(hidden):
             assert torch.equal(theta[f"scale{i}"], torch.ones(hidden[i]))
             names.add(f"scale{i}")
@@ -616,7 +635,7 @@ def test_score_against_a_loop_over_queries(ours, net, classes, transductive):
             expected = sum(int(np.argmax(output[j].numpy())) == int(label[j]) for j in range(10)) / 10
         else:
             expected = float(((output - y) ** 2).mean())
-        assert float(ours.score(theta, support, (x, y), args)) == pytest.approx(expected, rel=1e-10)
+        assert float(ours.accuracy_or_error(theta, support, (x, y), args)) == pytest.approx(expected, rel=1e-10)
         seen.add(expected)
     assert len(seen) > 1
 
@@ -629,7 +648,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(ours, net):
 
     def scores(queries, transductive):
         args = make_args(ours, net, transductive=transductive)
-        return ours.score(make_theta(ours, net, args), support, (x[queries], y[queries]), args)
+        return ours.accuracy_or_error(make_theta(ours, net, args), support, (x[queries], y[queries]), args)
 
     for transductive in (False, True):
         together = scores(list(range(10)), transductive)
@@ -646,7 +665,7 @@ class Spy:
     """Tasks that keep what was drawn."""
 
     def __init__(self, tasks):
-        self.tasks, self.calls = tasks, []
+        self.tasks, self.calls, self.is_classification = tasks, [], tasks.is_classification
 
     def sample_tasks(self, num_tasks, generator, split="train"):
         drawn = self.tasks.sample_tasks(num_tasks, generator, split)
