@@ -36,7 +36,7 @@ from torch import Generator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark.rl2 import load  # noqa: E402
-from envs import TaskGiven, make  # noqa: E402
+from envs import TaskGiven, make, summarise  # noqa: E402
 
 RUNS, RESULTS, IMAGES = ROOT / "runs/curves", ROOT / "benchmark/results/curves", ROOT / "docs/images"
 STEPS = 10  # inner steps of the adaptation curve
@@ -319,7 +319,7 @@ def adapt(options: Options) -> None:
         if job.label == "multitask":
             starts["random"] = module.init_policy(envs, args.hidden_size, Generator().manual_seed(args.seed))
         for label, theta in starts.items():
-            stats = module.evaluate(envs, theta, replace(args, eval_steps=STEPS))[0]
+            stats = summarise(module.evaluate(envs, theta, replace(args, eval_steps=STEPS))[0])
             row = [stats[f"test/return_k{k}"] for k in range(STEPS + 1)]
             returns.setdefault(job.env, {}).setdefault(label, {})[job.seed] = row
             print(job, label, " ".join(f"{value:.4g}" for value in row), flush=True)

@@ -44,8 +44,9 @@ def returns(folder: Path, scales: tuple[float, ...], seed: int) -> tuple[list[fl
     tasks = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     for k in range(len(scales) + 1):
         batch = maml_trpo.collect(envs, tasks, params, args, generator)
-        sampled.append(float(batch.total.mean()))
-        means.append(float(maml_trpo.collect(envs, tasks, without_noise(params), args, generator).total.mean()))
+        still = maml_trpo.collect(envs, tasks, without_noise(params), args, generator)
+        sampled.append(float(batch.reward.sum(-1).mean()))
+        means.append(float(still.reward.sum(-1).mean()))
         params = maml_trpo.adapt(params, batch, args, scales[k]) if k < len(scales) else params
     return sampled, means
 

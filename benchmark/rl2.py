@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import classic_bandits, classic_mdps  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
-from envs import Trials, make  # noqa: E402
+from envs import Trials, make, records  # noqa: E402
 from envs.mouse_cheese import MOVES, SIDE, cheese, shortest_path, walls  # noqa: E402
 from envs.tabular_mdp import tables  # noqa: E402
 
@@ -54,7 +54,7 @@ def load(folder: Path):
         raise SystemExit(f"{folder} is no folder of a run: it has no checkpoint.pt")
     name = torch.load(folder / "checkpoint.pt", weights_only=True)["algorithm"]
     module = importlib.import_module(f"algos.{name}")
-    state = module.load_checkpoint(str(folder), name)
+    state = records.load_checkpoint(str(folder), name, module.Args)
     return module, state["args"], state
 
 

@@ -36,8 +36,8 @@ def test_steps_have_the_schedules_lengths_and_both_ways_of_playing_the_same_poli
 
     monkeypatch.setattr(maml_trpo, "collect", spy)
     sampled, means = study.returns(folder, (1, 0.5, 0.25), 7)
-    assert sampled == pytest.approx([float(batch.total.mean()) for _, batch in played[::2]])
-    assert means == pytest.approx([float(batch.total.mean()) for _, batch in played[1::2]])
+    assert sampled == pytest.approx([float(batch.reward.sum(-1).mean()) for _, batch in played[::2]])
+    assert means == pytest.approx([float(batch.reward.sum(-1).mean()) for _, batch in played[1::2]])
     assert len(sampled) == len(means) == 4
     _, args, _ = study.load(folder)
     for k, scale in enumerate((1, 0.5, 0.25)):

@@ -25,7 +25,8 @@ def small(ours, **kwargs):
 
 def episodes(batch, i: int) -> peer.Episodes:
     """A task's part of our batch."""
-    return peer.Episodes(batch.obs[i], batch.action[i], batch.log_prob[i], batch.advantage[i], batch.total[i])
+    total = batch.reward[i].sum(-1)
+    return peer.Episodes(batch.obs[i], batch.action[i], batch.log_prob[i], batch.advantage[i], total)
 
 
 def copy(theta: dict) -> dict:
@@ -43,17 +44,16 @@ def test_promp_updates_agree(inner_steps):
     args, worlds, theta, tasks, generator = small(promp, inner_steps=inner_steps, kl_coef=0.1, outer_lr=0.01, clip=0.05)
     params, batches = theta, []
     for _ in range(inner_steps):
-        batches.append(promp.sample(worlds, tasks, params, args, generator))
+        batches.append(promp.collect(worlds, tasks, params, args, generator))
         params = promp.lvc_step(params, batches[-1], args)
-    batches.append(promp.sample(worlds, tasks, params, args, generator))
+    batches.append(promp.collect(worlds, tasks, params, args, generator))
     new, own = {name: value.clone() for name, value in theta.items()}, copy(theta)
     stats = promp.meta_update(new, Adam(new.values(), 0.01), batches[:-1], batches[-1], args, args.kl_coef)
     assert stats["train/kl"] > 1e-6 < stats["train/clipped"]
     lists = [[episodes(batch, i) for batch in batches] for i in range(3)]
-    old, _ = promp.adaptation(theta, batches[:-1], args)
-    shape = -1, args.episodes_per_task, args.horizon
-    shared = [(mean.reshape(*shape, 6), std.expand(3, 1, 6)[:, :, None]) for mean, std in old]
-    policies = [[peer.gaussian(mean[i % len(mean)], std[i]) for mean, std in shared] for i in range(3)]
+    old, _ = promp.repeat_inner_steps(theta, batches[:-1], args)
+    shape = args.episodes_per_task, args.horizon, 6
+    policies = [[peer.gaussian(x.mean[i].reshape(*shape), x.stddev[i].reshape(*shape)) for x in old] for i in range(3)]
     peer.promp_update(own, Adam(own.values(), 0.01), lists, policies, args)
     assert_same_change(new, own, theta)
 
@@ -62,7 +62,7 @@ def test_reptile_steps_agree(monkeypatch):
     args, worlds, theta, tasks, generator = small(reptile_ppo, inner_steps=2, outer_lr=0.5, clip=0.05)
     params, batches = theta, []
     for _ in range(2):
-        batches.append(reptile_ppo.sample(worlds, tasks, params, args, generator))
+        batches.append(reptile_ppo.collect(worlds, tasks, params, args, generator))
         params = reptile_ppo.ppo_step(params, batches[-1], args)
     new = {name: value + 0.5 * (params[name].mean(0) - value) for name, value in theta.items()}
     given = iter([episodes(batch, i) for i in range(3) for batch in batches])
@@ -74,9 +74,9 @@ def test_reptile_steps_agree(monkeypatch):
 
 def test_multitask_updates_agree(monkeypatch):
     args, worlds, theta, tasks, generator = small(multitask_ppo, entropy_coef=0.1, clip=0.05, seed=5)
-    batch = multitask_ppo.sample(worlds, tasks, theta, args, generator)
+    batch = multitask_ppo.collect(worlds, tasks, theta, args, generator)
     new, own = {name: value.clone() for name, value in theta.items()}, copy(theta)
-    multitask_ppo.learn_all(new, Adam(new.values(), args.lr), batch, args, 1.0, Generator().manual_seed(5))
+    multitask_ppo.learn_all(worlds, new, Adam(new.values(), args.lr), batch, args, 1.0, Generator().manual_seed(5))
     given = iter([episodes(batch, i) for i in range(3)])
     monkeypatch.setattr(peer, "collect", lambda *_: next(given))
     peer.multitask_ppo(None, own, args)(tasks)

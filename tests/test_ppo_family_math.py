@@ -13,12 +13,11 @@ from torch.func import grad
 
 import envs as worlds
 from algos import maml_trpo, multitask_ppo, promp, reptile_ppo
-from envs import ScaleActions, TaskGiven
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from envs import ScaleActions, TaskGiven, records, summarise
+from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import E, N, T, central_differences, close, ref_log_prob, ref_policy
 from tests.test_promp_math import (
     SlowAdam,
-    as_episodes,
     clone,
     make_envs,
     make_theta,
@@ -36,7 +35,7 @@ both = pytest.mark.parametrize("ours", [reptile_ppo, multitask_ppo], ids=["repti
 def make_batch(ours, args, theta, seed=0, given=False):
     envs = TaskGiven(make_envs(args)) if given else make_envs(args)
     tasks = envs.unwrapped.sample_tasks(args.meta_batch_size, seeded(seed))
-    batch = ours.sample(envs, tasks, theta, args, seeded(seed))
+    batch = ours.collect(envs, tasks, theta, args, seeded(seed))
     assert 0.5 < batch.mask.mean() < 0.97  # some episodes end early
     return batch
 
@@ -83,7 +82,7 @@ def test_shared_parts_are_those_of_promp(ours):
     """Which tests/test_promp_math.py checks; in numbers, in case the text changes."""
     args = small_args(ours)
     theta, batch = nearby(make_theta(args)), make_batch(ours, args, make_theta(args))
-    assert type(batch).__name__ == "Rollouts"
+    assert type(batch).__name__ == "Episodes"
     expected = make_batch(promp, args, make_theta(args))
     for x, y in zip(batch, expected, strict=True):
         close(x, y, 1e-12)
@@ -125,10 +124,10 @@ def test_one_epoch_is_the_inner_step_of_maml_trpo(ours, estimator):
     theta = make_theta(args)
     first = make_batch(ours, args, theta)
     once = ours.ppo_step(theta, first, args)
-    close(flat(once), flat(maml_trpo.adapt(theta, as_episodes(first), reference)), 1e-12)
+    close(flat(once), flat(maml_trpo.adapt(theta, first, reference)), 1e-12)
     assert not torch.allclose(once["w0"][0], once["w0"][1])
     second = make_batch(ours, args, once, 1)  # from one policy per task
-    close(flat(ours.ppo_step(once, second, args)), flat(maml_trpo.adapt(once, as_episodes(second), reference)), 1e-12)
+    close(flat(ours.ppo_step(once, second, args)), flat(maml_trpo.adapt(once, second, reference)), 1e-12)
 
 
 @both
@@ -168,10 +167,11 @@ def test_several_epochs_against_central_differences(ours):
 def test_evaluate_adapts_by_whole_steps_and_leaves_theta(ours, monkeypatch):
     args = small_args(ours, inner_epochs=2)
     theta, envs, batches = make_theta(args), make_envs(args), []
-    before, sample = clone(theta), ours.sample
+    before, collect = clone(theta), ours.collect
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "sample", lambda *x: batches.append(sample(*x)) or batches[-1])
+        patch.setattr(ours, "collect", lambda *x: batches.append(collect(*x)) or batches[-1])
         stats, params = ours.evaluate(envs, theta, args)
+    stats = summarise(stats)
     assert len(batches) == args.eval_steps + 1 == 4
     assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], envs.sample_tasks(N, seeded(args.seed + 1), "test"))
     for i in range(N):
@@ -182,14 +182,14 @@ def test_evaluate_adapts_by_whole_steps_and_leaves_theta(ours, monkeypatch):
             close(replayed[runs], batch.log_prob[i][runs])
             expected = slow_ppo(expected, part(batch, i), args) if k < 3 else expected
         close(flat(part_of(params, i)), flat(expected))
-    returns = np.array([batch.total.mean(1).numpy() for batch in batches])  # [k, N]
+    returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
     assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
     assert all(torch.equal(theta[name], before[name]) for name in theta)
     torch.rand(7)  # the global generator has no part in it
-    assert ours.evaluate(envs, theta, args)[0] == stats
-    assert ours.evaluate(envs, theta, small_args(ours, inner_epochs=2, seed=9))[0] != stats
+    assert summarise(ours.evaluate(envs, theta, args)[0]) == stats
+    assert summarise(ours.evaluate(envs, theta, small_args(ours, inner_epochs=2, seed=9))[0]) != stats
 
 
 @both
@@ -199,7 +199,7 @@ def test_evaluation_leaves_training_alone(ours):
         envs, state = make_envs(args), begin(args)
         ours.train(envs, args, run, state)
         assert run.saved == [k for k in range(1, 5) if k % eval_every == 0]
-        return state, [stats for _, _, stats in run.logged], ours.evaluate(envs, state["theta"], args)[0]
+        return state, [stats for _, _, stats in run.logged], summarise(ours.evaluate(envs, state["theta"], args)[0])
 
     often, log, last = train(1)
     rarely, short_log, again = train(4)
@@ -246,8 +246,8 @@ def test_reptile_against_iterations_by_hand():
         steps += int(sum(batch.mask.sum() for batch in batches))
         assert env_steps == steps < iteration * 3 * N * E * T
         assert stats["train/change"] == pytest.approx(float(flat(change).norm()), rel=1e-6)
-        assert stats["train/return_pre"] == pytest.approx(float(batches[0].total.mean()), rel=1e-6)
-        assert stats["train/return_post"] == pytest.approx(float(batches[2].total.mean()), rel=1e-6)
+        assert stats["train/return_pre"] == pytest.approx(float(batches[0].reward.sum(-1).mean()), rel=1e-6)
+        assert stats["train/return_post"] == pytest.approx(float(batches[2].reward.sum(-1).mean()), rel=1e-6)
     close(flat(state["theta"]), flat(theta), 1e-7)
 
 
@@ -294,7 +294,7 @@ def test_one_step_of_adam_on_gain_and_entropy():
 
     close(flat(slope), central_differences(objective, flat(before)), 1e-8)
     optimizer = torch.optim.Adam(theta.values(), 123.0)
-    stats = multitask_ppo.learn_all(theta, optimizer, batch, args, 0.5, seeded(0))
+    stats = multitask_ppo.learn_all(ALONE, theta, optimizer, batch, args, 0.5, seeded(0))
     close(flat(theta), flat(SlowAdam().step(before, slope, 0.5 * 0.02)))
     close(-flat({name: value.grad for name, value in theta.items()}), flat(slope))  # Adam alone hides the length
     assert all(theta[name] is objects[name] and not theta[name].requires_grad for name in theta)
@@ -302,7 +302,7 @@ def test_one_step_of_adam_on_gain_and_entropy():
     assert abs(gain) > 1e-4
     policies = Normal(*ref_policy(before, batch.obs[0]))
     entropy = float(policies.entropy().sum(-1)[0, 0])
-    assert stats == pytest.approx({"train/gain": gain, "train/entropy": entropy})
+    assert summarise(stats) == pytest.approx({"train/gain": gain, "train/entropy": entropy})
 
 
 def test_more_entropy_is_a_larger_deviation():
@@ -310,7 +310,7 @@ def test_more_entropy_is_a_larger_deviation():
     theta = make_theta(args)
     batch, before = make_batch(multitask_ppo, args, theta), clone(theta)
     batch = batch._replace(advantage=0 * batch.advantage)
-    multitask_ppo.learn_all(theta, torch.optim.Adam(theta.values(), 1.0), batch, args, 1.0, seeded(0))
+    multitask_ppo.learn_all(ALONE, theta, torch.optim.Adam(theta.values(), 1.0), batch, args, 1.0, seeded(0))
     close(theta["log_std"], before["log_std"] + 0.02, 1e-6)
     assert all(torch.equal(theta[name], before[name]) for name in theta if name != "log_std")
 
@@ -320,20 +320,20 @@ def test_every_episode_is_in_one_part_of_every_epoch(minibatches, monkeypatch):
     args, parts = multitask_args(epochs=3, minibatches=minibatches), []
     theta, gain = make_theta(args), multitask_ppo.clipped_gain
     batch = make_batch(multitask_ppo, args, theta)
-    batch = batch._replace(total=torch.arange(12.0).view(N, E))  # names the episodes
+    batch = batch._replace(std=torch.arange(12.0).view(N, E))  # names the episodes
     monkeypatch.setattr(multitask_ppo, "clipped_gain", lambda *x: parts.append(x[1]) or gain(*x))
-    multitask_ppo.learn_all(theta, torch.optim.Adam(theta.values(), 1.0), batch, args, 1.0, seeded(0))
+    multitask_ppo.learn_all(ALONE, theta, torch.optim.Adam(theta.values(), 1.0), batch, args, 1.0, seeded(0))
     assert len(parts) == 3 * minibatches
     epochs = []
     for epoch in range(3):
-        names = [x.total.long().tolist() for x in parts[epoch * minibatches : (epoch + 1) * minibatches]]
+        names = [x.std.long().tolist() for x in parts[epoch * minibatches : (epoch + 1) * minibatches]]
         assert {len(x) for x in names} <= {12 // minibatches, -(-12 // minibatches)}
         epochs.append([name for minibatch in names for name in minibatch])
         assert sorted(epochs[-1]) == list(range(12))
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != list(range(12))
     for minibatch in parts:  # each with its own data
-        for row, name in enumerate(minibatch.total.long().tolist()):
+        for row, name in enumerate(minibatch.std.long().tolist()):
             episode = part(part(batch, name // E), name % E)
             assert all(torch.equal(x, y) for x, y in zip(part(minibatch, row), episode, strict=True))
 
@@ -356,7 +356,7 @@ def test_training_against_iterations_by_hand():
         assert env_steps == steps < iteration * N * E * T
         assert stats["train/gain"] == pytest.approx(float(gain), rel=1e-5)
         assert stats["train/return_pre"] == stats["train/return_post"]
-        assert stats["train/return_pre"] == pytest.approx(float(batch.total.mean()), rel=1e-6)
+        assert stats["train/return_pre"] == pytest.approx(float(batch.reward.sum(-1).mean()), rel=1e-6)
         assert any(beyond for _, beyond in slow_clipped(theta, minibatch, args.clip)[1])
     close(flat(state["theta"]), flat(theta), 1e-6)
 
@@ -367,6 +367,7 @@ def test_random_is_the_evaluation_of_the_initial_parameters():
     multitask_ppo.train(envs, args, run, begin(args))
     expected, _ = multitask_ppo.evaluate(envs, make_theta(args), args)
     first, *others = (stats for _, _, stats in run.logged)
+    expected = summarise(expected)
     random = {name: value for name, value in first.items() if name.startswith("random/")}
     assert random == {name.replace("test/", "random/"): value for name, value in expected.items()}
     assert {f"random/return_k{k}" for k in range(4)} < set(random)
@@ -383,12 +384,12 @@ def test_a_policy_that_is_given_the_task_sees_it():
     theta = multitask_ppo.init_policy(envs, 3, seeded(0))
     assert theta["w0"].shape == (2 + 2, 3)
     tasks = envs.unwrapped.sample_tasks(N, seeded(0))
-    batch = multitask_ppo.sample(envs, tasks, theta, args, seeded(0))
+    batch = multitask_ppo.collect(envs, tasks, theta, args, seeded(0))
     assert torch.equal(batch.obs[..., 2:], tasks[:, None, None].expand(N, E, T, 2))
     state = begin(args, theta=clone(theta))
     multitask_ppo.train(envs, args, run, state)
     assert state["theta"]["w0"].sub(theta["w0"]).abs().min() > 1e-6  # of the task's columns, too
-    other = multitask_ppo.sample(envs, tasks.flip(0), theta, args, seeded(0))
+    other = multitask_ppo.collect(envs, tasks.flip(0), theta, args, seeded(0))
     assert not torch.allclose(other.action[:, :, 0], batch.action[:, :, 0])
 
 
@@ -396,7 +397,7 @@ def test_a_policy_that_is_given_the_task_sees_it():
 def test_main_gives_the_task_if_asked(given, monkeypatch):
     seen = []
     monkeypatch.setattr(multitask_ppo, "Run", lambda *_: SimpleNamespace(bar=SimpleNamespace(write=print), folder=None))
-    monkeypatch.setattr(worlds, "learning_curve", lambda folder: "")
+    monkeypatch.setattr(records, "learning_curve", lambda folder: "")
     monkeypatch.setattr(multitask_ppo, "train", lambda envs, args, run, state: seen.append((envs, state)))
     flags = ["--env-id", "Navigation2D-v0", "--meta-batch-size", "2", "--episodes-per-task", "2", "--action-scale", "3"]
     multitask_ppo.main([*flags, *(["--task-given"] if given else [])])

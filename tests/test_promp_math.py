@@ -14,6 +14,7 @@ from torch.func import grad
 
 from algos import maml_trpo
 from algos import promp as ours
+from envs import summarise
 from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import (
     BANDIT,
@@ -84,19 +85,14 @@ def clone(params):
     return {name: value.clone() for name, value in params.items()}
 
 
-def as_episodes(batch):
-    """What algos/maml_trpo.py calls the same data; only its other estimators read the two fields in between."""
-    return maml_trpo.Episodes(*batch[:-1], torch.zeros(1).expand_as(batch.mask), batch.mask, batch.total)
-
-
 def make_batches(args, theta, seed=0):
     """The supports of all inner steps, and the query, as in training."""
     envs, generator = make_envs(args), seeded(seed)
     tasks, params, batches = envs.sample_tasks(N, generator), theta, []
     for _ in range(args.inner_steps):
-        batches.append(ours.sample(envs, tasks, params, args, generator))
+        batches.append(ours.collect(envs, tasks, params, args, generator))
         params = ours.lvc_step(params, batches[-1], args)
-    batches.append(ours.sample(envs, tasks, params, args, generator))
+    batches.append(ours.collect(envs, tasks, params, args, generator))
     for batch in batches:  # some episodes end early, most steps count, and tasks differ in how many do
         assert 0.5 < batch.mask.mean() < 0.97
         assert len(batch.mask.sum((1, 2)).unique()) > 1
@@ -110,7 +106,7 @@ def make_batches(args, theta, seed=0):
 
 def slow_step(theta, batch, args, scale=1.0, create_graph=False):
     """One inner step of one task."""
-    lvc = SimpleNamespace(estimator="lvc", inner_lr=args.inner_lr)
+    lvc = SimpleNamespace(estimator="lvc", inner_lr=args.inner_lr, gamma=args.gamma)
     return ref_adapt(theta, batch, lvc, scale, create_graph)
 
 
@@ -211,7 +207,7 @@ def test_a_sample_is_that_of_maml_trpo():
     args = make_args()
     theta, envs = make_theta(args), make_envs(args)
     tasks = envs.sample_tasks(N, seeded(0))
-    batch = ours.sample(envs, tasks, theta, args, seeded(1))
+    batch = ours.collect(envs, tasks, theta, args, seeded(1))
     expected = maml_trpo.collect(envs, tasks, theta, args, seeded(1))
     assert 0 < batch.mask.mean() < 1
     for name, value in batch._asdict().items():
@@ -258,7 +254,7 @@ def test_inner_step_equals_that_of_maml_trpo():
     once, twice = ours.lvc_step(theta, support, args), theta
     once = ours.lvc_step(once, query, args, 0.5)
     for batch, scale in ((support, 1.0), (query, 0.5)):
-        twice = maml_trpo.adapt(twice, as_episodes(batch), reference, scale)
+        twice = maml_trpo.adapt(twice, batch, reference, scale)
     close(flat(once), flat(twice), 1e-12)
 
 
@@ -281,18 +277,18 @@ def test_step_mean():
 
 
 @steps_of_training
-def test_adaptation_lists_the_policies_on_the_supports(inner_steps):
+def test_repeated_inner_steps_list_the_policies_on_the_supports(inner_steps):
     args = make_args(inner_steps=inner_steps)
     theta = make_theta(args)
     supports, _ = make_batches(args, theta)
-    policies, params = ours.adaptation(theta, supports, args)
+    policies, params = ours.repeat_inner_steps(theta, supports, args)
     assert len(policies) == inner_steps
     for i in range(N):
         expected = theta
-        for (mean, std), support in zip(policies, supports, strict=True):
-            close(mean[i].view(E, T, -1), ref_policy(expected, support.obs[i])[0].detach())
-            spread = std.expand(N, 1, -1)[i, 0]  # before the first step one for all tasks
-            close(spread, expected["log_std"].exp().detach())
+        for policy, support in zip(policies, supports, strict=True):
+            close(policy.mean[i].view(E, T, -1), ref_policy(expected, support.obs[i])[0].detach())
+            spread = expected["log_std"].exp().detach()
+            close(policy.stddev[i], spread.expand_as(policy.stddev[i]))
             expected = slow_step(expected, part(support, i), args)
         for name, value in expected.items():
             close(params[name][i], value.detach())
@@ -332,7 +328,7 @@ def test_gradient_against_central_differences(inner_steps, epoch, detached_inner
     args = make_args(inner_steps=inner_steps)
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
-    old, _ = ours.adaptation(sampled_from, supports, args)
+    old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
     theta, kl_coef = (sampled_from, 0.0) if epoch == "first" else (nearby(sampled_from), 2.0)
 
     def objective(vector):
@@ -354,13 +350,12 @@ def test_gradient_equals_the_meta_gradient_of_maml_trpo(inner_steps, detached_in
     args = make_args(inner_steps=inner_steps)
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
-    old, _ = ours.adaptation(sampled_from, supports, args)
+    old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
     reference = maml_trpo.Args(estimator="lvc", inner_lr=args.inner_lr)
-    episodes = [as_episodes(batch) for batch in (*supports, query)]
     for theta, args.clip in ((sampled_from, 0.05), (nearby(sampled_from), 1.0)):
 
         def objective(vector, theta=theta):
-            J_N, *_ = maml_trpo.adapted_policies(unflatten(vector, theta), episodes[:-1], episodes[-1], reference)
+            J_N, _ = maml_trpo.surrogate(unflatten(vector, theta), supports, query, reference)
             return J_N.mean()
 
         expected = grad(objective)(flat(theta))
@@ -394,14 +389,14 @@ def test_golden_meta_gradient(tasks, theta, alpha, expected, baseline, monkeypat
     scale = tasks[0].reward.numel()  # undoes the means over steps
 
     def batch(episodes):
-        fields = [{name: getattr(x, name) for name in ours.Rollouts._fields} for x in episodes]
-        return ours.Rollouts(**{name: torch.stack([x[name] for x in fields]) for name in ours.Rollouts._fields})
+        fields = [{name: getattr(x, name) for name in ours.Episodes._fields} for x in episodes]
+        return ours.Episodes(**{name: torch.stack([x[name] for x in fields]) for name in ours.Episodes._fields})
 
     adapted = [theta + alpha * grad(mdp.expected_return)(theta) for mdp in tasks]
     support = batch([weighted(mdp, theta, baseline) for mdp in tasks])
     query = batch([mdp.episodes(x, 0.0, mdp.prob(x) * scale) for mdp, x in zip(tasks, adapted, strict=True)])
     args = ours.Args(inner_lr=alpha * scale)
-    old, params = ours.adaptation({"b0": theta.flatten()}, [support], args)
+    old, params = ours.repeat_inner_steps({"b0": theta.flatten()}, [support], args)
     close(params["b0"], torch.stack(adapted).flatten(1))
     actual = objective_gradient({"b0": theta.flatten()}, old, [support], query, args, 0.0)
     close(actual.view(shape), torch.tensor(expected))
@@ -411,7 +406,7 @@ def test_clipping_against_a_loop_over_steps():
     args = make_args()
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
-    old, _ = ours.adaptation(sampled_from, supports, args)
+    old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
     theta, means, shares, seen = nearby(sampled_from), [], [], set()
     for i in range(N):
         params = slow_step(theta, part(supports[0], i), args)
@@ -430,7 +425,7 @@ def test_a_step_beyond_the_clip_gains_nothing_more():
     args = make_args(clip=0.2)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    old, _ = ours.adaptation(theta, supports, args)
+    old, _ = ours.repeat_inner_steps(theta, supports, args)
     mask = torch.zeros_like(query.mask)
     mask[:, 0, 0] = 1
     for advantage, ratio, expected in [
@@ -448,7 +443,7 @@ def test_penalty_against_torch_distributions(inner_steps):
     args = make_args(inner_steps=inner_steps)
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
-    old, _ = ours.adaptation(sampled_from, supports, args)
+    old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
     theta, expected, swapped = nearby(sampled_from), 0.0, 0.0
     for i in range(N):
         before, after = sampled_from, theta
@@ -471,7 +466,7 @@ def test_no_penalty_and_no_pull_at_the_old_parameters(inner_steps):
     args = make_args(inner_steps=inner_steps)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    old, _ = ours.adaptation(theta, supports, args)
+    old, _ = ours.repeat_inner_steps(theta, supports, args)
     assert abs(float(ours.promp_objective(theta, old, supports, query, args, 1.0)[1]["kl"])) < 1e-14
     without, with_it = (objective_gradient(theta, old, supports, query, args, eta) for eta in (0.0, 100.0))
     close(with_it, without, 1e-11)
@@ -580,8 +575,8 @@ def test_training_against_iterations_by_hand():
         steps += int(sum(batch.mask.sum() for batch in batches))
         kl = float(slow_parts(theta, old, batches[:-1], batches[-1], args)[1].detach())
         assert env_steps == steps < iteration * 3 * N * E * T
-        assert stats["train/return_pre"] == pytest.approx(float(batches[0].total.mean()), rel=1e-6)
-        assert stats["train/return_post"] == pytest.approx(float(batches[2].total.mean()), rel=1e-6)
+        assert stats["train/return_pre"] == pytest.approx(float(batches[0].reward.sum(-1).mean()), rel=1e-6)
+        assert stats["train/return_post"] == pytest.approx(float(batches[2].reward.sum(-1).mean()), rel=1e-6)
         assert stats["train/kl"] == pytest.approx(kl, rel=1e-5)
         assert stats["train/kl_coef"] == kl_coef
         kl_coef *= 2
@@ -647,8 +642,8 @@ def test_without_a_target_eta_is_the_flag_in_a_resumed_run_too():
 def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
     args = make_args()
     theta, envs, batches = make_theta(args), make_envs(args), []
-    sample = ours.sample
-    monkeypatch.setattr(ours, "sample", lambda *x: batches.append(sample(*x)) or batches[-1])
+    collect = ours.collect
+    monkeypatch.setattr(ours, "collect", lambda *x: batches.append(collect(*x)) or batches[-1])
     stats, params = ours.evaluate(envs, theta, args)
     assert len(batches) == 4
     assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], envs.sample_tasks(N, seeded(args.seed + 1), "test"))
@@ -661,10 +656,10 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
             expected = slow_step(expected, part(batches[k], i), args, scale)
         for name, value in expected.items():
             close(params[name][i], value.detach())
-    returns = np.array([batch.total.mean(1).numpy() for batch in batches])  # [k, N]
+    returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
-    assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
+    assert summarise(stats) == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
 
 
 def test_evaluation_is_repeatable_and_leaves_training_alone():
@@ -673,7 +668,7 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
         envs, state = make_envs(args), begin(args)
         ours.train(envs, args, run, state)
         assert run.saved == [k for k in range(1, 5) if k % eval_every == 0]
-        return state, [stats for _, _, stats in run.logged], ours.evaluate(envs, state["theta"], args)[0]
+        return state, [stats for _, _, stats in run.logged], summarise(ours.evaluate(envs, state["theta"], args)[0])
 
     often, log, last = train(1)
     torch.rand(7)  # the global generator has no part in it
@@ -685,7 +680,7 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
     assert last == again
     assert last == {name: x for name, x in log[-1].items() if name in last}
     args = make_args(seed=9)
-    assert ours.evaluate(make_envs(args), often["theta"], args)[0] != last
+    assert summarise(ours.evaluate(make_envs(args), often["theta"], args)[0]) != last
 
 
 def test_initial_policy():
