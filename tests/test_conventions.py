@@ -2,9 +2,11 @@
 
 import ast
 import difflib
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,16 @@ from tools.sync import sources, sync
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "algos").glob("*.py"))
-RECORDS = ("Run", "load_checkpoint")  # the block that every file repeats
 SUPERVISED = ("maml", "fomaml", "reptile")
-LONGEST = {"rl2_transformer_ppo": 495, "mbmpo": 480}  # lines: two encoders, each with a cache; models beside TRPO
+LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 450 for those that are not named here
+LONGEST |= {"maml_trpo": 495}  # four inner estimators, TRPO
+LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 495}  # two encoders, each with a cache; models beside TRPO
+LONGEST |= {"pearl_sac": 495, "lirpg": 495}  # three networks and their losses; an update that is differentiated
+COLUMNS = 110  # of a line in algos/
+DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
+PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
+GRADIENTS = {"grad", "grad_and_value", "vjp"}
+AVERAGES = {"exploration_credit"}  # beside what takes a gradient: E-MAML's weight, a factor of its gradient
 HEADINGS = ("Paper", "Run", "Result", "Algorithm", "Symbols", "Shapes", "Differs")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -51,15 +60,113 @@ def test_the_tag_checker_can_fail():
 @each_file
 def test_sizes(path):
     lines = path.read_text().splitlines()
-    assert len(lines) < (330 if path.stem in SUPERVISED else LONGEST.get(path.stem, 450))
+    assert len(lines) <= LONGEST.get(path.stem, 450)
     longest = {
         node.name: node.end_lineno - node.lineno + 1
         for node in ast.walk(parse(path))
         if hasattr(node, "args") and hasattr(node, "name")
     }
     assert max(longest.values()) <= 50, longest
-    nodes = [node for node in parse(path).body if getattr(node, "name", None) in RECORDS]
-    assert max(node.end_lineno for node in nodes) - min(node.lineno for node in nodes) + 1 < 90
+    (run,) = (node for node in parse(path).body if getattr(node, "name", None) == "Run")
+    assert run.end_lineno - run.lineno + 1 < 50
+
+
+def too_long(text: str, columns: int, allowed: str = "") -> list[str]:
+    return [line for line in text.splitlines() if len(line) > columns and not (allowed and re.search(allowed, line))]
+
+
+@each_file
+def test_lines_are_short(path):
+    assert too_long(path.read_text(), COLUMNS) == []
+
+
+def test_lines_of_the_documentation_are_short():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert too_long(path.read_text(), DOC_COLUMNS, r"^\s*\||https?://") == [], path.name
+
+
+def test_long_lines_are_found():
+    text = f"{'x' * 111}\n| {'a row ' * 20}|\n{'word ' * 25}\n"
+    assert len(too_long(text, COLUMNS)) == 3
+    assert too_long(text, DOC_COLUMNS, r"^\s*\|") == ["word " * 25]
+
+
+def algorithm_part(text: str) -> str:
+    """What lies between the imports and `train`."""
+    body = ast.parse(text).body
+    (train,) = (node.lineno for node in body if getattr(node, "name", "") == "train")
+    imports = max(node.end_lineno for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+    return "\n".join(text.split("\n")[imports : train - 1])
+
+
+def about_processes(text: str) -> set[str]:
+    """Names of the algorithm's part that speak of several processes."""
+    tokens = tokenize.generate_tokens(io.StringIO(algorithm_part(text)).readline)
+    return PROCESSES & {token.string for token in tokens if token.type == tokenize.NAME}
+
+
+def averaging(text: str) -> set[str]:
+    """Functions of the algorithm's part that average over processes where no gradient is taken."""
+    found = set()
+    for node in ast.parse(algorithm_part(text)).body:
+        names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+        names |= {x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)}
+        if "average" in names and not names & GRADIENTS:
+            found.add(node.name)
+    return found - AVERAGES
+
+
+@each_file
+def test_the_algorithm_does_not_speak_of_processes(path):
+    text = path.read_text()
+    assert about_processes(text) == set()
+    assert averaging(text) == set()
+    order = [node.name for node in parse(path).body if hasattr(node, "name")]
+    assert order[-1] == "main"
+    assert set(order[order.index("train") + 1 :]) <= {"average", "whole", "Run", "main"}
+
+
+def test_words_of_processes_are_found():
+    text = 'import x\n\ndef f(envs):\n    """Of gather."""\n    return {}\n\ndef train():\n    return envs.gather(1)\n'
+    assert about_processes(text.format("1  # share")) == set()
+    assert about_processes(text.format("envs.unwrapped.gather(2)")) == {"gather"}
+    assert about_processes(text.format("dist.get_world_size()")) == {"dist", "get_world_size"}
+    assert averaging(text.format("average(1)")) == {"f"}
+    assert averaging(text.format("average(torch.autograd.grad(1))")) == set()
+
+
+def dense(text: str) -> list[str]:
+    """Calls that are hard to follow: unnamed booleans, assignments inside, fields of named tuples by position."""
+    tree = ast.parse(text)
+    tuples = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "NamedTuple" for base in node.bases)
+    }
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        where = f"line {call.lineno}: {ast.unparse(call)[:60]}"
+        if any(isinstance(x, ast.Constant) and isinstance(x.value, bool) for x in call.args):
+            found.append(f"unnamed boolean, {where}")
+        inside = [x for part in (*call.args, *call.keywords) for x in ast.walk(part)]
+        if any(isinstance(x, ast.NamedExpr) for x in inside):
+            found.append(f"assignment in a call, {where}")
+        mapped = len(call.args) == 1 and isinstance(call.args[0], ast.Starred)  # the same for every field
+        if getattr(call.func, "id", "") in tuples and call.args and not mapped:
+            found.append(f"fields by position, {where}")
+    return found
+
+
+@each_file
+def test_calls_can_be_followed(path):
+    assert dense(path.read_text()) == []
+
+
+def test_dense_calls_are_found():
+    text = "class T(NamedTuple):\n    a: int\n    b: int\n\nx = {}\n"
+    assert dense(text.format("f(1, flag=True) + T(a=1, b=2) + T(*(y for y in z))")) == []
+    for wrong in ("f(1, True)", "f((y := 2))", "f(a=(y := 2))", "T(1, 2)", "T(1, b=2)", "T(*x, *y)"):
+        assert len(dense(text.format(wrong))) == 1, wrong
 
 
 @each_file
@@ -117,7 +224,7 @@ def test_same_name_same_source():
 def test_the_difference_of_siblings_is_the_algorithm():
     def code(name):
         text = (ROOT / f"algos/{name}.py").read_text()
-        return text[text.index("import io") :].splitlines()
+        return text[text.index("\nimport ") :].splitlines()
 
     for other, most in (("fomaml", 20), ("reptile", 60)):
         changes = [line[2:] for line in difflib.ndiff(code("maml"), code(other)) if line[0] == "+"]
@@ -171,7 +278,7 @@ def test_functions_named_in_the_documentation_exist():
 
 # ---------------------------------------------------------------- shapes
 
-SIZES = {"N": 5, "E": 3, "T": 7, "O": 13, "A": 2, "P": 11, "B": 21, "F": 30, "1": 1}  # B = E T, F = 2 O + 4
+SIZES = {"N": 5, "E": 3, "T": 7, "O": 13, "A": 2, "P": 11, "B": 21, "F": 30, "Y": 4, "1": 1}  # B = E T
 SUPERVISED_SIZES = {"N": 5, "B": 3, "X": 13, "Y": 2, "K": 4, "1": 1}  # K = eval_steps + 1
 
 
@@ -355,8 +462,9 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
                         wrong.add(f"{frame.f_code.co_name}: {name} is {tuple(value.shape)}")
 
     class Quiet:
-        stopping = False
         log = save = staticmethod(lambda *_: None)
+        should_stop = staticmethod(lambda: False)
+        stopping = False
 
     for encoder in getattr(traced, "ENCODERS", ["none"]):
         generator = torch.Generator().manual_seed(0)
@@ -393,7 +501,7 @@ def test_every_suffix_is_true(path, tmp_path):
     wrong, checked = wrong_suffixes(path.read_text(), tmp_path)
     assert wrong == set()
     if path.stem in SUPERVISED:
-        assert {"x_BX", "y_BY", "output_BY", "score_NK"} <= checked
+        assert {"x_BX", "y_BY", "output_BY", "result_NK"} <= checked
     elif path.stem == "pearl_sac":
         assert {"rows_NTV", "noise_TNA", "uniform_NB", "context_NSI", "precision_NSZ", "z_NBZ", "obs_NBO"} <= checked
     elif path.stem == "meta_critic":
@@ -411,11 +519,11 @@ def test_every_suffix_is_true(path, tmp_path):
     if path.stem == "mbmpo":
         assert {"x_MI", "y_MO", "order_NM", "train_NR", "valid_NV", "error_N", "return_NE", "J_N"} <= checked
     if path.stem == "maml_trpo":
-        assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETK", "vector_W", "J_N"} <= checked
+        assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETY", "vector_W", "J_N"} <= checked
 
 
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
-FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "score_NK", "score_KN")]
+FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "result_NK", "result_KN")]
 FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "rows_NTV", "rows_NTI"), ("rl2_ppo", "x_NSI", "x_SNI")]
 FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]
 FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP", "tasks_NO")]
