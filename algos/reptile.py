@@ -11,9 +11,9 @@ Algorithm:
     [2]     phi_i = U^k(theta): k steps of SGD, or of Adam with beta1 = 0, one on each minibatch
     [3]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
     [4]     now and then: result on held-out tasks after 0, 1, .. inner steps
-Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, epsilon = outer_lr; L: mean squared error, cross-entropy.
-    With SGD, theta - phi_i is alpha times the sum of the gradients on the way. For k = 1 that is joint training;
-    for k > 1 it also makes the gradients of a task's minibatches alike (section 5), as MAML does by Hessians.
+Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, epsilon = outer_lr; L: mean squared error or
+    cross-entropy. With SGD, theta - phi_i is alpha times the sum of the gradients on the way. For k = 1 that is
+    joint training; for k > 1 it also makes the gradients of a task's minibatches alike (section 5), as MAML does.
 Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, X inputs, Y outputs, K counts of inner
     steps, from 0. Entries of parameter dicts gain N by adaptation; inside vmap functions see one task, no N.
 Differs from the paper: Adam's second moment is new for each task (its code keeps it); a minibatch of images
