@@ -1,52 +1,48 @@
-"""PEARL: soft actor-critic that knows the task by a guess, inferred from the transitions seen so far.
+"""PEARL: soft actor-critic that is told the task by a latent vector z, inferred from what it has seen.
 
 Paper: Rakelly et al. 2019, arXiv:1903.08254, Algorithms 1 and 2. SAC: 1801.01290, 1812.05905.
-Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0     (--help explains every flag; --cuda uses the GPU)
-Result: HalfCheetahVel3, unseen targets, episodes 1, 2, 3: -193, -55, -63 after 294 k steps (paper's curve: about -50 at
-    1 M); SparseNavigation2D, episodes 1 and 20: 1.8 and 8.6; docs/pearl_sac.md
+Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0   (--help explains every flag; --cuda: on the GPU)
+Result: HalfCheetahVel3, held-out targets, episodes 1, 2, 3: -193, -55, -63 after 294 k steps (paper's curve:
+    about -50 at 1 M); SparseNavigation2D, episodes 1 and 20: 1.8 and 8.6; docs/pearl_sac.md
 Algorithm:
-    [1] draw M training tasks; some episodes of each, with z from the prior N(0, 1), fill its replay and its context
-    [2] repeat: empty the contexts of N tasks and play episodes of them, which go into replay and context,
-    [3]         at first with z from the prior, then with z ~ q(z|c), c a sample of the task's context
-    [4]     many times: of N tasks, B transitions (s, a, r, s') of the replay and a sample c of the context
+    [1] draw M training tasks; play episodes of each, z from the prior N(0, 1), into its replay and context
+    [2] repeat: empty the contexts of N tasks; play episodes of each, which go into replay and context, too,
+    [3]         the first with z from the prior, the others with z ~ q(z|c), c drawn from the task's context
+    [4]     many times: of N tasks, draw a batch (s, a, r, s') from the replay, and c from the context
     [5]         z ~ q(z|c), the product of a Gaussian for each transition of c
-    [6]         L_Q = (Q(s, a, z) - r - gamma (min Q'(s', a', z) - alpha log pi(a'|s', z)))^2 for both critics, a' ~ pi
-    [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi; z is data, the critics' weights too
-    [8]         one step of Adam on L_Q + L_pi + beta KL(q(z|c) || N(0, 1)); only L_Q and KL move the encoder
-    [9]         the targets Q' follow Q slowly
-    [10]    now and then: returns of episodes 1, 2, .. with held-out tasks, each z ~ q(z|all transitions before it)
-Symbols: theta = encoder, policy, critics q1 and q2; Q' = target; alpha = entropy_coef, or learned; beta = kl_weight;
-    r in [6] = reward_scale times the reward, or the dense one; recent = the tasks' contexts.
-Shapes: a suffix names a tensor's axes (rows_NTV): N tasks of a batch, M training tasks, R stored transitions, V numbers
-    of one, S transitions of a context, I what the encoder sees of one, B transitions of a batch, T steps, Z latent, O
-    observation, A action, P task vector.
-Differs from the paper: many tasks collect at once, an episode each; all recent episodes are context (its code leaves
-    those of the posterior out for some environments). From its code: next actions and target critics for a value
-    network, one step on all losses for one after the other, one size of layers, no penalty on the policy's outputs.
+    [6]         L_Q = (Q(s, a, z) - r - gamma (min Q'(s', a', z) - alpha log pi(a'|s', z)))^2, a' ~ pi
+    [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi
+    [8]         one step of Adam on L_Q + L_pi + beta KL(q(z|c) || N(0, 1))
+    [9]         the target critics Q' follow the critics Q slowly
+    [10]    now and then: returns of episodes 1, 2, .. of held-out tasks, z ~ q(z|all transitions before)
+    L_Q moves the critics and, through z, the encoder; L_pi only the policy; the KL only the encoder.
+Symbols: theta = encoder, policy, critics q1 and q2 (min: the smaller Q); Q' = target; the contexts = recent;
+    alpha = entropy_coef, or learned; beta = kl_weight; r of [6] = reward_scale * training_reward
+Shapes: a suffix names a tensor's axes (obs_NBO): N tasks at once (those played, or those of an update), M
+    training tasks, R transitions stored of each, B those of a batch, S of a context, T steps, O observation,
+    A action, P task vector, Z latent, I what the encoder sees of a transition, C the two critics.
+Differs from the paper: many tasks collect at once, an episode each; all recent episodes are context (its code
+    leaves out those of the posterior in some environments). From its code: SAC without a value network, one
+    step on the sum of all losses, one size of layers, no penalty on the policy's outputs.
 """
 
-import io
-import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
-from torch.func import grad
 from torch.nn import functional
 
 Params = dict[str, Tensor]
-Buffer = dict[str, Tensor]  # rows [M, R, V]: obs, action, reward, next obs, reward to train on, ended early; count [M]
-MOVED = "theta", "target", "replay", "recent"  # what train() keeps on the device
+Buffer = dict[str, Tensor]  # of M tasks: the fields of Transitions [M, R, ..], and count [M]
+PARTS = ("theta", "target", "replay", "recent")  # of the state: dicts of tensors, which live on the device
 
 
 @dataclass
@@ -78,7 +74,7 @@ class Args:
     context_size: int = 64
     """transitions in a training context (S); the paper's code: 64 to 1024, 100 for HalfCheetahVel"""
     latent_size: int = 5
-    """dimensions of z; 5 in the paper"""
+    """dimensions of z (Z); 5 in the paper"""
     hidden_size: int = 128
     """units of each of three ReLU layers of all networks; in the paper 300, of the encoder 200"""
     replay_size: int = 10_000
@@ -110,9 +106,9 @@ class Args:
     cuda: bool = False
     """networks and buffers on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     compile: bool = False
-    """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); the first update takes up to a minute"""
+    """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); takes a minute at first"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -130,70 +126,61 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
 
 
-def init_buffer(tasks: int, size: int, width: int) -> Buffer:
-    """Room for the last R = size transitions of each of M tasks; count: all that were ever stored."""
-    return {"rows": torch.zeros(tasks, size, width), "count": torch.zeros(tasks, dtype=torch.int64)}
+class Transitions(NamedTuple):
+    """Steps of N tasks: the T of an episode each, or B of a batch, or S of a context."""
 
-
-def store(buffer: Buffer, index_N: Tensor, rows_NTV: Tensor, mask_NT: Tensor) -> None:
-    """Those transitions of N different tasks that mask marks, in place of the oldest."""
-    place_NT = (buffer["count"][index_N, None] + mask_NT.cumsum(1).long() - 1) % buffer["rows"].shape[1]
-    kept_NT = mask_NT > 0
-    buffer["rows"][index_N[:, None].expand_as(kept_NT)[kept_NT], place_NT[kept_NT]] = rows_NTV[kept_NT]
-    buffer["count"][index_N] += kept_NT.sum(1)
-
-
-def draw(buffer: Buffer, index_N: Tensor, size: int, generator: Generator) -> Tensor:
-    """Transitions [N, size, V] of these tasks, with replacement."""
-    stored_N1 = buffer["count"][index_N, None].clamp_max(buffer["rows"].shape[1])
-    uniform_NB = torch.rand(len(index_N), size, generator=generator, device=generator.device).to(index_N.device)
-    return buffer["rows"][index_N[:, None], (uniform_NB * stored_N1).long()]
+    obs: Tensor  # [N, T, O]
+    action: Tensor  # [N, T, A]
+    reward: Tensor  # [N, T] that the encoder sees, and that returns are made of
+    next_obs: Tensor  # [N, T, O]
+    training_reward: Tensor  # [N, T] that the critics learn: the reward, or the dense one (--dense-training)
+    ended: Tensor  # [N, T] 1 if the episode ended early with this step; the horizon is no end
+    mask: Tensor  # [N, T] 1 while the episode runs, 0 after an early end
 
 
 def init_networks(envs, args: Args, generator: Generator) -> Params:
-    """theta: encoder, policy and critics, each of three layers of ReLUs and a last one whose outputs are near 0."""
-    (obs,), (A,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    H, Z, theta = args.hidden_size, args.latent_size, {}
-    critic = (obs + A + Z, H, H, H, 1)
-    sizes = {"encoder": (obs + A + 1 + obs * args.next_obs, H, H, H, 2 * Z), "policy": (obs + Z, H, H, H, 2 * A)}
-    for part, widths in (sizes | {"q1": critic, "q2": critic}).items():
+    """theta: encoder, policy and critics, each of three ReLU layers and a last one with outputs near 0."""
+    (obs_size,) = envs.single_observation_space.shape
+    (action_size,) = envs.single_action_space.shape
+    hidden = [args.hidden_size] * 3
+    encoder = [obs_size + action_size + 1 + obs_size * args.next_obs, *hidden, 2 * args.latent_size]
+    policy = [obs_size + args.latent_size, *hidden, 2 * action_size]
+    critic = [obs_size + action_size + args.latent_size, *hidden, 1]
+    sizes = {"encoder": encoder, "policy": policy, "q1": critic, "q2": critic}
+    theta = {}
+    for part, widths in sizes.items():
         for i, (n, m) in enumerate(pairwise(widths)):
             bound = 1 / math.sqrt(n) if i < 3 else 3e-3
             theta[f"{part}_w{i}"] = bound * (2 * torch.rand(m, n, generator=generator) - 1)
             theta[f"{part}_b{i}"] = torch.zeros(m)
-    return theta | ({"log_alpha": torch.tensor(args.entropy_coef).log()} if args.auto_entropy else {})
+    if args.auto_entropy:
+        theta["log_alpha"] = torch.tensor(args.entropy_coef).log()
+    return theta
 
 
 def mlp(theta: Params, part: str, x: Tensor) -> Tensor:
     """Outputs [.., outputs] of one of the networks for x [.., inputs]."""
-    shape, x = x.shape[:-1], x.flatten(0, -2)  # rows: a matrix is faster, and can be changed in place
+    shape = x.shape[:-1]
+    x = x.flatten(0, -2)  # a matrix is faster
     for i in range(4):
-        x = functional.linear(x if i == 0 else x.relu_(), theta[f"{part}_w{i}"], theta[f"{part}_b{i}"])
+        x = x.relu_() if i > 0 else x  # in place, which spares a copy
+        x = functional.linear(x, theta[f"{part}_w{i}"], theta[f"{part}_b{i}"])
     return x.view(*shape, x.shape[-1])
 
 
-def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
-    if dist.is_initialized():
-        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
-        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
-    return [x.detach() for x in values]
-
-
-def posterior(theta: Params, context_NSI: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N, Z] of q(z|c): the product of a Gaussian for each transition that mask marks, or N(0, 1)."""
-    mean_NSZ, raw_NSZ = mlp(theta, "encoder", context_NSI).chunk(2, -1)
-    precision_NSZ = mask_NS[..., None] / functional.softplus(raw_NSZ).clamp_min(1e-7)
-    variance_NZ = 1 / torch.where(mask_NS.sum(1, keepdim=True) > 0, precision_NSZ.sum(1), 1.0)
-    return variance_NZ * (precision_NSZ * mean_NSZ).sum(1), variance_NZ
-
-
 def act(theta: Params, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions [.., A] in [-1, 1], the tanh of a Gaussian, and log pi(a|s, z) [..], for obs [.., O], z [.., Z]."""
+    """Actions a [.., A] from -1 to 1 and log pi(a|s, z) [..], for obs [.., O], z [.., Z], noise [.., A].
+
+    a = tanh(u), u = mean + std noise: gradients flow through both to mean and std. The density of a is that
+    of u divided by the slope of tanh, so that log pi(a|s, z) is the sum, over the A numbers of an action, of
+    log N(u; mean, std) - log(1 - tanh(u)^2).
+    """
     mean, log_std = mlp(theta, "policy", torch.cat([obs, z], -1)).chunk(2, -1)
-    raw = mean + (log_std := log_std.clamp(-20, 2)).exp() * noise
-    squash = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of tanh's derivative
-    return raw.tanh(), (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - squash).sum(-1)
+    log_std = log_std.clamp(-20, 2)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - u - functional.softplus(-2 * u))  # finite even where tanh(u) rounds to 1
+    return u.tanh(), (log_normal - log_slope).sum(-1)
 
 
 def critics(theta: Params, obs: Tensor, action: Tensor, z: Tensor) -> Tensor:
@@ -203,175 +190,256 @@ def critics(theta: Params, obs: Tensor, action: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def guess(theta: Params, context_NSI: Tensor, mask_NS: Tensor, generator: Generator) -> Tensor:
-    """z [N, Z] ~ q(z|c)."""
-    mean_NZ, variance_NZ = posterior(theta, context_NSI, mask_NS)
-    return mean_NZ + variance_NZ.sqrt() * torch.randn(mean_NZ.shape, generator=generator).to(mean_NZ)
+def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scale: float) -> Transitions:
+    """An episode of each task, all at once; noise_scale 1 explores, 0 plays the policy's means."""
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    size = args.horizon, len(tasks_NP), *envs.single_action_space.shape
+    noise_TNA = noise_scale * torch.randn(size, generator=generator).to(z_NZ)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
+    playing_N = torch.ones_like(z_NZ[:, 0])
+    steps = []
+    with envs.unwrapped.playing():
+        for noise_NA in noise_TNA:
+            action_NA, _ = act(theta, obs_NO, z_NZ, noise_NA)
+            step = {"obs": obs_NO, "action": action_NA, "mask": playing_N}
+            obs_NO, reward_N, terminated_N, _, info = envs.step(action_NA)
+            ended_N = terminated_N.to(reward_N)
+            step |= {"reward": reward_N, "next_obs": obs_NO, "ended": ended_N}
+            step["training_reward"] = info["dense_reward"] if args.dense_training else reward_N
+            steps.append(step)
+            playing_N = 1 - ended_N
+    return Transitions(**{name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})
+
+
+def init_buffer(envs, tasks: int, size: int) -> Buffer:
+    """Room for the last `size` transitions (R) of each of M tasks; count [M]: all that were ever stored."""
+    shapes = dict.fromkeys(Transitions._fields, ()) | {"action": envs.single_action_space.shape}
+    shapes |= dict.fromkeys(("obs", "next_obs"), envs.single_observation_space.shape)
+    buffer = {name: torch.zeros(tasks, size, *shape) for name, shape in shapes.items()}
+    return buffer | {"count": torch.zeros(tasks, dtype=torch.int64)}
+
+
+def store(buffer: Buffer, index_N: Tensor, episodes: Transitions) -> None:
+    """Add an episode of each of N different tasks, without the steps after an early end, where mask is 0."""
+    k_NT = buffer["count"][index_N, None] + episodes.mask.cumsum(1).long() - 1  # steps numbered from 0
+    place_NT = k_NT % buffer["mask"].shape[1]  # a ring: step k replaces the oldest one, step k - R
+    n, t = episodes.mask.nonzero(as_tuple=True)
+    for name, x in episodes._asdict().items():
+        buffer[name][index_N[n], place_NT[n, t]] = x[n, t]
+    buffer["count"][index_N] += episodes.mask.sum(1).long()
+
+
+def draw(buffer: Buffer, index_N: Tensor, uniform: Tensor) -> Transitions:
+    """Of each task a transition for each of its random numbers [N, ..] from 0 to 1, with replacement."""
+    R = buffer["mask"].shape[1]
+    stored_N1 = buffer["count"][index_N, None].clamp_max(R)
+    place = R * index_N[:, None] + (uniform * stored_N1).long()  # in [M * R], all tasks' one after the other
+    return Transitions(**{name: buffer[name].flatten(0, 1)[place] for name in Transitions._fields})
+
+
+def posterior(theta: Params, context: Transitions, args: Args) -> tuple[Tensor, Tensor]:
+    """Mean and variance [N, Z] of q(z|c): the product of a Gaussian for each transition of c; no prior."""
+    seen = [context.obs, context.action, context.reward[..., None]]
+    if args.next_obs:
+        seen.append(context.next_obs)
+    x_NSI = torch.cat(seen, -1)
+    mean_NSZ, raw_NSZ = mlp(theta, "encoder", x_NSI).chunk(2, -1)
+    precision_NSZ = context.mask[..., None] / functional.softplus(raw_NSZ).clamp_min(1e-7)  # 1 / variance
+    variance_NZ = 1 / precision_NSZ.sum(1)  # in a product of Gaussians the precisions add up ..
+    mean_NZ = variance_NZ * (precision_NSZ * mean_NSZ).sum(1)  # .. and weigh the means
+    return mean_NZ, variance_NZ
+
+
+def sample_prior(tasks_NP: Tensor, args: Args, generator: Generator) -> Tensor:
+    """z [N, Z] ~ N(0, 1), for tasks of which nothing is known yet."""
+    return torch.randn(len(tasks_NP), args.latent_size, generator=generator).to(tasks_NP)
 
 
 @torch.no_grad()
-def play_episode(envs, tasks_NP: Tensor, theta: Params, z_NZ: Tensor, args: Args, generator: Generator, spread: float):
-    """An episode of each task, all worlds in step: transitions [N, T, V], mask [N, T], returns [N]; spread 0: means."""
-    family, seed = envs.unwrapped, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNA = spread * torch.randn(args.horizon, len(z_NZ), len(theta["policy_b3"]) // 2, generator=generator)
-    noise_TNA, z_NZ = family.share(noise_TNA, 1).to(z_NZ), family.share(z_NZ)
-    obs_NO, _ = envs.reset(seed=seed, options={"tasks": family.share(tasks_NP)})
-    mask_N, return_N, steps, threads = torch.ones_like(z_NZ[:, 0]), 0, [], torch.get_num_threads()
-    torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
-    for noise_NA in noise_TNA:
-        action_NA, _ = act(theta, obs_NO, z_NZ, noise_NA)
-        next_obs_NO, reward_N, ended_N, _, info = envs.step(action_NA)
-        dense_N = info["dense_reward"] if args.dense_training else reward_N
-        columns = reward_N[:, None], next_obs_NO, dense_N[:, None], ended_N[:, None], mask_N[:, None]
-        steps.append(torch.cat([obs_NO, action_NA, *columns], 1))
-        obs_NO, mask_N, return_N = next_obs_NO, 1 - ended_N.to(mask_N), return_N + reward_N
-    torch.set_num_threads(threads)
-    rows_NTV, mask_NT1 = family.gather(torch.stack(steps, 1)).tensor_split([-1], -1)
-    return rows_NTV, mask_NT1.squeeze(-1), family.gather(return_N)
+def sample_posterior(theta: Params, context: Transitions, args: Args, generator: Generator) -> Tensor:
+    """z [N, Z] ~ q(z|c)."""
+    mean_NZ, variance_NZ = posterior(theta, context, args)
+    return mean_NZ + variance_NZ.sqrt() * torch.randn(mean_NZ.shape, generator=generator).to(mean_NZ)
 
 
-def collect_episodes(envs, index_N: Tensor, state: dict, args: Args, generator: Generator, size: int) -> float:
-    """An episode of these training tasks into replay and context, c of `size` transitions (0: prior); mean return."""
-    theta = state["theta"]
-    context_NSI = draw(state["recent"], index_N, size, generator)[..., : theta["encoder_w0"].shape[1]]
-    z_NZ = guess(theta, context_NSI, torch.ones_like(context_NSI[..., 0]), generator)  # [3]
-    rows_NTV, mask_NT, return_N = play_episode(envs, state["tasks"][index_N], theta, z_NZ, args, generator, 1.0)
-    store(state["replay"], index_N, rows_NTV, mask_NT)
-    store(state["recent"], index_N, rows_NTV, mask_NT)
-    state["env_steps"] += int(mask_NT.sum())
-    return float(return_N.mean())
+def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_prior: bool) -> Tensor:
+    """Play an episode of each of these training tasks, into its replay and context: returns [N]."""
+    tasks_NP = state["tasks"][index_N]
+    if from_prior:
+        z_NZ = sample_prior(tasks_NP, args, generator)
+    else:
+        uniform_NS = torch.rand(len(index_N), args.context_size, generator=generator).to(tasks_NP)
+        context = draw(state["recent"], index_N, uniform_NS)
+        z_NZ = sample_posterior(state["theta"], context, args, generator)  # [3]
+    episodes = play_episodes(envs, tasks_NP, state["theta"], z_NZ, args, generator, noise_scale=1.0)
+    store(state["replay"], index_N, episodes)
+    store(state["recent"], index_N, episodes)
+    state["env_steps"] += int(episodes.mask.sum())
+    return sum(episodes.reward.unbind(1))
 
 
-def pearl_loss(theta: Params, target: Params, batch_NBV: Tensor, context_NSI: Tensor, noise: tuple, args: Args):
-    """L_Q + L_pi + beta KL, and parts of it. Whatever a term must not move is detached in it."""
-    z_noise_NZ, next_noise_NBA, noise_NBA = noise
-    obs, A = theta["policy_w0"].shape[1] - args.latent_size, noise_NBA.shape[-1]
-    obs_NBO, action_NBA, _, next_obs_NBO, reward_NB1, ended_NB1 = batch_NBV.split([obs, A, 1, obs, 1, 1], -1)
-    alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
-    mean_NZ, variance_NZ = posterior(theta, context_NSI, torch.ones_like(context_NSI[..., 0]))  # [5]
-    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()  # L has its sum over all tasks
-    z_NBZ = (mean_NZ + variance_NZ.sqrt() * z_noise_NZ)[:, None].expand(-1, batch_NBV.shape[1], -1)
+def critic_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, args: Args) -> Tensor:
+    """L_Q, summed over both critics. z is no constant in Q(s, a, z): from this the encoder learns."""
     with torch.no_grad():
-        next_action_NBA, log_prob_NB = act(theta, next_obs_NBO, z_NBZ, next_noise_NBA)
-        next_value_NB = critics(target, next_obs_NBO, next_action_NBA, z_NBZ).amin(0) - alpha * log_prob_NB
-        after_NB1 = args.gamma * (1 - ended_NB1) * next_value_NB[..., None]  # the horizon is no end
-        goal_NB = (args.reward_scale * reward_NB1 + after_NB1).squeeze(-1)
-    q_loss = (critics(theta, obs_NBO, action_NBA, z_NBZ) - goal_NB).square().mean((1, 2)).sum()  # [6]
-    data = {name: value.detach() for name, value in theta.items()}
-    new_action_NBA, log_prob_NB = act(theta, obs_NBO, z_NBZ.detach(), noise_NBA)
-    value_NB = critics(data, obs_NBO, new_action_NBA, z_NBZ.detach()).amin(0)
-    loss = q_loss + (alpha * log_prob_NB - value_NB).mean() + args.kl_weight * args.meta_batch_size * kl  # [7]
-    entropy = -log_prob_NB.detach().mean()
-    if args.auto_entropy:
-        loss = loss + theta["log_alpha"] * (entropy + A)
-    parts = {"q_loss": q_loss, "value": value_NB.mean(), "kl": kl, "entropy": entropy}
-    return loss, {f"train/{name}": value.detach() for name, value in parts.items()}
+        next_action_NBA, log_prob_NB = act(theta, batch.next_obs, z_NBZ, noise["next_action"])
+        next_q_CNB = critics(target, batch.next_obs, next_action_NBA, z_NBZ)
+        next_value_NB = next_q_CNB.amin(0) - alpha * log_prob_NB
+        goal_NB = args.reward_scale * batch.training_reward + args.gamma * (1 - batch.ended) * next_value_NB
+    q_CNB = critics(theta, batch.obs, batch.action, z_NBZ)
+    return (q_CNB - goal_NB).square().mean((1, 2)).sum()  # [6]
 
 
-def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict:
+def policy_loss(theta, batch: Transitions, z_NBZ, noise: dict, alpha) -> tuple[Tensor, Tensor, Tensor]:
+    """L_pi, mean min Q and entropy. z and the critics' weights are constants: only the policy moves."""
+    constants = {name: value.detach() for name, value in theta.items()}
+    action_NBA, log_prob_NB = act(theta, batch.obs, z_NBZ.detach(), noise["action"])
+    value_NB = critics(constants, batch.obs, action_NBA, z_NBZ.detach()).amin(0)  # moves it by the action
+    return (alpha * log_prob_NB - value_NB).mean(), value_NB.mean(), -log_prob_NB.detach().mean()  # [7]
+
+
+def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: dict, args: Args) -> tuple:
+    """L_Q + L_pi + beta KL, and statistics. In L the KL is summed over the N tasks, all else is a mean."""
+    alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
+    mean_NZ, variance_NZ = posterior(theta, context, args)  # [5]
+    kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
+    z_NZ = mean_NZ + variance_NZ.sqrt() * noise["z"]
+    z_NBZ = z_NZ[:, None].expand(*batch.mask.shape, -1)  # all transitions of a task with the same z
+    q_loss = critic_loss(theta, target, batch, z_NBZ, noise, alpha, args)
+    pi_loss, value, entropy = policy_loss(theta, batch, z_NBZ, noise, alpha)
+    loss = q_loss + pi_loss + args.kl_weight * args.meta_batch_size * kl
+    if args.auto_entropy:  # alpha rises while the entropy is below -A
+        loss = loss + theta["log_alpha"] * (entropy + batch.action.shape[-1])
+    stats = {"q_loss": q_loss, "value": value, "kl": kl, "entropy": entropy}
+    return loss, {f"train/{name}": x.detach() for name, x in stats.items()}
+
+
+def loss_gradient(theta: Params, *data) -> tuple[Params, dict]:
+    """As torch.func.grad(pearl_loss, has_aux=True), which is slower where nothing is compiled."""
+    weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    loss, stats = pearl_loss(weights, *data)
+    gradient = torch.autograd.grad(loss, list(weights.values()))
+    return dict(zip(weights, gradient, strict=True)), stats
+
+
+def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tensor]:
     """An iteration's updates, which change theta and target in place; statistics of the last one."""
-    theta, target, generator = state["theta"], state["target"], Generator(state["tasks"].device).manual_seed(seed)
-    N, B = args.meta_batch_size, args.batch_size
-    sizes = (N, args.latent_size), *[(N, B, len(theta["policy_b3"]) // 2)] * 2
-    compiled = torch.compile(grad(pearl_loss, has_aux=True), mode="reduce-overhead") if args.compile else None
+    theta = state["theta"]
+    target = state["target"]
+    generator = Generator(state["tasks"].device).manual_seed(seed)  # on a GPU, so that it never waits
+    random = envs.unwrapped.noise  # standard normal, or uniform from 0 to 1
+    N = args.meta_batch_size
+    action_shape = N, args.batch_size, *envs.single_action_space.shape
+    take_gradient = loss_gradient
+    if args.compile:
+        take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
     for _ in range(args.updates):
-        index_N = torch.rand(args.train_tasks, generator=generator, device=generator.device).argsort()[:N]  # [4]
-        batch_NBV = draw(state["replay"], index_N, B, generator)
-        context_NSI = draw(state["recent"], index_N, args.context_size, generator)[..., : theta["encoder_w0"].shape[1]]
-        noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
-        batch_NBV, context_NSI, *noise = (envs.unwrapped.share(x) for x in (batch_NBV, context_NSI, *noise))
-        if compiled:
-            gradients, stats = compiled(theta, target, batch_NBV, context_NSI, noise, args)
-        else:  # the same, but torch.func's is slower where nothing is compiled
-            weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-            loss, stats = pearl_loss(weights, target, batch_NBV, context_NSI, noise, args)
-            gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-        for value, gradient in zip(theta.values(), average(*gradients.values()), strict=True):
-            value.grad = gradient
+        index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
+        batch = draw(state["replay"], index_N, random(generator, N, args.batch_size, uniform=True))
+        context = draw(state["recent"], index_N, random(generator, N, args.context_size, uniform=True))
+        noise = {"z": random(generator, N, args.latent_size)}
+        noise["next_action"] = random(generator, *action_shape)
+        noise["action"] = random(generator, *action_shape)
+        gradient, stats = take_gradient(theta, target, batch, context, noise, args)
+        for weight, slope in zip(theta.values(), average(*gradient.values()), strict=True):
+            weight.grad = slope
         optimizer.step()  # [8]
-        torch._foreach_lerp_(list(target.values()), [theta[name] for name in target], args.tau)  # [9]
-    return {name: float(x) for name, x in zip(stats, average(*stats.values()), strict=True)}
+        online = [theta[name] for name in target]
+        torch._foreach_lerp_(list(target.values()), online, args.tau)  # [9] all Q' + tau (Q - Q') at once
+    return dict(zip(stats, average(*stats.values()), strict=True))
 
 
-def evaluate(envs, theta: Params, args: Args) -> dict:
-    """Returns of successive episodes of held-out tasks by the policy's means, always the same tasks and noise."""
-    generator, width = Generator().manual_seed(args.seed + 1), theta["encoder_w0"].shape[1]
+def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
+    """Returns of successive episodes of held-out tasks, with the policy's means; each time the same tasks."""
+    generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.tasks_per_iteration, generator, "test")
-    context_NSI, mask_NS, returns = tasks_NP.new_zeros(len(tasks_NP), 0, width), tasks_NP[:, :0], []
+    seen = []
     for k in range(args.eval_episodes):
-        z_NZ = guess(theta, context_NSI, mask_NS * (k >= args.eval_prior_episodes), generator)
-        rows_NTV, mask_NT, return_N = play_episode(envs, tasks_NP, theta, z_NZ, args, generator, 0.0)
-        context_NSI, mask_NS = torch.cat([context_NSI, rows_NTV[..., :width]], 1), torch.cat([mask_NS, mask_NT], 1)
-        returns.append(return_N)
-    ci95 = 1.96 * float((returns[-1] - returns[0]).std(correction=0)) / math.sqrt(len(tasks_NP))
-    return {f"test/return_k{k}": float(x_N.mean()) for k, x_N in enumerate(returns)} | {"test/gain_ci95": ci95}  # [10]
+        if k < args.eval_prior_episodes:
+            z_NZ = sample_prior(tasks_NP, args, generator)
+        else:
+            context = Transitions(*(torch.cat(x, 1) for x in zip(*seen, strict=True)))
+            z_NZ = sample_posterior(theta, context, args, generator)
+        seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0))
+    returns = [sum(episodes.reward.unbind(1)) for episodes in seen]
+    stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [10]
+    return stats | {"test/gain_ci95": returns[-1] - returns[0]}
 
 
 def init_state(envs, args: Args, generator: Generator) -> dict:
-    """Networks, training tasks and empty buffers."""
-    (obs,), (A,), M = envs.single_observation_space.shape, envs.single_action_space.shape, args.train_tasks
-    theta, width = init_networks(envs, args, generator), 2 * obs + A + 3
+    """Networks, training tasks and empty buffers; a context has room for the episodes of an iteration."""
+    theta = init_networks(envs, args, generator)
     episodes = max(args.initial_episodes, args.prior_episodes + args.posterior_episodes)
     return {
         "theta": theta,
         "target": {name: value.clone() for name, value in theta.items() if name.startswith("q")},
-        "tasks": envs.unwrapped.sample_tasks(M, generator, "train"),  # [1]
-        "replay": init_buffer(M, args.replay_size, width),
-        "recent": init_buffer(M, episodes * args.horizon, width),
+        "tasks": envs.unwrapped.sample_tasks(args.train_tasks, generator, "train"),
+        "replay": init_buffer(envs, args.train_tasks, args.replay_size),
+        "recent": init_buffer(envs, args.train_tasks, episodes * args.horizon),
     }
 
 
 def train(envs, args: Args, run: "Run", state: dict) -> None:
-    """The algorithm's loop, from `state` on, whose tensors it moves to the device and changes."""
-    M, N, device = args.train_tasks, args.tasks_per_iteration, envs.unwrapped.device
-    state |= {part: {name: x.to(device, copy=True) for name, x in state[part].items()} for part in MOVED}
-    state["tasks"], theta = state["tasks"].to(device), state["theta"]
-    optimizer = torch.optim.Adam(theta.values(), args.lr, fused=True)
-    optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
-    optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
-    (generator := Generator()).set_state(state["generator"])
-    sizes = [0] * args.prior_episodes + [args.context_size] * args.posterior_episodes
+    """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes."""
+    worlds = args.tasks_per_iteration
+    device = envs.unwrapped.device
+    for part in PARTS:
+        state[part] = {name: x.to(device, copy=True) for name, x in state[part].items()}
+    state["tasks"] = state["tasks"].to(device)
+    optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
+    generator = Generator()
+    generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
-        for k in range(math.ceil(args.initial_episodes * M / N) if iteration == 1 else 0):
-            collect_episodes(envs, (torch.arange(N, device=device) + k * N) % M, state, args, generator, 0)  # [1]
-        index_N = torch.randperm(M, generator=generator)[:N].to(device)
+        rounds = math.ceil(args.initial_episodes * args.train_tasks / worlds) if iteration == 1 else 0
+        for k in range(rounds):
+            index_N = (k * worlds + torch.arange(worlds, device=device)) % args.train_tasks
+            collect_episodes(envs, index_N, state, args, generator, from_prior=True)  # [1]
+        index_N = torch.randperm(args.train_tasks, generator=generator)[:worlds].to(device)
         state["recent"]["count"][index_N] = 0  # [2]
-        returns = [collect_episodes(envs, index_N, state, args, generator, size) for size in sizes]
-        stats = learn(envs, state, optimizer, args, int(torch.randint(2**31, (1,), generator=generator)))
+        returns = []
+        for k in range(args.prior_episodes + args.posterior_episodes):
+            from_prior = k < args.prior_episodes
+            returns.append(collect_episodes(envs, index_N, state, args, generator, from_prior))
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        stats = learn(envs, state, optimizer, args, seed)
         state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
         stats |= {"train/return_pre": returns[0], "train/return_post": returns[-1]}
-        stopping = envs.unwrapped.in_any_process(run.stopping)
+        stopping = run.should_stop()
         save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        stats |= evaluate(envs, theta, args) if save or iteration == 1 else {}
+        if save or iteration == 1:
+            stats |= evaluate(envs, state["theta"], args)
         run.log(state, stats)
         if save:
             run.save(state)
-            if stopping:
-                break
+        if stopping:
+            break
+
+
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    values = [x.detach() for x in values]
+    if dist.is_initialized():
+        vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
+        dist.all_reduce(vector)
+        parts = vector.split([x.numel() for x in values])
+        values = [part.view_as(x) for part, x in zip(parts, values, strict=True)]
+    return values
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
 
     def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
+        from envs import records
 
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        self.records = records
+        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
+        self.bar = records.progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -380,52 +448,32 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return self.records.in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = self.records.write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
 
     def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import Follower, join, make, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import Follower, join, learning_curve, make
-
-    leads = join(args.cuda, tasks_per_iteration=args.tasks_per_iteration, meta_batch_size=args.meta_batch_size)
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    sizes = {"tasks_per_iteration": args.tasks_per_iteration, "meta_batch_size": args.meta_batch_size}
+    leads = join(args.cuda, sees_all=True, **sizes)  # all processes' buffers hold what all worlds have shown
     envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
         raise SystemExit(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
@@ -433,16 +481,13 @@ def main(argv: list[str] | None = None) -> None:
     fresh = init_state(envs, args, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0} | fresh
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes = [{f"{p}.{name}": x.shape for p in MOVED for name, x in content[p].items()} for content in (state, fresh)]
-    if wrong := sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)):
-        raise SystemExit(f"--resume {args.resume}: other networks or buffers than the run's, see {wrong}")
-    try:
+    for part in PARTS:
+        records.check_shapes(args.resume, saved=state[part], made=fresh[part])
+    with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
         if leads:
-            run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+            run.bar.write(records.learning_curve(run.folder))
 
 
 if __name__ == "__main__":

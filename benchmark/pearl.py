@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from algos import pearl_sac  # noqa: E402
+from algos.pearl_sac import Transitions  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
 from envs import make  # noqa: E402
@@ -59,33 +60,37 @@ class Explorer:
         if module is not pearl_sac:
             raise SystemExit(f"{folder}: a run of {module.__name__}, not of pearl_sac")
         self.theta, self.generator = state["theta"], Generator().manual_seed(seed)
-        self.width = self.theta["encoder_w0"].shape[1]
         if not 0 <= size <= self.args.horizon:
             raise SystemExit(f"--context {size}: allowed is 0 to {self.args.horizon}, the steps of an episode")
         self.envs = make(self.args.env_id, num_tasks, self.args.horizon)
         self.tasks = self.envs.unwrapped.sample_tasks(num_tasks, self.generator, "test")
-        self.context, self.mask = torch.zeros(num_tasks, 0, self.width), torch.zeros(num_tasks, 0)
-        self.played, self.spread, self.size = 0, spread, size
+        self.episodes, self.spread, self.size = [], spread, size
 
-    def guess(self) -> Tensor:
+    @property
+    def context(self) -> Transitions:
+        """All transitions of the episodes so far, of which there must be one."""
+        return Transitions(*(torch.cat(field, 1) for field in zip(*self.episodes, strict=True)))
+
+    def infer(self) -> Tensor:
         """z [N, Z] for the next episode."""
-        context, known = self.context, self.mask * (self.played >= self.args.eval_prior_episodes)
-        if self.size and self.played:
-            place = torch.rand(len(known), context.shape[1], generator=self.generator).mul(self.mask).topk(self.size)[1]
-            context, known = context[torch.arange(len(known))[:, None], place], known.gather(1, place)
-        return pearl_sac.guess(self.theta, context, known, self.generator)
+        if len(self.episodes) < self.args.eval_prior_episodes:
+            return pearl_sac.sample_prior(self.tasks, self.args, self.generator)
+        context = self.context
+        if self.size:
+            chance = torch.rand(context.mask.shape, generator=self.generator).mul(context.mask)
+            index = torch.arange(len(chance))[:, None], chance.topk(self.size)[1]
+            context = Transitions(*(field[index] for field in context))
+        return pearl_sac.sample_posterior(self.theta, context, self.args, self.generator)
 
-    def rehearse(self, z: Tensor, tasks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """An episode that leaves no trace: transitions, mask, returns."""
+    def rehearse(self, z: Tensor, tasks: Tensor | None = None) -> Transitions:
+        """An episode that leaves no trace."""
         tasks = self.tasks if tasks is None else tasks
-        return pearl_sac.play_episode(self.envs, tasks, self.theta, z, self.args, self.generator, self.spread)
+        return pearl_sac.play_episodes(self.envs, tasks, self.theta, z, self.args, self.generator, self.spread)
 
     def play(self) -> Tensor:
         """An episode that is remembered; its returns [N]."""
-        rows, mask, returns = self.rehearse(self.guess())
-        self.context = torch.cat([self.context, rows[..., : self.width]], 1)
-        self.mask, self.played = torch.cat([self.mask, mask], 1), self.played + 1
-        return returns
+        self.episodes.append(self.rehearse(self.infer()))
+        return self.episodes[-1].reward.sum(1)
 
 
 def table(folder: Path, options: Options) -> dict:
@@ -117,13 +122,11 @@ def keep(folder: Path, options: Options) -> dict:
     return result
 
 
-def draw_paths(axes, rows: Tensor, goal: Tensor | None, title: str) -> None:
-    """Paths [N, T, ..] from the origin, the half circle of goals, and the goal with its radius of reward."""
+def draw_paths(axes, episodes: Transitions, goal: Tensor | None, title: str) -> None:
+    """Paths from the origin, the half circle of goals, and the goal with its radius of reward."""
     angle = torch.linspace(0, torch.pi, 100)
     axes.plot(angle.cos(), angle.sin(), ":", color="0.6")
-    start = rows[:, :1, :2]
-    columns = slice(-4, -2)  # the next position, before the dense reward and the early end
-    for path in torch.cat([start, rows[..., columns]], 1):
+    for path in torch.cat([episodes.obs[:, :1], episodes.next_obs], 1):
         axes.plot(path[:, 0], path[:, 1], "C0", alpha=0.6, linewidth=1)
     if goal is not None:
         turn = torch.linspace(0, 2 * torch.pi, 50)
@@ -139,15 +142,18 @@ def paths(folder: Path, options: Options) -> dict:
     for i, row in enumerate(figure.subplots(3, len(moments))):
         explorer = Explorer(folder, worlds, options.seed + i)
         goal = explorer.tasks[0]
-        explorer.tasks = goal.expand(worlds, -1)  # the first world's history is what all guesses are made from
+        explorer.tasks = goal.expand(worlds, -1)  # from the first world's history all z are inferred
         for axes, seen in zip(row, moments, strict=True):
-            while explorer.played < seen:
+            while len(explorer.episodes) < seen:
                 explorer.play()
-            own = explorer.context[:1].expand(worlds, -1, -1), explorer.mask[:1].expand(worlds, -1)
-            z = pearl_sac.guess(explorer.theta, *own, explorer.generator)
-            rows, _, returns = explorer.rehearse(z)
+            if seen:
+                own = Transitions(*(field[:1].expand(worlds, *field.shape[1:]) for field in explorer.context))
+                z = pearl_sac.sample_posterior(explorer.theta, own, explorer.args, explorer.generator)
+            else:
+                z = pearl_sac.sample_prior(explorer.tasks, explorer.args, explorer.generator)
+            episodes = explorer.rehearse(z)
             when = f"after {seen} episodes" if seen > 1 else ("after 1 episode" if seen else "z from the prior")
-            draw_paths(axes, rows, goal, f"{when}: {float(returns.mean()):.1f}")
+            draw_paths(axes, episodes, goal, f"{when}: {float(episodes.reward.sum(1).mean()):.1f}")
     figure.savefig(IMAGES / "pearl_paths.png", dpi=100)
     return {"picture": str(IMAGES / "pearl_paths.png")}
 
@@ -158,7 +164,7 @@ def latent(folder: Path, options: Options) -> dict:
     for _ in range(options.episodes):
         explorer.play()
     with torch.no_grad():
-        mean, variance = pearl_sac.posterior(explorer.theta, explorer.context, explorer.mask)
+        mean, variance = pearl_sac.posterior(explorer.theta, explorer.context, explorer.args)
     _, _, directions = torch.linalg.svd(mean - mean.mean(0), full_matrices=False)
     x, y = ((mean - mean.mean(0)) @ directions[:2].T).T
     tasks = explorer.tasks

@@ -46,7 +46,7 @@ class Buffer:
     """The last `size` transitions of one task."""
 
     def __init__(self, size: int, obs: int, actions: int, rng: np.random.Generator, dtype=np.float32):
-        widths = {"obs": obs, "action": actions, "reward": 1, "next_obs": obs, "train_reward": 1, "ended": 1}
+        widths = {"obs": obs, "action": actions, "reward": 1, "next_obs": obs, "training_reward": 1, "ended": 1}
         self.columns = {name: np.zeros((size, width), dtype) for name, width in widths.items()}
         self.size, self.top, self.count, self.rng = size, 0, 0, rng
 
@@ -186,8 +186,8 @@ def collect(env: gym.Env, agent: Agent, index: int, task: np.ndarray, context_si
     while not (ended or truncated):
         action = agent.act(torch.from_numpy(obs).to(z)[None], z[None])[0][0].cpu().numpy()
         next_obs, reward, ended, truncated, info = env.step(action)
-        train_reward = info["dense_reward"] if agent.args.dense_training else reward
+        training_reward = info["dense_reward"] if agent.args.dense_training else reward
         for buffer in (agent.replay[index], agent.recent[index]):
-            buffer.add(obs, action, reward, next_obs, train_reward, ended)
+            buffer.add(obs, action, reward, next_obs, training_reward, ended)
         obs, steps = next_obs, steps + 1
     return steps

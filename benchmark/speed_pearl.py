@@ -39,12 +39,11 @@ def peer_like(state: dict, args, obs: int, actions: int) -> peer_pearl.Agent:
     agent = peer_pearl.Agent(obs, actions, args, theta["policy_w0"].device, theta["policy_w0"].dtype)
     agent.load(theta, state["target"])
     for name in ("replay", "recent"):
-        rows_MRV, counts = state[name]["rows"].cpu(), state[name]["count"].tolist()
-        for buffer, rows_RV, count in zip(getattr(agent, name), rows_MRV, counts, strict=True):
+        stored = {field: x.cpu().numpy() for field, x in state[name].items()}
+        for task, (buffer, count) in enumerate(zip(getattr(agent, name), stored["count"].tolist(), strict=True)):
             buffer.count, buffer.top = min(count, buffer.size), count % buffer.size
-            widths = [column.shape[1] for column in buffer.columns.values()]
-            for column, x in zip(buffer.columns.values(), rows_RV.split(widths, 1), strict=True):
-                column[:] = x.numpy()
+            for field, column in buffer.columns.items():
+                column[:] = stored[field][task].reshape(column.shape)
     return agent
 
 

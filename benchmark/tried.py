@@ -290,7 +290,7 @@ def step_with(theta: dict, gradient: dict, target: dict, foreach: bool, compiled
 
 def updates_with(envs, state: dict, args):
     """A function that makes 10 of learn's updates, of a copy of the state."""
-    state = {part: {name: x.clone() for name, x in state[part].items()} for part in pearl_sac.MOVED} | {
+    state = {part: {name: x.clone() for name, x in state[part].items()} for part in pearl_sac.PARTS} | {
         "tasks": state["tasks"]
     }
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
@@ -306,26 +306,24 @@ def pearl_sac_parts(args) -> dict:
     """part: {variant: function}."""
     envs = task_envs.make(args.env_id, args.tasks_per_iteration, args.horizon, False)
     state = pearl_sac.init_state(envs, args, generator := torch.Generator().manual_seed(args.seed))
-    theta, target, (obs,), (A,) = (
-        state["theta"],
-        state["target"],
-        envs.single_observation_space.shape,
-        envs.single_action_space.shape,
-    )
-    N, B, width = args.meta_batch_size, args.batch_size, theta["encoder_w0"].shape[1]
-    sizes = {
-        "rows": (N, B, 2 * obs + A + 3),
-        "context": (N, args.context_size, width),
-        "z": (N, args.latent_size),
-        "a": (N, B, A),
-    }
-    batch, context, z_noise, noise = (torch.randn(size, generator=generator) for size in sizes.values())
-    batch[..., -1] = 0.0
-    data = theta, target, batch, context, (z_noise, noise, noise.flip(0)), args
-    gradient = eager()(*data)[0]
+    theta, target, N, B = state["theta"], state["target"], args.meta_batch_size, args.batch_size
     for name in ("replay", "recent"):
-        state[name]["rows"][..., :-1].normal_(generator=generator)
-        state[name]["count"] += state[name]["rows"].shape[1]
+        for field in ("obs", "action", "reward", "next_obs", "training_reward"):
+            state[name][field].normal_(generator=generator)
+        state[name]["mask"].fill_(1)
+        state[name]["count"] += state[name]["mask"].shape[1]
+    batch, context = (
+        pearl_sac.draw(state[name], torch.arange(N), torch.rand(N, size, generator=generator))
+        for name, size in (("replay", B), ("recent", args.context_size))
+    )
+    action = torch.randn(N, B, *envs.single_action_space.shape, generator=generator)
+    noise = {
+        "z": torch.randn(N, args.latent_size, generator=generator),
+        "next_action": action,
+        "action": action.flip(0),
+    }
+    data = theta, target, batch, context, noise, args
+    gradient = eager()(*data)[0]
     return {
         "10 updates": {
             "present": updates_with(envs, state, replace(args, updates=10)),

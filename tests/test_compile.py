@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from algos import pearl_sac
-from tests.double_precision import ALONE, float64, seeded  # noqa: F401
+from envs import summarise
+from tests.double_precision import float64, seeded  # noqa: F401
 from tests.test_processes import RUNS, checkpoint, leaves, rows, start
 from tests.test_round_trips import Worlds
 
@@ -26,11 +27,14 @@ def learned(args: pearl_sac.Args) -> tuple[dict, dict]:
     """Weights behind two iterations' updates on the same random transitions, and the last statistics."""
     state = pearl_sac.init_state(Family(4), args, seeded(0))
     for name in ("replay", "recent"):
-        state[name]["rows"].normal_(generator=seeded(1))
+        for field in pearl_sac.Transitions._fields:
+            state[name][field].normal_(generator=seeded(1))
+        state[name]["mask"].fill_(1)
         state[name]["count"] += 5
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
-    stats = [pearl_sac.learn(ALONE, state, optimizer, args, seed) for seed in (3, 4)][-1]
-    return {f"{part}.{name}": x for part in ("theta", "target") for name, x in state[part].items()}, stats
+    stats = [pearl_sac.learn(Family(4), state, optimizer, args, seed) for seed in (3, 4)][-1]
+    weights = {f"{part}.{name}": x for part in ("theta", "target") for name, x in state[part].items()}
+    return weights, summarise(stats)
 
 
 class Family(Worlds):

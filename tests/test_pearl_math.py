@@ -17,24 +17,26 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution, 
 from algos import pearl_sac
 from algos.pearl_sac import (
     Args,
+    Transitions,
     act,
     collect_episodes,
     draw,
     evaluate,
-    guess,
     init_buffer,
     init_networks,
     init_state,
     learn,
     pearl_loss,
-    play_episode,
+    play_episodes,
     posterior,
+    sample_posterior,
+    sample_prior,
     store,
     train,
 )
-from envs import ScaleActions
+from envs import ScaleActions, summarise
 from envs.navigation import Navigation2D
-from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
 OBS, A, Z = 3, 2, 4  # where no world is played
 STRIDE = float(np.float32(0.1))  # of a full action in the plane
@@ -55,6 +57,52 @@ def noisy(params, seed):
 
 def clone(params):
     return {name: value.clone() for name, value in params.items()}
+
+
+def packed(x):
+    """A row of numbers for each transition, as the oracles take them: obs, action, reward, next_obs, ..; no mask."""
+    numbers = [x.reward[..., None], x.next_obs, x.training_reward[..., None], x.ended[..., None]]
+    return torch.cat([x.obs, x.action, *numbers], -1)
+
+
+def unpacked(rows, obs=OBS, actions=A):
+    """The transitions of such rows, all of which mask marks."""
+    names = "obs", "action", "reward", "next_obs", "training_reward", "ended"
+    parts = dict(zip(names, rows.split([obs, actions, 1, obs, 1, 1], -1), strict=True))
+    for name in ("reward", "training_reward", "ended"):
+        parts[name] = parts[name].squeeze(-1)
+    return Transitions(**parts, mask=torch.ones_like(rows[..., 0]))
+
+
+def as_context(x, mask=None, obs=OBS, actions=A):
+    """Transitions that show the encoder x [.., I]; what it must not look at is not a number."""
+    rest = 2 * obs + actions + 3 - x.shape[-1]
+    context = unpacked(torch.nn.functional.pad(x, (0, rest), value=math.nan), obs, actions)
+    return context if mask is None else context._replace(mask=mask)
+
+
+def visible(context, width):
+    """What the encoder sees of each transition [.., width]."""
+    return packed(context)[..., :width]
+
+
+def infer(theta, x, mask):
+    """q(z|c) of contexts of which the encoder sees x [N, S, I]."""
+    return posterior(theta, as_context(x, mask), Args(next_obs=x.shape[-1] > OBS + A + 1))
+
+
+def loss_of(theta, target, batch, context, noise, args, obs=OBS, actions=A):
+    """`pearl_loss` of packed rows, of what the encoder sees, and of noise in order."""
+    named = dict(zip(("z", "next_action", "action"), noise, strict=True))
+    batch, context = unpacked(batch, obs, actions), as_context(context, None, obs, actions)
+    return pearl_loss(theta, target, batch, context, named, args)
+
+
+def play(lab, z, generator, noise_scale=1.0, tasks=None):
+    """Rows, mask and returns of an episode of each of the lab's tasks."""
+    tasks = lab.state["tasks"] if tasks is None else tasks
+    episodes = play_episodes(lab.envs, tasks, lab.theta, z, lab.args, generator, noise_scale)
+    return packed(episodes), episodes.mask, episodes.reward.sum(1)
 
 
 def part_of(theta, part):
@@ -280,7 +328,7 @@ def case(variant):
 
 def loss_gradient(case, theta=None, data=None, args=None):
     theta = {name: value.detach().clone().requires_grad_() for name, value in (theta or case.theta).items()}
-    loss, _ = pearl_loss(theta, case.target, *(data or case.data), args or case.args)
+    loss, _ = loss_of(theta, case.target, *(data or case.data), args or case.args)
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 
@@ -293,7 +341,7 @@ def test_posterior_is_the_product_of_densities_on_a_grid():
     _, theta = make_theta(latent_size=1)
     theta["encoder_b3"] = torch.tensor([0.4, 0.9])
     context = 2 * torch.randn(6, 5, OBS + A + 1, generator=seeded(0))
-    mean, variance = posterior(theta, context, torch.ones(6, 5))
+    mean, variance = infer(theta, context, torch.ones(6, 5))
     grid = torch.linspace(-30, 30, 200_001)
     for i in range(6):
         log_density = 0
@@ -313,7 +361,7 @@ def test_posterior_is_the_product_of_densities_on_a_grid():
 def test_posterior_of_each_task_is_that_of_its_transitions_one_by_one():
     _, theta = make_theta(next_obs=True)
     context = torch.randn(4, 6, 2 * OBS + A + 1, generator=seeded(0))
-    mean, variance = posterior(theta, context, torch.ones(4, 6))
+    mean, variance = infer(theta, context, torch.ones(4, 6))
     for i in range(4):
         close((mean[i], variance[i]), slow_posterior(theta, context[i]))
 
@@ -321,35 +369,35 @@ def test_posterior_of_each_task_is_that_of_its_transitions_one_by_one():
 def test_posterior_does_not_depend_on_the_order():
     _, theta = make_theta()
     context, mask = torch.randn(3, 7, OBS + A + 1, generator=seeded(0)), torch.tensor([[1.0, 0, 1, 1, 0, 1, 1]] * 3)
-    expected = posterior(theta, context, mask)
+    expected = infer(theta, context, mask)
     for seed in range(5):
         order = torch.randperm(7, generator=seeded(seed))
-        close(posterior(theta, context[:, order], mask[:, order]), expected, 1e-13)
-    assert not torch.equal(posterior(theta, context[:, order], mask)[0], expected[0])
+        close(infer(theta, context[:, order], mask[:, order]), expected, 1e-13)
+    assert not torch.equal(infer(theta, context[:, order], mask)[0], expected[0])
 
 
 def test_posterior_of_masked_transitions_is_that_without_them():
     _, theta = make_theta()
     context, mask = torch.randn(9, 6, OBS + A + 1, generator=seeded(0)), torch.zeros(9, 6)
     for i in range(9):
-        mask[i, torch.randperm(6, generator=seeded(i))[: i % 7]] = 1
+        mask[i, torch.randperm(6, generator=seeded(i))[: 1 + i % 6]] = 1
     context += 100 * (1 - mask)[..., None]
-    mean, variance = posterior(theta, context, mask)
+    mean, variance = infer(theta, context, mask)
     for i in range(9):
         kept = context[i, mask[i] > 0]
         close((mean[i], variance[i]), slow_posterior(theta, kept), 1e-13)
-        alone = posterior(theta, kept[None], torch.ones(1, len(kept)))
+        alone = infer(theta, kept[None], torch.ones(1, len(kept)))
         close((mean[i], variance[i]), (alone[0][0], alone[1][0]), 1e-13)
-    assert {*mask.sum(1).tolist()} == {*range(7)}
+    assert {*mask.sum(1).tolist()} == {*range(1, 7)}
 
 
-@pytest.mark.parametrize("size", [0, 1, 5])
-def test_posterior_of_nothing_is_the_prior(size):
-    _, theta = make_theta()
-    context = torch.randn(3, size, OBS + A + 1, generator=seeded(0))
-    mean, variance = posterior(theta, context, torch.zeros(3, size))
-    assert torch.equal(mean, torch.zeros(3, Z))
-    assert torch.equal(variance, torch.ones(3, Z))
+def test_the_prior_is_a_standard_normal_whatever_the_tasks():
+    """With the numbers that a posterior of mean 0 and variance 1 would be drawn with."""
+    args, generator, same = Args(latent_size=Z), seeded(4), seeded(4)
+    for tasks in (torch.zeros(3, 1), torch.full((5, 2), math.nan), torch.ones(2, 7, dtype=torch.float32)):
+        z = sample_prior(tasks, args, generator)
+        assert z.dtype == tasks.dtype
+        assert torch.equal(z, torch.randn(len(tasks), Z, generator=same).to(tasks.dtype))
 
 
 def test_the_prior_is_no_factor_of_a_posterior():
@@ -357,7 +405,7 @@ def test_the_prior_is_no_factor_of_a_posterior():
     _, theta = make_theta()
     theta["encoder_b3"] = torch.tensor([1.0, -2, 3, 0.5, 50, -3, 0, -1000])
     context = torch.randn(2, 1, OBS + A + 1, generator=seeded(0))
-    mean, variance = posterior(theta, context, torch.ones(2, 1))
+    mean, variance = infer(theta, context, torch.ones(2, 1))
     for i in range(2):
         m, v = gaussian(theta, context[i, 0])
         close(mean[i], m)
@@ -469,26 +517,26 @@ def test_first_networks_and_targets():
 
 @each
 def test_loss_against_loops(case):
-    loss, parts = pearl_loss(case.theta, case.target, *case.data, case.args)
+    loss, parts = loss_of(case.theta, case.target, *case.data, case.args)
     close(float(loss), case.slow.loss(case.theta, case.target))
     expected = case.slow.statistics(case.theta, case.target)
     assert {name: float(value) for name, value in parts.items()} == pytest.approx(expected, rel=1e-10)
     assert not any(value.requires_grad for value in parts.values())
     assert all(abs(value) > 0.05 for value in expected.values())
     changed = noisy(case.target, 9)
-    close(float(pearl_loss(case.theta, changed, *case.data, case.args)[0]), case.slow.loss(case.theta, changed))
+    close(float(loss_of(case.theta, changed, *case.data, case.args)[0]), case.slow.loss(case.theta, changed))
 
 
 @each
 def test_only_the_reward_to_train_on_is_trained_on(case):
     batch, context, noise = case.data
-    loss, _ = pearl_loss(case.theta, case.target, *case.data, case.args)
+    loss, _ = loss_of(case.theta, case.target, *case.data, case.args)
     other = batch.clone()
     other[..., OBS + A] = 7.0
-    assert torch.equal(pearl_loss(case.theta, case.target, other, context, noise, case.args)[0], loss)
+    assert torch.equal(loss_of(case.theta, case.target, other, context, noise, case.args)[0], loss)
     other[..., 2 * OBS + A + 1] += 1
     expected = Slow(case.args, other, context, noise).loss(case.theta, case.target)
-    close(float(pearl_loss(case.theta, case.target, other, context, noise, case.args)[0]), expected)
+    close(float(loss_of(case.theta, case.target, other, context, noise, case.args)[0]), expected)
     assert abs(expected - float(loss)) > 0.1
 
 
@@ -541,7 +589,7 @@ def test_the_temperature_moves_by_the_entropys_distance_from_its_goal_and_moves_
 @each
 def test_targets_get_no_gradient(case):
     theta, target = ({n: x.clone().requires_grad_() for n, x in p.items()} for p in (case.theta, case.target))
-    loss, _ = pearl_loss(theta, target, *case.data, case.args)
+    loss, _ = loss_of(theta, target, *case.data, case.args)
     assert set(torch.autograd.grad(loss, list(target.values()), allow_unused=True)) == {None}
 
 
@@ -555,20 +603,21 @@ def test_an_end_has_no_value_behind_it_and_the_horizon_has():
     lab = make_lab(tasks_per_iteration=5, entropy_coef=1e-12, reward_scale=2.0, gamma=0.5, dense_training=True)
     tasks, z, index = lab.state["tasks"], torch.randn(5, Z, generator=seeded(4)), torch.arange(5)
     tasks[:, 2] = torch.tensor([1.0, 2, 4, 5, 99])
-    rows, mask, _ = play_episode(lab.envs, tasks, lab.theta, z, lab.args, seeded(5), 1.0)
-    assert mask.sum(1).tolist() == [1, 2, 4, 4, 4]
-    store(lab.state["replay"], index, rows, mask)
+    episodes = play_episodes(lab.envs, tasks, lab.theta, z, lab.args, seeded(5), noise_scale=1.0)
+    rows = packed(episodes)
+    assert episodes.mask.sum(1).tolist() == [1, 2, 4, 4, 4]
+    store(lab.state["replay"], index, episodes)
     theta = lab.theta | constant_critics(lab.state["target"], 3.0, 4.0)
     target, seen = constant_critics(lab.state["target"], 10.0, -20.0), set()
     places = {tuple(rows[i, t].tolist()): (i, t) for i in range(5) for t in range(4)}
     noise = torch.zeros(1, Z), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)
-    for task, drawn in enumerate(draw(lab.state["replay"], index, 60, seeded(6))):
+    for task, drawn in enumerate(packed(draw(lab.state["replay"], index, torch.rand(5, 60, generator=seeded(6))))):
         for row in drawn.unique(dim=0):
             i, t = places[tuple(row.tolist())]
             seen.add((i, t))
             bias = theta["q1_b3"].clone().requires_grad_()
             weights = {**theta, "q1_b3": bias}
-            loss, _ = pearl_loss(weights, target, row[None, None], drawn[None, :3, :5], noise, lab.args)
+            loss, _ = loss_of(weights, target, row[None, None], drawn[None, :3, :5], noise, lab.args, 2, 2)
             goal = 3.0 - float(torch.autograd.grad(loss, bias)[0]) / 2  # (3 - goal)^2 has slope 2 (3 - goal)
             reward = -float((rows[i, t, 5:7] - tasks[i, :2]).norm())
             ends = t + 1 == tasks[i, 2]
@@ -582,19 +631,33 @@ def test_an_end_has_no_value_behind_it_and_the_horizon_has():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SMALL = SimpleNamespace(single_observation_space=Box(-1, 1, (2,)), single_action_space=Box(-1, 1, (1,)))
+
+
+def numbered(rows, mask):
+    """Transitions whose fields can all be told from their observation, a row of two numbers."""
+    number = rows[..., 1]
+    fields = {"obs": rows, "action": number[..., None] + 0.5, "reward": 2 * number, "next_obs": rows + 1000}
+    return Transitions(**fields, training_reward=3 * number, ended=number % 2, mask=mask)
+
+
 def drawn_numbers(buffer, index, size, generator):
-    """Of each drawn row its task and its number, which are its entries."""
-    rows = draw(buffer, torch.tensor(index), size, generator)
+    """Of each drawn transition its task and its number, which are its observation; all else is that one's own."""
+    drawn = draw(buffer, torch.tensor(index), torch.rand(len(index), size, generator=generator))
+    rows = drawn.obs
     assert rows.shape == (len(index), size, 2)
+    for found, expected in zip(drawn, numbered(rows, torch.ones(len(index), size)), strict=True):
+        assert torch.equal(found, expected)
     return rows
 
 
 @pytest.mark.parametrize(("tasks", "size", "steps", "seed"), [(4, 7, 7, 0), (6, 5, 2, 1), (3, 11, 4, 2), (2, 1, 1, 3)])
 def test_buffers_against_lists(tasks, size, steps, seed):
     """Ragged episodes, stored by some tasks at a time, round the ring and cleared in between."""
-    buffer, lists, generator = init_buffer(tasks, size, 2), [deque(maxlen=size) for _ in range(tasks)], seeded(seed)
+    buffer, lists, generator = init_buffer(SMALL, tasks, size), [deque(maxlen=size) for _ in range(tasks)], seeded(seed)
     counts, number, wraps, clearings = [0] * tasks, 1, 0, 0
-    buffer["rows"].fill_(-1)  # what no one has stored
+    for name in Transitions._fields:
+        buffer[name].fill_(-1)  # what no one has stored
     for turn in range(80):
         index = torch.randperm(tasks, generator=generator)[: 1 + turn % tasks].tolist()
         length = 1 + turn % steps
@@ -614,7 +677,7 @@ def test_buffers_against_lists(tasks, size, steps, seed):
                     counts[i] += 1
                     wraps += counts[i] > size
                 number += 1
-        store(buffer, torch.tensor(index), rows, mask)
+        store(buffer, torch.tensor(index), numbered(rows, mask))
         assert buffer["count"].tolist() == counts
         full = [i for i in torch.randperm(tasks, generator=generator).tolist() if lists[i]]
         for i, drawn in zip(full, drawn_numbers(buffer, full, 40 * size, generator), strict=True):
@@ -625,21 +688,21 @@ def test_buffers_against_lists(tasks, size, steps, seed):
 
 
 def test_the_oldest_transitions_go_first():
-    buffer, kept = init_buffer(1, 5, 2), deque(maxlen=5)
+    buffer, kept = init_buffer(SMALL, 1, 5), deque(maxlen=5)
     for number in range(0, 60, 3):
         rows = torch.tensor([[[0.0, number + t] for t in range(3)]])
-        store(buffer, torch.tensor([0]), rows, torch.tensor([[1.0, 0, 1]]))
+        store(buffer, torch.tensor([0]), numbered(rows, torch.tensor([[1.0, 0, 1]])))
         kept += [number, number + 2]
         assert sorted(drawn_numbers(buffer, [0], 200, seeded(number))[0, :, 1].unique().tolist()) == sorted(kept)
 
 
 def test_draws_are_uniform_and_independent():
     """Pearson's statistics of each task's transitions, and of the pairs of neighbours and of two tasks."""
-    buffer, sizes = init_buffer(4, 9, 2), [3, 9, 1, 9]
+    buffer, sizes = init_buffer(SMALL, 4, 9), [3, 9, 1, 9]
     for i, stored in enumerate([3, 9, 1, 23]):
         for number in range(stored):
             row = torch.tensor([[[float(i), number % 9]]])
-            store(buffer, torch.tensor([i]), row, torch.ones(1, 1))
+            store(buffer, torch.tensor([i]), numbered(row, torch.ones(1, 1)))
     drawn = drawn_numbers(buffer, [0, 1, 2, 3], 20_000, seeded(1))[..., 1].long()
     checked = 0
     for values, cells in [
@@ -662,14 +725,14 @@ def test_draws_are_uniform_and_independent():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_largest_random_number_draws_the_newest(monkeypatch, dtype):
+def test_the_largest_random_number_draws_the_newest(dtype):
     largest = torch.nextafter(torch.tensor(1, dtype=dtype), torch.tensor(0, dtype=dtype))
-    buffer = init_buffer(50, 60, 2)
+    buffer = init_buffer(SMALL, 50, 60)
     for i in range(50):
         rows = torch.tensor([[[i, number] for number in range(60)]], dtype=torch.float64)
-        store(buffer, torch.tensor([i]), rows, (torch.arange(60) <= i).double()[None])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: largest.expand(*shape))
-    assert draw(buffer, torch.arange(50), 2, seeded(0))[:, :, 1].tolist() == [[i, i] for i in range(50)]
+        store(buffer, torch.tensor([i]), numbered(rows, (torch.arange(60) <= i).double()[None]))
+    drawn = draw(buffer, torch.arange(50), largest.expand(50, 2))
+    assert drawn.obs[:, :, 1].tolist() == [[i, i] for i in range(50)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,7 +759,7 @@ def test_rows_are_what_a_world_alone_shows(dense):
     """Observations, actions, both rewards and ends, for 200 tasks."""
     lab = make_lab(tasks_per_iteration=200, train_tasks=200, dense_training=dense)
     z = torch.randn(200, Z, generator=seeded(1))
-    rows, mask, returns = play_episode(lab.envs, lab.state["tasks"], lab.theta, z, lab.args, seeded(2), 1.0)
+    rows, mask, returns = play(lab, z, seeded(2))
     assert rows.shape == (200, 4, 9)
     paid = 0
     for i, task in enumerate(lab.state["tasks"]):
@@ -717,7 +780,7 @@ def test_actions_are_the_policys():
     lab.state["tasks"][:, 2] = 99
     lab.theta["policy_b3"] = torch.tensor([0.2, -0.1, -1.0, 0.1])
     z = torch.randn(200, Z, generator=seeded(1))
-    rows, _, _ = play_episode(lab.envs, lab.state["tasks"], lab.theta, z, lab.args, seeded(2), 1.0)
+    rows, _, _ = play(lab, z, seeded(2))
     noise = torch.zeros(200, 4, 2)
     for i in range(200):
         for t in range(4):
@@ -728,9 +791,9 @@ def test_actions_are_the_policys():
     assert abs(float(x.var()) - 1) < 4 * (2 / 1600) ** 0.5
     for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[..., 0], noise[..., 1])):
         assert abs(float((a * b).mean())) < 4 / a.numel() ** 0.5
-    other, _, _ = play_episode(lab.envs, lab.state["tasks"], lab.theta, z, lab.args, seeded(3), 1.0)
+    other, _, _ = play(lab, z, seeded(3))
     assert not torch.equal(other[:, 0, 2:4], rows[:, 0, 2:4])
-    rows, _, _ = play_episode(lab.envs, lab.state["tasks"], lab.theta, z, lab.args, seeded(2), 0.0)
+    rows, _, _ = play(lab, z, seeded(2), noise_scale=0.0)
     for i in range(0, 200, 10):
         for t in range(4):
             close(rows[i, t, 2:4], slow_act(lab.theta, rows[i, t, :2], z[i], torch.zeros(2))[0])
@@ -749,46 +812,66 @@ def moments(z, mean, variance):
     assert (x[1:] * x[:-1]).mean(0).abs().max() < 4 / count**0.5
 
 
-def test_guesses_are_draws_from_prior_and_posterior():
-    _, theta = make_theta()
-    nothing = guess(theta, torch.zeros(20_000, 0, OBS + A + 1), torch.zeros(20_000, 0), seeded(1))
+def test_z_is_drawn_from_prior_and_posterior():
+    args, theta = make_theta()
+    nothing = sample_prior(torch.zeros(20_000, 1), args, seeded(1))
     moments(nothing, torch.zeros(Z), torch.ones(Z))
     context = torch.randn(4, OBS + A + 1, generator=seeded(2))
     mean, variance = slow_posterior(theta, context)
-    z = guess(theta, context.expand(20_000, 4, -1), torch.ones(20_000, 4), seeded(3))
+    z = sample_posterior(theta, as_context(context.expand(20_000, 4, -1)), args, seeded(3))
     moments(z, mean, variance)
     assert (variance - 1).abs().min() > 0.1
-    masked = guess(theta, context.expand(20_000, 4, -1), torch.zeros(20_000, 4), seeded(1))
-    assert torch.equal(masked, nothing)
+    same = sample_posterior(theta, as_context(context.expand(20_000, 4, -1)), args, seeded(1))
+    close(same, mean + variance.sqrt() * nothing)
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What `guess` was given and the noise it drew, and what `play_episode` was given and what came of it."""
-    calls, guess, play = [], pearl_sac.guess, pearl_sac.play_episode
+    """Of each episode what its z was drawn from (nothing: the prior) and with which noise, what `play_episodes` was
+    given and what came of it."""
+    calls = []
+    prior, posterior, play = pearl_sac.sample_prior, pearl_sac.sample_posterior, pearl_sac.play_episodes
 
-    def spy_guess(theta, context, mask, generator):
+    def noise_of(shape, generator):
         same = Generator()
         same.set_state(generator.get_state())
-        z = guess(theta, context, mask, generator)
-        noise = torch.randn(z.shape, generator=same)
-        calls.append(SimpleNamespace(context=context, mask_of_context=mask, noise=noise, guessed=z))
+        return torch.randn(shape, generator=same)
+
+    def spy_prior(tasks, args, generator):
+        noise = noise_of((len(tasks), args.latent_size), generator)
+        z = prior(tasks, args, generator)
+        calls.append(SimpleNamespace(context=torch.zeros(len(tasks), 0, 1), noise=noise, drawn=z))
         return z
 
-    def spy_play(envs, tasks, theta, z, args, generator, spread):
-        rows, mask, returns = play(envs, tasks, theta, z, args, generator, spread)
-        vars(calls[-1]).update(tasks=tasks, z=z, spread=spread, rows=rows, mask=mask, returns=returns)
-        calls[-1].theta = clone(theta)
-        return rows, mask, returns
+    def spy_posterior(theta, context, args, generator):
+        noise = noise_of((len(context.obs), args.latent_size), generator)
+        z = posterior(theta, context, args, generator)
+        context = visible(context, theta["encoder_w0"].shape[1])
+        calls.append(SimpleNamespace(context=context, noise=noise, drawn=z))
+        return z
 
-    monkeypatch.setattr(pearl_sac, "guess", spy_guess)
-    monkeypatch.setattr(pearl_sac, "play_episode", spy_play)
+    def spy_play(envs, tasks, theta, z, args, generator, noise_scale):
+        episodes = play(envs, tasks, theta, z, args, generator, noise_scale)
+        vars(calls[-1]).update(tasks=tasks, z=z, noise_scale=noise_scale, rows=packed(episodes), mask=episodes.mask)
+        calls[-1].returns = episodes.reward.sum(1)
+        calls[-1].theta = clone(theta)
+        return episodes
+
+    monkeypatch.setattr(pearl_sac, "sample_prior", spy_prior)
+    monkeypatch.setattr(pearl_sac, "sample_posterior", spy_posterior)
+    monkeypatch.setattr(pearl_sac, "play_episodes", spy_play)
     return calls
+
+
+def rows_in(buffer):
+    """The rows [M, R, ..] of a buffer."""
+    return packed(Transitions(**{name: buffer[name] for name in Transitions._fields}))
 
 
 def stored(buffer, i):
     """The rows of a task, oldest first, as a list of tuples."""
-    rows, count = buffer["rows"][i], int(buffer["count"][i])
+    rows, count = rows_in(buffer)[i], int(buffer["count"][i])
+    assert (buffer["mask"][i, :count] == 1).all()
     return [tuple(rows[k % len(rows)].tolist()) for k in range(max(0, count - len(rows)), count)]
 
 
@@ -811,13 +894,14 @@ def test_collecting_fills_both_buffers_and_asks_the_posterior_of_its_own_context
             state["recent"]["count"][torch.tensor(index)] = 0
             for i in index:
                 recent[i].clear()
-        mean = collect_episodes(lab.envs, torch.tensor(index), state, lab.args, seeded(turn), size)
+        lab.args.context_size = size
+        returns = collect_episodes(lab.envs, torch.tensor(index), state, lab.args, seeded(turn), from_prior=not size)
         call = seen[-1]
         assert len(seen) == turn + 1
-        assert call.spread == 1
-        assert torch.equal(call.z, call.guessed)
+        assert call.noise_scale == 1
+        assert torch.equal(call.z, call.drawn)
         assert torch.equal(call.tasks, state["tasks"][torch.tensor(index)])
-        assert mean == pytest.approx(float(call.returns.mean()))
+        close(returns, call.returns)
         for k, i in enumerate(index):
             context = [tuple(x.tolist()) for x in call.context[k]]
             assert len(context) == size
@@ -835,11 +919,11 @@ def test_collecting_fills_both_buffers_and_asks_the_posterior_of_its_own_context
     assert len(recent[3]) < len(replay[3]) == 4 * 4
 
 
-def test_first_episodes_are_guessed_from_the_prior(seen):
+def test_first_episodes_are_with_z_from_the_prior(seen):
     lab = make_lab(train_tasks=900, tasks_per_iteration=900, horizon=2, latent_size=2)
     state, everyone = lab.state, torch.arange(900)
     for turn in range(2):  # even where there is a context
-        collect_episodes(lab.envs, everyone, state, lab.args, seeded(turn), 0)
+        collect_episodes(lab.envs, everyone, state, lab.args, seeded(turn), from_prior=True)
         moments(seen[-1].z, torch.zeros(2), torch.ones(2))
     assert not torch.equal(seen[0].z, seen[1].z)
 
@@ -854,7 +938,7 @@ def fill(lab, seed=7):
     generator, ids = seeded(seed), {}
     for name, counts in (("replay", [3, 20, 55, 9, 1]), ("recent", [1, 8, 100, 5, 2])):
         buffer = lab.state[name]
-        rows = torch.randn(buffer["rows"].shape, generator=generator)
+        rows = torch.randn(rows_in(buffer).shape, generator=generator)
         rows[..., -1] = (rows[..., -1] > 0.5).double()
         buffer["count"][:] = torch.tensor(counts)
         for i, count in enumerate(counts):
@@ -862,17 +946,20 @@ def fill(lab, seed=7):
             for row in rows[i, :count]:
                 ids[(name, *row.tolist())] = i
                 ids[("seen", *row[: lab.theta["encoder_w0"].shape[1]].tolist())] = (name, i)
-        buffer["rows"][:] = rows
+        for field, values in unpacked(rows, 2, 2)._asdict().items():
+            buffer[field][:] = values
     return ids
 
 
 @pytest.fixture
 def losses(monkeypatch):
-    """What every `pearl_loss` was given."""
+    """What every `pearl_loss` was given, as rows."""
     calls, original = [], pearl_sac.pearl_loss
 
     def spy(theta, target, batch, context, noise, args):
-        call = SimpleNamespace(theta=clone(theta), target=clone(target), batch=batch, context=context, noise=noise)
+        call = SimpleNamespace(theta=clone(theta), target=clone(target), batch=packed(batch))
+        call.context = visible(context, theta["encoder_w0"].shape[1])
+        call.noise = noise["z"], noise["next_action"], noise["action"]
         calls.append(call)
         return original(theta, target, batch, context, noise, args)
 
@@ -895,7 +982,7 @@ def test_updates_are_adams_by_hand_and_targets_follow(losses, variant):
     weights, target, args = clone(lab.theta), clone(lab.state["target"]), lab.args
     first = clone(weights)
     optimizer = torch.optim.Adam(lab.theta.values(), args.lr)
-    stats = learn(ALONE, lab.state, optimizer, args, 5)
+    stats = summarise(learn(lab.envs, lab.state, optimizer, args, 5))
     m, v = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
     assert len(losses) == 3
     for k, call in enumerate(losses, 1):
@@ -927,11 +1014,12 @@ def test_updates_are_of_different_tasks_with_their_own_data(monkeypatch, next_ob
     ids, calls = fill(lab), []
 
     def cheap(theta, target, batch, context, noise, args):
-        calls.append((batch, context, noise))
+        seen = visible(context, theta["encoder_w0"].shape[1])
+        calls.append((packed(batch), seen, (noise["z"], noise["next_action"], noise["action"])))
         return sum(value.sum() for value in theta.values()), {}
 
     monkeypatch.setattr(pearl_sac, "pearl_loss", cheap)
-    learn(ALONE, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, 3)
+    learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, 3)
     frequency, together = Counter(), Counter()
     for batch, context, _ in calls:
         assert batch.shape == (3, 5, 9)
@@ -966,7 +1054,7 @@ def test_updates_follow_their_seed(losses):
     for seed in (1, 1, 2):
         lab = make_lab(updates=2)
         fill(lab)
-        learn(ALONE, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seed)
+        learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seed)
         results.append(flat(lab.theta))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -978,14 +1066,14 @@ def test_updates_follow_their_seed(losses):
 
 
 @pytest.mark.parametrize(("next_obs", "priors"), [(False, 1), (True, 2), (False, 4)])
-def test_evaluation_guesses_from_all_episodes_before(seen, next_obs, priors):
+def test_evaluation_infers_from_all_episodes_before(seen, next_obs, priors):
     """By hand, one task at a time: z of each episode from the list of what the earlier ones have shown."""
     lab = make_lab(
         tasks_per_iteration=12, train_tasks=12, next_obs=next_obs, eval_episodes=4, eval_prior_episodes=priors,
         dense_training=True,
     )  # fmt: skip
     before, width = clone(lab.theta), 7 if next_obs else 5
-    actual = evaluate(lab.envs, lab.theta, lab.args)
+    actual = summarise(evaluate(lab.envs, lab.theta, lab.args))
     calls = seen[:]
     assert len(calls) == 4
     tasks, returns = calls[0].tasks, np.zeros((12, 4))
@@ -1013,7 +1101,7 @@ def test_evaluation_guesses_from_all_episodes_before(seen, next_obs, priors):
     noise = torch.stack([call.noise for call in calls])
     assert len(noise.flatten().unique()) == noise.numel()
     assert torch.equal(flat(lab.theta), flat(before))
-    assert evaluate(lab.envs, lab.theta, lab.args) == actual
+    assert summarise(evaluate(lab.envs, lab.theta, lab.args)) == actual
     lab.args.seed += 1
     evaluate(lab.envs, lab.theta, lab.args)
     assert not torch.equal(seen[-1].tasks, tasks)
@@ -1055,7 +1143,7 @@ def test_training_against_lists(seen, learned, initial):
         """The next episode, into the lists."""
         nonlocal steps, played
         call = next(calls)
-        assert call.spread == 1
+        assert call.noise_scale == 1
         assert call.context.shape[:2] == (3, size)
         index = [names[tuple(task.tolist())] for task in call.tasks]
         assert len({*index}) == 3
@@ -1085,7 +1173,7 @@ def test_training_against_lists(seen, learned, initial):
         assert stats["train/return_post"] == pytest.approx(results[-1][1])
         assert any(name.startswith("test/") for name in stats) == (iteration in (1, 2, 4, 5))
         if iteration in (1, 2, 4, 5):
-            assert [next(calls).spread for _ in range(2)] == [0, 0]
+            assert [next(calls).noise_scale for _ in range(2)] == [0, 0]
             played += 2
     assert not [*calls]
     assert initial == 2 or not {0, 1} <= {*choices[0]}  # the context of such a task has lost an episode

@@ -8,7 +8,7 @@ import torch
 
 from algos import maml_trpo, pearl_sac
 from benchmark import pearl
-from envs import make
+from envs import make, records, summarise
 
 SMALL = ["--train-tasks", "40", "--tasks-per-iteration", "4", "--meta-batch-size", "4", "--initial-episodes", "1"]
 SMALL += ["--horizon", "7", "--updates", "3", "--batch-size", "4", "--context-size", "6", "--hidden-size", "8"]
@@ -32,9 +32,9 @@ def finished(tmp_path, monkeypatch):
 def test_the_table_plays_as_the_files_own_evaluation(finished):
     folder = finished(pearl_sac, *SMALL)
     line = pearl.table(folder, pearl.Options("table", (folder,), tasks=30, episodes=4, seed=6))
-    state = pearl_sac.load_checkpoint(str(folder), "pearl_sac")
+    state = records.load_checkpoint(str(folder), "pearl_sac", pearl_sac.Args)
     args = replace(state["args"], tasks_per_iteration=30, eval_episodes=4, seed=5)  # evaluate() adds 1 to the seed
-    stats = pearl_sac.evaluate(make("SparseNavigation2D-v0", 30, 7), state["theta"], args)
+    stats = summarise(pearl_sac.evaluate(make("SparseNavigation2D-v0", 30, 7), state["theta"], args))
     assert [mean for mean, _ in line["episodes"]] == pytest.approx(
         [stats[f"test/return_k{k}"] for k in range(4)], abs=1e-3
     )
@@ -56,18 +56,19 @@ def test_rehearsals_leave_no_trace_and_paths_go_where_the_world_went(finished):
     folder = finished(pearl_sac, *SMALL)
     explorer = pearl.Explorer(folder, 5, 3)
     explorer.play()
-    seen = explorer.context.clone()
-    rows, _, returns = explorer.rehearse(explorer.guess())
-    assert torch.equal(explorer.context, seen)
-    assert explorer.played == 1
+    seen = [field.clone() for field in explorer.context]
+    episodes = explorer.rehearse(explorer.infer())
+    returns = episodes.reward.sum(1)
+    assert all(torch.equal(field, before) for field, before in zip(explorer.context, seen, strict=True))
+    assert len(explorer.episodes) == 1
     from matplotlib.figure import Figure
 
-    pearl.draw_paths(axes := Figure().subplots(), rows, explorer.tasks[0], "")
+    pearl.draw_paths(axes := Figure().subplots(), episodes, explorer.tasks[0], "")
     lines = [torch.as_tensor(line.get_xydata()) for line in axes.lines[1:]]
     position = torch.zeros(5, 2)
-    for t in range(7):  # along the actions, columns 2 and 3 of a transition
+    for t in range(7):  # along the actions
         assert all(torch.allclose(line[t].float(), position[i], atol=1e-6) for i, line in enumerate(lines))
-        position = position + 0.1 * rows[:, t, 2:4]
+        position = position + 0.1 * episodes.action[:, t]
     assert all(torch.allclose(line[7].float(), position[i], atol=1e-6) for i, line in enumerate(lines))
     near = [torch.linalg.vector_norm(line[1:].float() - explorer.tasks[i], dim=1) for i, line in enumerate(lines)]
     expected = torch.stack([torch.where(d <= 0.2, 1 - d, 0 * d).sum() for d in near])
@@ -75,25 +76,30 @@ def test_rehearsals_leave_no_trace_and_paths_go_where_the_world_went(finished):
 
 
 def test_contexts_can_be_samples_and_actions_noisy_as_in_training(finished, monkeypatch):
-    folder, asked, original = finished(pearl_sac, *SMALL), [], pearl_sac.guess
+    folder, asked, before = finished(pearl_sac, *SMALL), [], []
+    original, prior = pearl_sac.sample_posterior, pearl_sac.sample_prior
 
-    def spy(theta, context, mask, generator):
-        asked.append((context, mask))
-        return original(theta, context, mask, generator)
+    def spy(theta, context, args, generator):
+        asked.append(context)
+        return original(theta, context, args, generator)
 
-    monkeypatch.setattr(pearl_sac, "guess", spy)
+    monkeypatch.setattr(pearl_sac, "sample_posterior", spy)
+    monkeypatch.setattr(pearl_sac, "sample_prior", lambda *x: before.append(len(asked)) or prior(*x))
     explorer = pearl.Explorer(folder, 5, 3, spread=1.0, size=4)
     for _ in range(4):
         explorer.play()
-    assert [context.shape[1] for context, _ in asked] == [0, 4, 4, 4]
-    assert [float(mask.sum()) for _, mask in asked] == [0, 0, 5 * 4, 5 * 4]  # the first two episodes: the prior
-    for i, (sample, seen) in enumerate(zip(asked[3][0], explorer.context[:, :21], strict=True)):
+    assert before == [0, 0]  # the first two episodes
+    assert [context.mask.tolist() for context in asked] == [[[1.0] * 4] * 5] * 2
+    samples, histories = (
+        torch.cat([*x[:2], x.reward[..., None], x.next_obs], -1) for x in (asked[1], explorer.context)
+    )
+    for i, (sample, seen) in enumerate(zip(samples, histories[:, :21], strict=True)):
         places = [(seen == row).all(1).nonzero().flatten().tolist() for row in sample]
         assert all(len(place) == 1 for place in places), i
         assert len({place[0] for place in places}) == 4
-    state = pearl_sac.load_checkpoint(str(folder), "pearl_sac")
-    means, _ = pearl_sac.act(state["theta"], explorer.context[:, 0, :2], torch.zeros(5, 5), torch.zeros(5, 2))
-    assert (explorer.context[:, 0, 2:4] - means).abs().max() > 0.1  # an untrained policy's means are near 0
+    state = records.load_checkpoint(str(folder), "pearl_sac", pearl_sac.Args)
+    means, _ = pearl_sac.act(state["theta"], explorer.context.obs[:, 0], torch.zeros(5, 5), torch.zeros(5, 2))
+    assert (explorer.context.action[:, 0] - means).abs().max() > 0.1  # an untrained policy's means are near 0
     with pytest.raises(SystemExit, match="--context 8: allowed is 0 to 7"):
         pearl.Explorer(folder, 5, 3, size=8)
 

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from double_precision import ALONE, float64, seeded  # noqa: F401
+from double_precision import float64, seeded  # noqa: F401
 
 from algos import pearl_sac as ours
 from benchmark import peer_pearl as peer
@@ -65,10 +65,27 @@ def all_of(state: dict) -> dict:
 def fill(state: dict, args, generator) -> None:
     """Random transitions in all buffers, some of which end an episode; rewards and rewards to train on differ."""
     for name in ("replay", "recent"):
-        rows = state[name]["rows"]
-        rows[:] = torch.randn(rows.shape, generator=generator)
-        rows[..., -1] = (torch.rand(rows.shape[:2], generator=generator) < 0.3).to(rows)
+        for field in COLUMNS[:-1]:
+            state[name][field].normal_(generator=generator)
+        state[name]["ended"][:] = torch.rand(state[name]["ended"].shape, generator=generator) < 0.3
+        state[name]["mask"].fill_(1)
         state[name]["count"] += torch.arange(args.train_tasks) + 5
+
+
+COLUMNS = "obs", "action", "reward", "next_obs", "training_reward", "ended"  # of the peer's buffers, in its order
+
+
+def columns(of, *index) -> dict[str, np.ndarray]:
+    """What the peer's buffers hold, of a buffer of ours or of Transitions: a column [B, ..] for each name."""
+    fields = of if isinstance(of, dict) else of._asdict()
+    rows = {name: fields[name][index].numpy() for name in COLUMNS}
+    return {name: x.reshape(len(x), -1) for name, x in rows.items()}
+
+
+def hide(context: dict[str, np.ndarray], args) -> dict[str, np.ndarray]:
+    """What the encoder must not look at is not a number."""
+    seen = ("obs", "action", "reward", "next_obs")[: 4 if args.next_obs else 3]
+    return {name: x if name in seen else np.full_like(x, math.nan) for name, x in context.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,27 +94,25 @@ def test_updates_agree(kind, monkeypatch):
     args, envs, state, generator = small("HalfCheetahVel-v0", updates=updates, lr=0.01, tau=0.1, **KINDS[kind])
     fill(state, args, generator)
     agent, before, drawn = agent_like(state, args, envs), {k: x.clone() for k, x in all_of(state).items()}, []
-    names = list(agent.replay[0].columns)
-    widths = [column.shape[1] for column in agent.replay[0].columns.values()]
+    assert tuple(agent.replay[0].columns) == COLUMNS
 
     loss = ours.pearl_loss
     monkeypatch.setattr(ours, "pearl_loss", lambda *x: drawn.append(x[2:5]) or loss(*x))
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
-    ours.learn(ALONE, state, optimizer, args, 5)
+    ours.learn(envs, state, optimizer, args, 5)
     assert len(drawn) == updates
 
     noises, samples = [], []
-    for batch_NBV, context_NSI, (z_NZ, next_NBA, new_NBA) in drawn:
-        rows_NSV = torch.nn.functional.pad(context_NSI, (0, sum(widths) - context_NSI.shape[2]), value=math.nan)
+    for batch, context, noise_of in drawn:
         for i in range(args.meta_batch_size):
-            noises += [z_NZ[i], next_NBA[i], new_NBA[i]]
-            samples += [rows_NSV[i], batch_NBV[i]]
+            noises += [noise_of[name][i] for name in ("z", "next_action", "action")]
+            samples += [hide(columns(context, i), args), columns(batch, i)]
     noises, samples = iter(noises), iter(samples)
 
     def sample(buffer, size):
         values = next(samples)
-        assert len(values) == size
-        return {name: x.numpy() for name, x in zip(names, values.split(widths, 1), strict=True)}
+        assert {len(x) for x in values.values()} == {size}
+        return values
 
     def noise(shape, like):
         value = next(noises)
@@ -123,12 +138,13 @@ def test_the_peers_buffers_hold_the_same_transitions():
     state["replay"]["count"][2] = 57  # around the end
     agent = agent_like(state, args, envs)
     for buffers, own in ((agent.replay, state["replay"]), (agent.recent, state["recent"])):
-        R = own["rows"].shape[1]
+        R = own["mask"].shape[1]
         for task, (buffer, count) in enumerate(zip(buffers, own["count"].tolist(), strict=True)):
             assert (buffer.size, buffer.count, buffer.top) == (R, min(count, R), count % R)
             rows = np.concatenate(list(buffer.sample(2000).values()), 1)
             assert rows.dtype == np.float64
-            assert np.array_equal(np.unique(rows, axis=0), np.unique(own["rows"][task, :count].numpy(), axis=0))
+            expected = np.concatenate(list(columns(own, task, slice(count)).values()), 1)
+            assert np.array_equal(np.unique(rows, axis=0), np.unique(expected, axis=0))
     parts = [np.full(column.shape[1], 7.0) for column in agent.replay[2].columns.values()]
     agent.replay[2].add(*parts)
     assert agent.replay[2].columns["obs"][57 % 40, 0] == 7
@@ -168,25 +184,32 @@ def test_collected_transitions_agree(env_id, own, flags, context, monkeypatch):
     index_N, size, contexts, z_noise, noise_TNA = torch.tensor([4, 0, 5]), 6 * context, [], [], []
     agent, start = agent_like(state, args, envs), {name: state[name]["count"].clone() for name in ("replay", "recent")}
 
-    guess, act = ours.guess, ours.act
+    prior, posterior, act = ours.sample_prior, ours.sample_posterior, ours.act
 
-    def recorded_guess(theta, context_NSI, mask_NS, generator):
-        contexts.append(context_NSI)
+    def record_noise(generator):
         again = torch.Generator()
         again.set_state(generator.get_state())
-        z_noise.append(torch.randn(len(context_NSI), args.latent_size, generator=again))
-        return guess(theta, context_NSI, mask_NS, generator)
+        z_noise.append(torch.randn(len(index_N), args.latent_size, generator=again))
 
-    monkeypatch.setattr(ours, "guess", recorded_guess)
+    def recorded_prior(tasks_NP, args, generator):
+        record_noise(generator)
+        return prior(tasks_NP, args, generator)
+
+    def recorded_posterior(theta, context, args, generator):
+        contexts.append(context)
+        record_noise(generator)
+        return posterior(theta, context, args, generator)
+
+    monkeypatch.setattr(ours, "sample_prior", recorded_prior)
+    monkeypatch.setattr(ours, "sample_posterior", recorded_posterior)
     monkeypatch.setattr(ours, "act", lambda theta, obs, z, noise: noise_TNA.append(noise) or act(theta, obs, z, noise))
-    ours.collect_episodes(envs, index_N, state, args, generator, size)
+    ours.collect_episodes(envs, index_N, state, args, generator, from_prior=not context)
+    assert len(contexts) == context
 
     env = peer.make(env_id, args, own, **({} if own else {"dtype": torch.float64}))
     if own:
         env.unwrapped._reset_noise_scale = 0.0
     env.reset(seed=0)
-    names = list(agent.replay[0].columns)
-    widths = [column.shape[1] for column in agent.replay[0].columns.values()]
     steps = 0
     for i, index in enumerate(index_N.tolist()):
         noises = iter([z_noise[0][i], *(noise_NA[i][None] for noise_NA in noise_TNA)])
@@ -194,8 +217,7 @@ def test_collected_transitions_agree(env_id, own, flags, context, monkeypatch):
         def sample(buffer, asked, i=i, index=index):
             assert buffer is agent.recent[index]
             assert asked == size
-            rows = torch.nn.functional.pad(contexts[0][i], (0, sum(widths) - contexts[0].shape[2]), value=math.nan)
-            return {name: x.numpy() for name, x in zip(names, rows.split(widths, 1), strict=True)}
+            return hide(columns(contexts[0], i), args)
 
         monkeypatch.setattr(peer.Buffer, "sample", sample)
         monkeypatch.setattr(peer, "noise", lambda shape, like, noises=noises: next(noises).reshape(shape))
@@ -204,11 +226,13 @@ def test_collected_transitions_agree(env_id, own, flags, context, monkeypatch):
     assert (steps < 3 * args.horizon) == ("Ant" in env_id)
     for buffers, name in ((agent.replay, "replay"), (agent.recent, "recent")):
         for index in range(args.train_tasks):
-            buffer, rows_RV = buffers[index], state[name]["rows"][index]
+            buffer = buffers[index]
             assert (state[name]["count"][index] > start[name][index]) == (index in index_N)
             assert buffer.count == min(int(state[name]["count"][index]), buffer.size)
-            found = torch.from_numpy(np.concatenate(list(buffer.columns.values()), 1))
-            torch.testing.assert_close(found, rows_RV, rtol=1e-7, atol=1e-8)
+            expected = columns(state[name], index)
+            assert tuple(buffer.columns) == tuple(expected) == COLUMNS
+            for found, column in zip(buffer.columns.values(), expected.values(), strict=True):
+                np.testing.assert_allclose(found, column, rtol=1e-7, atol=1e-8)
 
 
 def test_the_report_is_of_medians_for_whole_iterations():

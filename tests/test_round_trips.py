@@ -105,7 +105,7 @@ def play_trials(module, encoder: str, horizon: int) -> int:
 def play_episode(horizon: int) -> int:
     args, envs = pearl_sac.Args(horizon=horizon, hidden_size=8), Worlds(N)
     theta, z = pearl_sac.init_networks(envs, args, seeded(0)), torch.zeros(N, args.latent_size)
-    return waits(partial(pearl_sac.play_episode, envs, TASKS, theta, z, args, seeded(1), 1.0))
+    return waits(partial(pearl_sac.play_episodes, envs, TASKS, theta, z, args, seeded(1), 1.0))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,11 @@ def learn(updates: int) -> int:
     theta = pearl_sac.init_networks(Worlds(N), args, seeded(0))
     state = {"theta": theta, "target": {name: x.clone() for name, x in theta.items() if name[0] == "q"}}
     for name in ("replay", "recent"):
-        rows = torch.randn(6, 11, 2 * O + A + 3, generator=seeded(2))
-        state[name] = {"rows": rows, "count": torch.full((6,), 11)}
+        empty = pearl_sac.init_buffer(Worlds(N), 6, 11)
+        state[name] = {field: torch.randn(x.shape, generator=seeded(2)) for field, x in empty.items()}
+        state[name] |= {"mask": torch.ones(6, 11), "count": torch.full((6,), 11)}
     state["tasks"] = torch.zeros(6, P)
-    return waits(partial(pearl_sac.learn, ALONE, state, fused_adam(theta.values()), args, 0))
+    return waits(partial(pearl_sac.learn, Worlds(N), state, fused_adam(theta.values()), args, 0))
 
 
 def epochs_of_promp(epochs: int) -> int:
