@@ -1,35 +1,36 @@
-"""MB-MPO: learn models of the dynamics, and meta-learn, in imagination, a policy that adapts to each of them.
+"""MB-MPO: learn models of the dynamics and, in imagination, a policy that adapts to each of them.
 
-Paper: Clavera, Rothfuss, Schulman, Fujita, Asfour, Abbeel 2018, arXiv:1809.05214, Algorithm 1. TRPO: 1502.05477.
-Run: python algos/mbmpo.py --env-id HalfCheetahForward-v0     (--help explains every flag; --cuda uses the GPU)
-Result: HalfCheetahForward, 100,000 real steps: 608, 510 (the authors: 550; TRPO: 13, at a million 483); docs/mbmpo.md
+Paper: Clavera, Rothfuss, Schulman, Fujita, Asfour, Abbeel 2018, arXiv:1809.05214, Algorithm 1.
+    TRPO: 1502.05477. The inner step's gradient, LVC: 1810.06784.
+Run: python algos/mbmpo.py --env-id HalfCheetahForward-v0     (--help explains every flag; --cuda: on the GPU)
+Result: HalfCheetahForward, 100,000 real steps: 608, 510 (the authors: 550; TRPO: 13, at a million 483)
 Algorithm:
-    [1] repeat: sample real episodes with the policy tailored to each model (at first: pi_theta), into the data D
+    [1] repeat: play real episodes with the policy adapted to each model (at first with pi_theta), into D
     [2]     fit each model f_k(s, a) to its own random part of D, until its error on the rest stops falling
-    [3]     several times, per model k: imagine E episodes with pi_theta; advantages A by GAE over a linear baseline
-    [4]         theta'_k = theta + alpha grad mean[ pi_theta(a|s) / pi_old(a|s) A ]
-    [5]         imagine E episodes in model k with pi_theta'_k, their advantages likewise
-    [6]         J(theta) = mean_k mean[ pi_theta'_k(theta)(a|s) / pi_old_k(a|s) A ], theta'_k a function of theta
+    [3]     often: imagine E episodes in each model k with pi_theta, the support; advantages A by GAE over a
+                linear baseline, normalised
+    [4]         theta'_k = theta + alpha grad mean_support [ pi_theta(a|s) / pi_old(a|s) A ]
+    [5]         imagine E episodes in each model k with pi_theta'_k, the query; advantages likewise
+    [6]         J(theta) = mean_k mean_query [ pi_theta'_k(a|s) / pi_old_k(a|s) A ], theta'_k depends on theta
     [7]         g = grad J(theta), through the inner step
-    [8]         d = F^-1 g by conjugate gradient, F the Hessian of mean_k KL(pi_old_k || pi_theta'_k(theta))
+    [8]         d = F^-1 g by conjugate gradient, F the Hessian of mean_k KL(pi_old_k || pi_theta'_k)
     [9]         theta <- theta + the longest backtracked step along d with mean KL <= delta and a better J
-    [10]    real return of pi_theta, and of the policies tailored to the models
-Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda of [3] = gae_lambda.
-Shapes: a suffix names a tensor's axes (obs_NETO): N models, E episodes per model, T steps, B samples, O observation,
-    A action, P task vector, F features, W all of theta, M rows of D, R of them to fit, V to stop, I inputs (O + A).
-Differs from the paper: `--action-scale` 10 (1), the setting that matters most; the inner gradient is ProMP's (LVC);
-    Adam's moments are fresh in each fit; no weight normalisation; imagination ends far outside what was seen.
+    [10]    real return of pi_theta, and of the policies adapted to the models
+Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda = gae_lambda;
+    pi_old, pi_old_k are the policies that played: pi_theta, pi_theta'_k at the theta before the update.
+Shapes: a suffix names a tensor's axes (obs_NETO): N models, each of them a task, E episodes of each, T steps,
+    B = E * T samples, O observation, A action, P task vector, F features of the baseline, Y of time, W all of
+    theta in one vector, I inputs of a model (O + A), M rows of D, R of them to fit a model, V to end its fit.
+Differs from the paper: `--action-scale` 10 (1), the setting that matters most; ProMP's inner gradient (LVC);
+    fresh moments of Adam in each fit; no weight normalisation; imagination ends far from what was seen.
 """
 
-import io
-import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,8 +40,10 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, grad_and_value, vjp, vmap
+from torch.nn import functional
+from torch.nn.utils import parameters_to_vector
 
-Params = dict[str, Tensor]  # a policy: w0 [O, H], b0 [H], ..; one per model: w0 [N, O, H], ..; also models and data
+Params = dict[str, Tensor]  # one policy for all models: w0 [O, H], b0 [H], ..; one for each: w0 [N, O, H], ..
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Args:
     iterations: int = 25
     """rounds of real episodes, of models, and of a policy; 100 in the authors' code"""
     num_models: int = 5
-    """models of the ensemble (K); 5 in the paper"""
+    """models of the ensemble (N); 5 in the paper"""
     model_size: int = 256
     """units of each of a model's two relu layers; 512 in the paper"""
     model_lr: float = 1e-3
@@ -64,7 +67,7 @@ class Args:
     data_size: int = 100_000
     """latest real transitions that are kept (D); 100,000 in the authors' code"""
     real_episodes: int = 4
-    """real episodes of each tailored policy in an iteration; the authors' 20 policies play one each"""
+    """real episodes of each adapted policy in an iteration; the authors' 20 policies play one each"""
     meta_steps: int = 30
     """meta-updates of an iteration; 30 in the authors' code"""
     episodes_per_task: int = 20
@@ -76,7 +79,7 @@ class Args:
     action_scale: float = 10.0
     """a policy output of +-s spans the action bounds; 1 in the paper"""
     inner_lr: float = 0.03
-    """step size of adaptation (alpha); 0.001 in the paper; 0 is the loop without meta-learning, one policy for all"""
+    """step size of adaptation (alpha); 0.001 in the paper; 0: no meta-learning, one policy for all models"""
     gamma: float = 0.99
     """discount; 0.99 in the paper"""
     gae_lambda: float = 1.0
@@ -90,7 +93,7 @@ class Args:
     cuda: bool = False
     """policy, models and imagination on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -99,23 +102,25 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = dict.fromkeys(("gamma", "gae_lambda", "fisher_fraction", "cg_damping"), (0, 1)) | {"seed": (0, 2**31)}
-        ranges |= {"inner_lr": (0, 1e6), "horizon": (6, 10**9), "data_size": (10, 10**9)}
+        ranges = dict.fromkeys(("gamma", "gae_lambda", "fisher_fraction", "cg_damping"), (0, 1))
+        ranges |= {"seed": (0, 2**31), "inner_lr": (0, 1e6), "horizon": (6, 10**9), "data_size": (10, 10**9)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
 
 
-class Rollouts(NamedTuple):
-    """E episodes of each of N tasks (inside vmap: of one task, without N); steps behind an early end have mask 0."""
+class Episodes(NamedTuple):
+    """E episodes of each of N tasks; inside vmap those of one task, without N."""
 
     obs: Tensor  # [N, E, T, O]
     action: Tensor  # [N, E, T, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
-    mask: Tensor  # [N, E, T] 1 while the episode runs
-    advantage: Tensor  # [N, E, T] mean 0 and standard deviation 1 over each task's steps
-    total: Tensor  # [N, E] undiscounted return
+    mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
+    reward: Tensor  # [N, E, T]
+    value: Tensor  # [N, E, T] the baseline plus the mean of the task's advantages
+    std: Tensor  # [N, E] standard deviation of the task's advantages, the same for all its episodes
+    advantage: Tensor  # [N, E, T] less the task's mean, divided by std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -136,272 +141,366 @@ def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, params["log_std"].clamp_min(math.log(1e-6)).exp().unsqueeze(-2)
 
 
+def normal(mean: Tensor, std: Tensor) -> Normal:
+    """Gaussian actions; without torch's checks of its arguments, which would wait for the GPU each time."""
+    return Normal(mean, std, validate_args=False)
+
+
+def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
+    """log pi(a|s) [.., E, T] of a batch's actions; where params lead with N, so does the batch."""
+    mean, std = policy(params, batch.obs.flatten(-3, -2))
+    return normal(mean, std).log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
+
+
+def init_models(envs, args: Args, generator: Generator) -> Params:
+    """Weights of the N models: Xavier-uniform w0 [N, I, H], .. and zero biases b0 [N, 1, H], .."""
+    obs_size = envs.single_observation_space.shape[0]
+    inputs = obs_size + envs.single_action_space.shape[0]
+    models = {}
+    for i, (n, m) in enumerate(pairwise((inputs, args.model_size, args.model_size, obs_size))):
+        uniform = torch.rand(args.num_models, n, m, generator=generator)
+        models[f"w{i}"] = (2 * uniform - 1) * math.sqrt(6 / (n + m))
+        models[f"b{i}"] = torch.zeros(args.num_models, 1, m)
+    return models
+
+
+def normalised_change(models: Params, x: Tensor) -> Tensor:
+    """What the networks compute: [N, B, O] for x [N, B, I]; inside vmap one model's, without N."""
+    hidden = torch.relu(x @ models["w0"] + models["b0"])
+    hidden = torch.relu(hidden @ models["w1"] + models["b1"])
+    return hidden @ models["w2"] + models["b2"]
+
+
+@torch.no_grad()
+def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
+    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+
+    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    """
+    E = args.episodes_per_task
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)
+    obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
+    playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
+    steps = []
+    with envs.unwrapped.playing():
+        for noise_NEA in noise_TNEA:
+            obs_NEO = obs.unflatten(0, playing_NE.shape)
+            mean_NEA, std = policy(params, obs_NEO)
+            action_NEA = mean_NEA + std * noise_NEA
+            obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
+            step = {"obs": obs_NEO, "action": action_NEA, "mean": mean_NEA, "mask": playing_NE}
+            steps.append(step | {"reward": reward.view_as(playing_NE)})
+            playing_NE = 1 - terminated.view_as(playing_NE).to(playing_NE)
+    played = {name: torch.stack([step[name] for step in steps], 2) for name in steps[0]}
+    policies = normal(played.pop("mean"), std.unsqueeze(-2))
+    return played | {"log_prob": policies.log_prob(played["action"]).sum(-1)}
+
+
+def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
+    """Sums of the rewards [.., T] from each step on, discounted."""
+    tail = torch.zeros_like(reward[..., 0])
+    tails = []
+    for reward_now in reversed(reward.unbind(-1)):
+        tail = reward_now + gamma * tail
+        tails.append(tail)
+    return torch.stack(list(reversed(tails)), -1)
+
+
+def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    next_value = functional.pad(value[..., 1:], (0, 1))
+    delta = reward + gamma * next_value - value
+    return discounted_returns(delta, gamma * gae_lambda)
+
+
+def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> Tensor:
+    """Values [N, E, T]: each task's ridge regression of returns on o, o^2, t, t^2, t^3, 1 (1604.06778)."""
+    t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
+    time_NETY = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
+    obs_NETO = obs_NETO.double().clamp(-10, 10)
+    x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETY], -1) * mask_NET[..., None]).flatten(1, 2)
+    y_NB1 = return_NET.double().flatten(1)[..., None]
+    gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
+    return (x_NBF @ torch.linalg.solve(gram_NFF, x_NBF.mT @ y_NB1)).view_as(return_NET).to(return_NET)
+
+
+def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Episodes:
+    """E episodes of each task, and their advantages."""
+    played = rollout(envs, tasks_NP, params, args, generator)
+    mask_NET = played["mask"]
+    return_NET = discounted_returns(played["reward"], args.gamma)
+    value_NET = linear_baseline(played["obs"], return_NET, mask_NET)  # [3]
+    advantage_NET = gae(played["reward"], value_NET, args.gamma, args.gae_lambda)
+    weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
+    mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
+    centred_NET = advantage_NET - mean_N11
+    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    return Episodes(
+        **played,
+        value=value_NET + mean_N11,
+        std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
+        advantage=centred_NET * mask_NET / std_N11,
+    )
+
+
+def transitions(envs, played: dict[str, Tensor]) -> dict[str, Tensor]:
+    """obs [M, O], action [M, A] as the environment executed it, and next_obs [M, O] of real episodes."""
+    rows = {"obs": played["obs"], "action": envs.executed(played["action"])}
+    rows = {name: x[:, :, :-1] for name, x in rows.items()}  # rollout keeps none after the last step
+    rows["next_obs"] = played["obs"][:, :, 1:]
+    return {name: x[played["mask"][:, :, :-1] > 0] for name, x in rows.items()}
+
+
+def measure(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scales of a model's inputs x = (s, a) and outputs y = s' - s, and the range in which it is believed."""
+    x_MI = torch.cat([data["obs"], data["action"]], -1)
+    y_MO = data["next_obs"] - data["obs"]
+    scales = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6}
+    scales |= {"y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
+    low, high = torch.cat([data["obs"], data["next_obs"]]).aminmax(dim=0)
+    # What was seen, and beyond it as far again: low - (high - low) to high + (high - low).
+    return scales | {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}
+
+
+def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, generator: Generator) -> tuple:
+    """Go on fitting all models at once, each to its own random 80 % of the data: new models, and statistics.
+
+    A model is done when its error on the other 20 % rises. That error is noisy, so what counts is its moving
+    average. This begins at 1.5 times the first error: it falls at first even where the error does not.
+    """
+    scales = measure(data)
+    x_MI = (torch.cat([data["obs"], data["action"]], -1) - scales["x_mean"]) / scales["x_std"]
+    y_MO = (data["next_obs"] - data["obs"] - scales["y_mean"]) / scales["y_std"]
+    order_NM = envs.unwrapped.noise(generator, args.num_models, len(x_MI), dim=0, uniform=True).argsort(1)
+    train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
+    weights = {name: x.clone().requires_grad_() for name, x in models.items()}
+    optimizer = torch.optim.Adam(weights.values(), args.model_lr)
+
+    def error(weights: Params, rows: Tensor) -> Tensor:
+        return (normalised_change(weights, x_MI[rows]) - y_MO[rows]).square().mean()
+
+    smoothed_N = 1.5 * vmap(error)(weights, valid_NV).detach()
+    is_fitting_N = torch.ones_like(smoothed_N).bool()
+    fitted = weights
+    for epoch in range(1, args.model_epochs + 1):  # noqa: B007
+        order = torch.randperm(train_NR.shape[1], generator=generator).to(x_MI.device)
+        for columns in order.split(args.model_batch_size):  # of train_NR, where each model has other rows
+            gradient = vmap(grad(error))(weights, train_NR[:, columns])
+            for name, x in weights.items():
+                x.grad = gradient[name]
+            optimizer.step()  # moves also a model that is done, whose weights are safe in `fitted`
+        is_fitting_N11 = is_fitting_N[:, None, None]
+        fitted = {name: torch.where(is_fitting_N11, x, fitted[name]).detach() for name, x in weights.items()}
+        before_N = smoothed_N
+        smoothed_N = 0.9 * before_N + 0.1 * vmap(error)(weights, valid_NV).detach()
+        is_fitting_N = is_fitting_N & (smoothed_N < before_N)
+        if envs.unwrapped.total(is_fitting_N) == 0:
+            break
+    error_N = vmap(error)(fitted, valid_NV)
+    return fitted, {"train/model_error": error_N, "train/model_epochs": epoch}
+
+
+def predict(models: Params, scales: dict[str, Tensor], obs: Tensor, action: Tensor) -> Tensor:
+    """f_k(s, a) [N * E, O] of obs [N * E, O] and action [N * E, A], the first E by the first model."""
+    x = (torch.cat([obs, action], -1) - scales["x_mean"]) / scales["x_std"]
+    change = normalised_change(models, x.unflatten(0, (len(models["w0"]), -1))).flatten(0, 1)
+    return obs + change * scales["y_std"] + scales["y_mean"]
+
+
+def follow_models(imagined, models: Params, data: dict[str, Tensor]) -> None:
+    """Let imagined worlds move as the models predict; start states, rewards and early ends are the real ones.
+
+    An imagined episode ends, too, where the prediction is outside the range in which a model is believed.
+    """
+    scales = measure(data)
+    imagined.follow(partial(predict, models, scales), scales["low"], scales["high"])
+
+
+def ratios(params: Params, batch: Episodes) -> Tensor:
+    """pi(a|s) over that of the policy that drew a, [.., E, T]; 1 where the mask is 0."""
+    log_ratio = (batch_log_prob(params, batch) - batch.log_prob) * batch.mask
+    return log_ratio.exp()
+
+
+def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
+    """One inner step of all tasks at once, from the same parameters for all or from one set per task.
+
+    At the parameters that drew the support, ratios are 1 and their gradient is that of log pi: the step is
+    the policy gradient. Its own derivative, unlike log pi's, knows that other parameters draw other actions.
+    """
+
+    def objective(params: Params, batch: Episodes) -> Tensor:
+        return (ratios(params, batch) * batch.advantage).sum() / batch.mask.sum()
+
+    params_axis = 0 if params["b0"].ndim == 2 else None  # None: the same for all tasks
+    gradient = vmap(grad(objective), in_dims=(params_axis, 0))(params, support)
+    return {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
+
+
+def imagined_surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
+    """J_k [N] of each model, and the adapted policies on the query: means [N, B, A], deviations [N, 1, A]."""
+    (support,) = supports
+    params = lvc_step(theta, support, args)
+    J_N = (ratios(params, query) * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
+    return J_N, policy(params, query.obs.flatten(1, 2))
+
+
 def unflatten(vector_W: Tensor, like: Params) -> Params:
     """Cut one vector into parameters with the names and shapes of `like`."""
     parts = vector_W.split([value.numel() for value in like.values()])
     return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
-    if dist.is_initialized():
-        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
-        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
-    return [x.detach() for x in values]
-
-
-def gae(reward_NET: Tensor, value_NET: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), 0 behind the last step; discounted returns with values 0."""
-    delta_NET = reward_NET + gamma * torch.nn.functional.pad(value_NET[..., 1:], (0, 1)) - value_NET
-    tails = [torch.zeros_like(delta_NET[..., 0])]
-    for delta_NE in reversed(delta_NET.unbind(-1)):
-        tails.append(delta_NE + gamma * gae_lambda * tails[-1])
-    return torch.stack(tails[:0:-1], -1)
-
-
-def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> Tensor:
-    """Values [N, E, T]: each task's ridge regression of returns on o, o^2, t, t^2, t^3, 1 (arXiv:1604.06778)."""
-    t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
-    time_NETK = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
-    obs_NETO = obs_NETO.double().clamp(-10, 10)
-    x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETK], -1) * mask_NET[..., None]).flatten(1, 2)
-    y_NB1 = return_NET.double().flatten(1)[..., None]
-    gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
-    return (x_NBF @ torch.linalg.solve(gram_NFF, x_NBF.mT @ y_NB1)).view_as(return_NET).to(return_NET)
-
-
-@torch.no_grad()
-def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Tensor, ...]:
-    """E episodes of each task, in step, with one policy for all or one per task: a batch's obs to mask, and rewards."""
-    N, E, seed = len(tasks_NP), args.episodes_per_task, int(torch.randint(2**31, (1,), generator=generator))
-    noise_TNEA = torch.randn(args.horizon, N, E, envs.single_action_space.shape[0], generator=generator)
-    tasks_NP, noise_TNEA = envs.unwrapped.share(tasks_NP), envs.unwrapped.share(noise_TNEA, 1).to(tasks_NP)
-    obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
-    mask_NE, steps, threads = torch.ones(len(tasks_NP), E).to(tasks_NP), [], torch.get_num_threads()
-    torch.set_num_threads(1)  # one step's small matrices gain nothing from threads that spin on the physics' cores
-    for noise_NEA in noise_TNEA:
-        mean_NEA, std = policy(params, obs_NEO := obs.view(*mask_NE.shape, -1))
-        action_NEA = mean_NEA + std * noise_NEA
-        obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
-        steps.append((obs_NEO, action_NEA, mean_NEA, mask_NE, reward.view_as(mask_NE)))
-        mask_NE = 1 - terminated.view_as(mask_NE).to(tasks_NP)
-    torch.set_num_threads(threads)
-    obs_NETO, action_NETA, mean_NETA, *rest = (torch.stack(x, 2) for x in zip(*steps, strict=True))
-    return obs_NETO, action_NETA, Normal(mean_NETA, std.unsqueeze(-2), False).log_prob(action_NETA).sum(-1), *rest
-
-
-def sample(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> Rollouts:
-    """E episodes of each task, and their advantages."""
-    *data, mask_NET, reward_NET = rollout(envs, tasks_NP, params, args, generator)
-    value_NET = linear_baseline(data[0], gae(reward_NET, 0 * reward_NET, args.gamma, 1.0), mask_NET)  # [3]
-    advantage_NET = gae(reward_NET, value_NET, args.gamma, args.gae_lambda)
-    weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
-    mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
-    std_N11 = (weight_NET * (advantage_NET - mean_N11).square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
-    return Rollouts(*data, mask_NET, (advantage_NET - mean_N11) * mask_NET / std_N11, reward_NET.sum(-1))
-
-
-def ratios(params: Params, batch: Rollouts) -> Tensor:
-    """pi(a|s) over that of the policy that drew a [.., E, T], 1 where mask is 0; N may lead the batch and params."""
-    policies = Normal(*policy(params, batch.obs.flatten(-3, -2)), validate_args=False)
-    log_prob = policies.log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
-    return ((log_prob - batch.log_prob) * batch.mask).exp()
-
-
-def lvc_step(params: Params, support: Rollouts, args: Args, scale: float = 1.0) -> Params:
-    """One inner step of all tasks at once: from shared parameters, or one set per task, to one set per task."""
-
-    def objective(params: Params, batch: Rollouts) -> Tensor:
-        return (ratios(params, batch) * batch.advantage).sum() / batch.mask.sum()
-
-    gradient = vmap(grad(objective), (0 if params["b0"].ndim == 2 else None, 0))(params, support)
-    return {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
-
-
-def init_models(envs, args: Args, generator: Generator) -> Params:
-    """Weights of the ensemble, Xavier-uniform w [N, inputs, units], and biases b [N, 1, units], zero."""
-    obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    models = {}
-    for i, (n, m) in enumerate(pairwise((obs_size + action_size, args.model_size, args.model_size, obs_size))):
-        models[f"w{i}"] = (2 * torch.rand(args.num_models, n, m, generator=generator) - 1) * math.sqrt(6 / (n + m))
-        models[f"b{i}"] = torch.zeros(args.num_models, 1, m)
-    return models
-
-
-def change(models: Params, x: Tensor) -> Tensor:
-    """Normalised change of the observation [.., B, O] for normalised inputs x [.., B, I]; of all models, N leads."""
-    hidden = torch.relu(x @ models["w0"] + models["b0"])
-    return torch.relu(hidden @ models["w1"] + models["b1"]) @ models["w2"] + models["b2"]
-
-
-def predict(models: Params, obs: Tensor, action: Tensor) -> Tensor:
-    """f_k(s, a) for obs [N * B, O] and actions within the bounds [N * B, A], B for each model."""
-    x = ((torch.cat([obs, action], -1) - models["x_mean"]) / models["x_std"]).unflatten(0, (len(models["w0"]), -1))
-    return obs + change(models, x).flatten(0, 1) * models["y_std"] + models["y_mean"]
-
-
-def fit_models(envs, models: Params, data: Params, args: Args, generator: Generator) -> tuple[Params, dict]:
-    """Each model on its own random 80 % of the data, all at once, until its smoothed error on the rest rises."""
-    x_MI, y_MO = torch.cat([data["obs"], data["action"]], -1), data["next_obs"] - data["obs"]
-    low, high = torch.cat([data["obs"], data["next_obs"]]).aminmax(dim=0)
-    stats = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6, "y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
-    x_MI, y_MO = (x_MI - stats["x_mean"]) / stats["x_std"], (y_MO - stats["y_mean"]) / stats["y_std"]
-    order_NM = torch.rand(args.num_models, len(x_MI), generator=generator).argsort(1)
-    train_NR, valid_NV = envs.unwrapped.share(order_NM).to(x_MI.device).tensor_split([4 * len(x_MI) // 5], 1)
-    weights = {name: x.clone().requires_grad_() for name, x in models.items() if name[0] in "wb"}
-    optimizer, kept = torch.optim.Adam(weights.values(), args.model_lr), weights
-
-    def error(weights: Params, rows: Tensor) -> Tensor:
-        return (change(weights, x_MI[rows]) - y_MO[rows]).square().mean()
-
-    average_N = 1.5 * vmap(error)(weights, valid_NV).detach()  # so high that no fit ends before its error has settled
-    running_N11 = torch.ones_like(average_N).bool()[:, None, None]
-    for epoch in range(1, args.model_epochs + 1):  # noqa: B007
-        for rows in torch.randperm(train_NR.shape[1], generator=generator).to(x_MI.device).split(args.model_batch_size):
-            for x, dx in zip(weights.values(), vmap(grad(error))(weights, train_NR[:, rows]).values(), strict=True):
-                x.grad = dx
-            optimizer.step()
-        error_N = vmap(error)(weights, valid_NV).detach()
-        kept = {name: torch.where(running_N11, x, kept[name]).detach() for name, x in weights.items()}
-        before_N, average_N = average_N, 0.9 * average_N + 0.1 * error_N
-        running_N11 = running_N11 & (average_N < before_N)[:, None, None]
-        if not envs.unwrapped.in_any_process(running_N11.any()):
-            break
-    stats |= {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}  # a range beyond what was seen
-    final = float(*average(vmap(error)(kept, valid_NV).mean()))
-    return kept | stats, {"train/model_error": final, "train/model_epochs": epoch}
-
-
-def tailor(imagined, models: Params, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator):
-    """One inner step on episodes imagined in the models: these, and a policy for each model."""
-    imagined.follow(lambda obs, action: predict(models, obs, action), models["low"], models["high"])
-    support = sample(imagined, tasks_NP, theta, args, generator)
-    return support, lvc_step(theta, support, args)
-
-
-def tailored_policies(theta: Params, supports: list[Rollouts], query: Rollouts, args: Args):
-    """Surrogates J_k [N]; means [N, B, A] and standard deviations [N, 1, A] of the tailored policies on the query."""
-    params = lvc_step(theta, supports[0], args)
-    J_N = (ratios(params, query) * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
-    return J_N, *policy(params, query.obs.flatten(1, 2))
-
-
 def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
     """Solve F x = b for a positive definite F, given as the function v -> F v."""
-    x_W, r_W, p_W = torch.zeros_like(b_W), b_W, b_W
+    x_W = torch.zeros_like(b_W)
+    r_W = b_W
+    p_W = b_W
     for _ in range(iterations):
-        Fp_W, rr = product(p_W), r_W @ r_W
+        Fp_W = product(p_W)
+        rr = r_W @ r_W
         step = rr / (p_W @ Fp_W).clamp_min(1e-30)
-        x_W, r_W = x_W + step * p_W, r_W - step * Fp_W
+        x_W = x_W + step * p_W
+        r_W = r_W - step * Fp_W
         p_W = r_W + (r_W @ r_W) / rr.clamp_min(1e-30) * p_W
     return x_W
 
 
-def fisher_product(vector_W: Tensor, like: Params, adapted, supports: list, query: NamedTuple, args: Args):
-    """v -> F v + damping v on a share of the episodes: F, the KL's Hessian at theta, as J^T M J, linearised once."""
+def fisher_product(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args):
+    """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
+
+    At its minimum it is J^T M J, J the derivative of the policies' outputs by theta, M the Fisher matrix of
+    a Gaussian, which is diagonal: 1 / std^2 for each mean and 2 / std^2 for each standard deviation.
+    """
     keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    *supports, query = (type(batch)(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
-    weight_NB1 = (query.mask / query.mask.sum((1, 2), keepdim=True)).flatten(1)[..., None] / len(query.mask)
-    outputs, transposed = vjp(lambda w_W: adapted(unflatten(w_W, like), supports, query, args)[1:], vector_W)
-    _, jacobian = vjp(lambda cotangents: transposed(cotangents)[0], outputs)  # J^T c is linear in c: its vjp is J v
+    *supports, query = (Episodes(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
+    weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)
+
+    def outputs(w_W: Tensor) -> tuple[Tensor, Tensor]:
+        return surrogate(unflatten(w_W, theta), supports, query, args)[1]
+
+    # vjp gives u -> J^T u without building J. That is linear in u: its own vjp is v -> (J^T)^T v = J v.
+    (mean_NBA, std_N1A), J_transposed = vjp(outputs, parameters_to_vector(theta.values()))
+    _, J = vjp(lambda u: J_transposed(u)[0], (mean_NBA, std_N1A))
 
     def product(v_W: Tensor) -> Tensor:
-        mean_NBA, std_N1A = jacobian(v_W)[0]
-        # M, the Fisher matrix of a Gaussian, has 1 / std^2 for the mean and 2 / std^2 for the standard deviation.
-        metric = weight_NB1 * mean_NBA / outputs[1] ** 2, 2 / len(query.mask) * std_N1A / outputs[1] ** 2
-        return average(transposed(metric)[0])[0] + args.cg_damping * v_W
+        ((d_mean_NBA, d_std_N1A),) = J(v_W)
+        M_mean_NBA = weight_NET.flatten(1)[..., None] * d_mean_NBA / std_N1A**2
+        M_std_N1A = 2 / len(query.mask) * d_std_N1A / std_N1A**2
+        (F_v_W,) = average(*J_transposed((M_mean_NBA, M_std_N1A)))
+        return F_v_W + args.cg_damping * v_W
 
     return product
 
 
-def trpo_step(theta: Params, adapted, supports: list, query: NamedTuple, args: Args) -> tuple[Params, dict]:
-    """One constrained step on theta, or none, and its statistics; `adapted` gives J_i [N] and the policies' outputs."""
-    vector_W = torch.cat([value.flatten() for value in theta.values()])
+def trpo_step(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
+    """One step of theta within the trust region, or none, and its statistics; `surrogate` gives J_i [N]."""
+    theta_W = parameters_to_vector(theta.values())
 
     def objective(w_W: Tensor):
-        J_N, *outputs = adapted(unflatten(w_W, theta), supports, query, args)
-        return J_N.mean(), outputs  # [6]
+        J_N, policies = surrogate(unflatten(w_W, theta), supports, query, args)
+        return J_N.mean(), policies  # [6]
 
-    gradient_W, (before, old) = grad_and_value(objective, has_aux=True)(vector_W)
-    gradient_W, before = average(gradient_W, before)  # [7]
-    product = fisher_product(vector_W, theta, adapted, supports, query, args)
-    direction_W = conjugate_gradient(product, gradient_W)  # [8]
-    step_W = direction_W * (2 * args.max_kl / (direction_W @ product(direction_W)).clamp_min(1e-30)).sqrt()
-    for fraction in (*(0.8**k for k in range(15)), 0.0):
-        after, new = torch.no_grad()(objective)(vector_W + fraction * step_W)
-        kl_NB = kl_divergence(Normal(*old, False), Normal(*new, False)).sum(-1) * query.mask.flatten(1)
-        kl, after = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), after)
-        if (kl <= args.max_kl) & (after > before):  # [9]; one wait for the device
+    gradient_W, (J, old) = grad_and_value(objective, has_aux=True)(theta_W)
+    gradient_W, J = average(gradient_W, J)  # [7]
+    fisher = fisher_product(theta, surrogate, supports, query, args)
+    direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
+    # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
+    step_W = direction_W * (2 * args.max_kl / (direction_W @ fisher(direction_W)).clamp_min(1e-30)).sqrt()
+    for fraction in (0.8**k for k in range(15)):
+        with torch.no_grad():
+            J_new, new = objective(theta_W + fraction * step_W)
+        kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
+        kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
+        if (kl <= args.max_kl) & (J_new > J):  # [9]; & and not `and`: one wait for the GPU
+            theta = unflatten(theta_W + fraction * step_W, theta)
             break
-    stats = {"kl": kl, "improvement": after - before, "step": fraction, "gradient_norm": gradient_W.norm()}
-    return unflatten(vector_W + fraction * step_W, theta), {f"train/{name}": float(x) for name, x in stats.items()}
+    else:  # no step along d is good enough, theta stays
+        fraction, kl, J_new = 0.0, torch.zeros_like(J), J
+    stats = {"kl": kl, "improvement": J_new - J, "step": fraction, "gradient_norm": gradient_W.norm()}
+    return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 
 
-def play(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> tuple[Params, Tensor, int]:
-    """Real episodes of every policy: transitions, but those behind the horizon's last action; returns [N, E]; steps."""
+def evaluate(envs, imagined, tasks_NP: Tensor, theta: Params, args: Args) -> dict:
+    """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise."""
     real = replace(args, episodes_per_task=args.real_episodes)
-    obs, action, _, mask_NET, reward_NET = map(envs.unwrapped.gather, rollout(envs, tasks_NP, params, real, generator))
-    data = {"obs": obs[:, :, :-1], "action": envs.executed(action)[:, :, :-1], "next_obs": obs[:, :, 1:]}
-    return {k: x[mask_NET[:, :, :-1] > 0] for k, x in data.items()}, reward_NET.sum(-1), int(mask_NET.sum())
-
-
-def evaluate(envs, imagined, models: Params, theta: Params, args: Args) -> dict:
-    """Real returns of pi_theta and of the tailored policies, with equal start states and noise in every evaluation."""
-    seeded, tasks_NP = Generator().manual_seed, envs.unwrapped.tasks[:1].expand(args.num_models, -1)
-    adapted = tailor(imagined, models, tasks_NP, theta, args, seeded(args.seed + 1))[1]
-    returns = [play(envs, tasks_NP, params, args, seeded(args.seed + 2))[1] for params in (theta, adapted)]  # [10]
-    ci95 = 1.96 * float((returns[1] - returns[0]).std(correction=0)) / math.sqrt(returns[0].numel())
-    return {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)} | {"test/gain_ci95": ci95}
+    support = collect(imagined, tasks_NP, theta, args, Generator().manual_seed(args.seed + 1))
+    returns = []
+    for params in (theta, lvc_step(theta, support, args)):
+        played = rollout(envs, tasks_NP, params, real, Generator().manual_seed(args.seed + 2))
+        returns.append(played["reward"].sum(-1))  # [10]
+    stats = {f"test/return_k{k}": return_NE for k, return_NE in enumerate(returns)}
+    return stats | {"test/gain_ci95": returns[1] - returns[0]}
 
 
 def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
-    device, share, gather = envs.unwrapped.device, envs.unwrapped.share, envs.unwrapped.gather
-    theta, models, data = ({name: x.to(device) for name, x in state[k].items()} for k in ("theta", "models", "data"))
-    models = {name: share(x) if name[0] in "wb" else x for name, x in models.items()}  # w0, b0, ..: one per model
-    (generator := Generator()).set_state(state["generator"])
-    tasks_NP = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).expand(args.num_models, -1)
+    device = envs.unwrapped.device
+    theta = {name: x.to(device) for name, x in state["theta"].items()}
+    data = {name: x.to(device) for name, x in state["data"].items()}
+    # Processes of torchrun share the models, but each has all the data: `share` cuts, `gather` joins.
+    models = {name: envs.unwrapped.share(x).to(device) for name, x in state["models"].items()}
+    generator = Generator()
+    generator.set_state(state["generator"])
+    real = replace(args, episodes_per_task=args.real_episodes)
+    task_1P = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
+    tasks_NP = task_1P.expand(args.num_models, -1)  # the real task, which is the same in all models
+    if data:  # a resumed run
+        follow_models(imagined, models, data)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
-        params = tailor(imagined, models, tasks_NP, theta, args, generator)[1] if data else theta
-        new, return_NE, steps = play(envs, tasks_NP, params, args, generator)  # [1]
-        data = {name: torch.cat([data.get(name, x[:0]), x])[-args.data_size :] for name, x in new.items()}
+        state["iteration"] = iteration
+        params = theta
+        if data:  # else there are no models to adapt to
+            params = lvc_step(theta, collect(imagined, tasks_NP, theta, args, generator), args)
+        played = rollout(envs, tasks_NP, params, real, generator)  # [1]
+        new = transitions(envs, {name: envs.unwrapped.gather(x) for name, x in played.items()})
+        joined = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+        data = {name: x[-args.data_size :] for name, x in joined.items()}
         models, stats = fit_models(envs, models, data, args, generator)  # [2]
+        follow_models(imagined, models, data)
         for _ in range(args.meta_steps):
-            support, params = tailor(imagined, models, tasks_NP, theta, args, generator)
-            query, diverged = sample(imagined, tasks_NP, params, args, generator), imagined.diverged_share  # [5]
-            theta, step = trpo_step(theta, tailored_policies, [support], query, args)
-        state |= {"iteration": iteration, "generator": generator.get_state(), "theta": theta, "data": data}
-        state["env_steps"] += steps
-        state["models"] = {name: gather(x) if name[0] in "wb" else x for name, x in models.items()}
-        totals = {"imagined_pre": support.total, "imagined_post": query.total, "return_post": return_NE}
-        means = {f"train/{k}": float(*average(x.mean())) for k, x in totals.items()} | {"train/diverged": diverged}
-        run.log(state, stats | step | means | evaluate(envs, imagined, models, theta, args))
+            support = collect(imagined, tasks_NP, theta, args, generator)
+            params = lvc_step(theta, support, args)
+            query = collect(imagined, tasks_NP, params, args, generator)  # [5]
+            theta, last_step = trpo_step(theta, imagined_surrogate, [support], query, args)
+        stats |= last_step | {"train/diverged": imagined.diverged_share}  # of the last query
+        stats["train/imagined_pre"] = support.reward.sum(-1)
+        stats["train/imagined_post"] = query.reward.sum(-1)
+        stats["train/return_post"] = played["reward"].sum(-1)
+        stats |= evaluate(envs, imagined, tasks_NP, theta, args)
+        state["env_steps"] += envs.unwrapped.total(played["mask"])
+        state |= {"theta": theta, "data": data, "generator": generator.get_state()}
+        state["models"] = {name: envs.unwrapped.gather(x) for name, x in models.items()}
+        run.log(state, stats)
         run.save(state)
-        if envs.unwrapped.in_any_process(run.stopping):
+        if run.should_stop():
             break
 
 
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    values = [x.detach() for x in values]
+    if dist.is_initialized():
+        vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
+        dist.all_reduce(vector)
+        parts = vector.split([x.numel() for x in values])
+        values = [part.view_as(x) for part, x in zip(parts, values, strict=True)]
+    return values
+
+
 class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
 
     def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
+        from envs import records
 
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        self.records = records
+        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
+        self.bar = records.progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -410,69 +509,47 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return self.records.in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = self.records.write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
 
     def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import Follower, imagine, join, make, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import Follower, imagine, join, learning_curve, make
-
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
     leads = join(args.cuda, num_models=args.num_models)
-    options = {"cuda": args.cuda, "action_scale": args.action_scale, "physics": args.physics}
-    envs = make(args.env_id, args.num_models * args.real_episodes, args.horizon, **options)
+    worlds = args.num_models * args.real_episodes
+    envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     imagined = imagine(envs, args.num_models * args.episodes_per_task)
     generator = Generator().manual_seed(args.seed)
-    made = {"theta": init_policy(envs, args.hidden_size, generator), "models": init_models(envs, args, generator)}
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "data": {}} | made
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ({(k, name): tuple(s[k][name].shape) for k in made for name in made[k]} for s in (state, made))
-    if shapes != expected:
-        raise SystemExit(f"--resume {args.resume}: it holds {shapes}, the flags ask for {expected}")
-    try:
+    theta = init_policy(envs, args.hidden_size, generator)
+    models = init_models(envs, args, generator)
+    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "data": {}}
+    state |= {"theta": theta, "models": models, "generator": generator.get_state()}
+    state |= saved | {"args": vars(args)}
+    records.check_shapes(args.resume, saved=state["theta"], made=theta)
+    records.check_shapes(args.resume, saved=state["models"], made=models)
+    with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, imagined, args, run, state)
         if leads:
-            run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+            run.bar.write(records.learning_curve(run.folder))
 
 
 if __name__ == "__main__":

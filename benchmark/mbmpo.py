@@ -36,7 +36,7 @@ PAPER = {"HalfCheetahForward": (100_000, 550)}  # the authors' real steps and re
 STEPS = 20_000, 40_000, 60_000, 80_000, 100_000, 400_000, 1_000_000  # of the table
 LEVELS = 200, 300, 400, 500, 600, 700, 800  # returns, likewise
 LABELS = {  # of kept runs, and the metric that is drawn
-    "mbmpo": ("MB-MPO, tailored policies", "test/return_k1"),
+    "mbmpo": ("MB-MPO, adapted policies", "test/return_k1"),
     "ensemble": ("the same loop without meta-learning", "test/return_k1"),
     "trpo": ("TRPO, model-free", "train/return_post"),
     "multitask_ppo": ("PPO, model-free", "train/return_post"),
@@ -71,10 +71,10 @@ def trpo(options: Options) -> None:
     task_1P, run = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)), mbmpo.Run(args, "trpo", 0)
     for iteration in range(1, args.iterations + 1):
         batch = maml_trpo.collect(envs, task_1P, theta, args, generator)
-        theta, stats = maml_trpo.trpo_step(theta, maml_trpo.adapted_policies, [], batch, args)
+        theta, stats = maml_trpo.trpo_step(theta, maml_trpo.surrogate, [], batch, args)
         state |= {"iteration": iteration, "env_steps": state["env_steps"] + int(batch.mask.sum()), "theta": theta}
-        run.log(state, stats | {"train/return_post": float(batch.total.mean())})
-        if run.stopping:
+        run.log(state, stats | {"train/return_post": batch.reward.sum(-1)})
+        if run.should_stop():
             break
     run.save(state)
     run.bar.close()  # and no picture: nobody adapts
@@ -179,6 +179,7 @@ class Learned:
         if module is not mbmpo:
             raise SystemExit(f"{folder}: a run of {module.__name__}, not of mbmpo")
         self.models, self.theta, self.data = (self.state[key] for key in ("models", "theta", "data"))
+        self.scales = mbmpo.measure(self.data)
         self.envs = make(self.args.env_id, options.episodes, self.args.horizon, False, self.args.action_scale)
         self.generator = Generator().manual_seed(options.seed)
         self.task_1P = self.envs.unwrapped.sample_tasks(1, Generator().manual_seed(self.args.seed))
@@ -205,7 +206,7 @@ class Learned:
         steps = [obs[:, 0].expand(self.args.num_models, *obs[:, 0].shape)]
         for action in self.envs.executed(actions).unbind(1):
             flat = action.expand(self.args.num_models, *action.shape).flatten(0, 1)
-            steps.append(mbmpo.predict(self.models, steps[-1].flatten(0, 1), flat).view_as(steps[0]))
+            steps.append(mbmpo.predict(self.models, self.scales, steps[-1].flatten(0, 1), flat).view_as(steps[0]))
         return torch.stack(steps, 2)
 
 
@@ -238,11 +239,11 @@ def disagreement(options: Options) -> None:
     data = learned.data
     rows = torch.randperm(len(data["obs"]), generator=learned.generator)[:6000].sort()[0]
     obs, action = data["obs"][rows], data["action"][rows]
-    predicted = partial(mbmpo.predict, learned.models)
+    predicted = partial(mbmpo.predict, learned.models, learned.scales)
     many = (x.repeat(learned.args.num_models, 1) for x in (obs, action))
     with torch.no_grad():
         next_obs = predicted(*many).unflatten(0, (learned.args.num_models, -1))
-    spread = (next_obs.std(0) / learned.models["y_std"]).mean(-1)
+    spread = (next_obs.std(0) / learned.scales["y_std"]).mean(-1)
     left, right = (figure := Figure(figsize=(11, 4.5), layout="constrained")).subplots(1, 2)
     when = 100 * rows / len(data["obs"])
     for axes, colour, title in ((left, when, "when it was visited, % of the data"),

@@ -42,16 +42,16 @@ class Model(nn.Module):
         return obs + self.network(x) * self.y_std + self.y_mean
 
 
-def models_like(models: Params) -> list[Model]:
-    """A module for each of the models of algos/mbmpo.py, with its weights and scales."""
+def models_like(models: Params, scales: Params) -> list[Model]:
+    """A module for each of the models of algos/mbmpo.py, with its weights and these scales."""
     (number, inputs, size), obs, members = models["w0"].shape, models["w2"].shape[2], []
     for k in range(number):
         member = Model(obs, inputs - obs, size).to(models["w0"])
         for i, layer in enumerate(member.network[::2]):
             layer.weight.data.copy_(models[f"w{i}"][k].T)
             layer.bias.data.copy_(models[f"b{i}"][k, 0])
-        for name in models.keys() - {"w0", "w1", "w2", "b0", "b1", "b2"}:
-            setattr(member, name, models[name])
+        for name, value in scales.items():
+            setattr(member, name, value)
         members.append(member)
     return members
 
@@ -90,14 +90,14 @@ def fit(models: list[Model], data: Params, args) -> list[int]:
 
 
 class Episodes(NamedTuple):
-    """E episodes in one model; steps behind an early end have mask 0."""
+    """E episodes in one model; steps after an early end have mask 0."""
 
     obs: Tensor  # [E, T, O]
     action: Tensor  # [E, T, A] unclipped
     log_prob: Tensor  # [E, T] under the policy that drew the action
     mask: Tensor  # [E, T] 1 while the episode runs
+    reward: Tensor  # [E, T]
     advantage: Tensor  # [E, T] normalised
-    total: Tensor  # [E] undiscounted return
 
 
 def baseline(obs: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def imagine(envs, task: Tensor, model: Model, params: Params, args) -> Episodes:
     obs, action, mask, reward = (torch.stack(x, 1) for x in zip(*steps, strict=True))
     advantage = advantages(obs.double(), reward.double(), mask, args).to(obs)
     log_prob = policy(params, obs).log_prob(action)
-    return Episodes(obs, action, log_prob, mask.to(obs), advantage, reward.sum(1))
+    return Episodes(obs, action, log_prob, mask.to(obs), reward, advantage)
 
 
 def surrogate(params: Params, episodes: Episodes) -> tuple[Tensor, Independent]:
@@ -196,7 +196,7 @@ def sample(envs, task: Tensor, models: list[Model], theta: Params, args) -> list
 
 
 def losses(theta: Params, batches: list[tuple[Episodes, Episodes]], args, old: list | None = None):
-    """Mean surrogate and mean KL over models, and the tailored policies' distributions on the query episodes."""
+    """Mean surrogate and mean KL over models, and the adapted policies' distributions on the query episodes."""
     surrogates, kls, policies, with_graph = [], [], [], old is None
     for k, (support, query) in enumerate(batches):
         params = adapt(theta, support, args, with_graph)

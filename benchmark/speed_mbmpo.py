@@ -11,7 +11,7 @@ imagines with one). `peer_threads` is with how many a meta-update of it was quic
 fit; figures named peer_ and speedups are of these. peer_N_threads_meta_update_s: its meta-updates with N threads. Its
 Fisher products are on all episodes, as usual; `--fisher-fraction 1` shows how fast ours would be without their share.
 
-imagined_steps_per_s: imagined steps of a meta-update, over its time. All are counted, also those behind an early end,
+imagined_steps_per_s: imagined steps of a meta-update, over its time. All are counted, also those after an early end,
 which take as long; `running_share` is the share of the others. imagination_s: both batches of episodes, their
 advantages, and the inner step between; imagination_only_steps_per_s is over this time. update_s: the step of TRPO.
 model_rows_per_s: transitions times models times epochs of a fit, over its time; held-out transitions count, too. In no
@@ -77,7 +77,7 @@ class Peer:
     """The loop over models, timed with each number of threads."""
 
     def __init__(self, args, watch):
-        self.args, self.watch, self.models = args, watch, {}
+        self.args, self.watch, self.models, self.scales = args, watch, {}, {}
         self.worlds = make(
             args.env_id, args.episodes_per_task, args.horizon, args.cuda, args.action_scale, physics=args.physics
         )
@@ -91,14 +91,14 @@ class Peer:
         """A fit that begins with the same weights as ours."""
         for number in threads():
             with with_threads(number):
-                members, clock = peer_mbmpo.models_like(models), Clock(self.watch)
+                members, clock = peer_mbmpo.models_like(models, {}), Clock(self.watch)
                 epochs = peer_mbmpo.fit(members, data, self.args)
                 fit, fit_cpu = clock.lap()
             self.keep(number, fit=fit, fit_cpu=fit_cpu, rows=len(data["obs"]) * sum(epochs))
 
     def meta_update(self, theta: dict, task: Tensor) -> None:
         """A meta-update from the same policy as ours, in the same models."""
-        members = peer_mbmpo.models_like(self.models)
+        members = peer_mbmpo.models_like(self.models, self.scales)
         theta = {name: value.clone().requires_grad_() for name, value in theta.items()}
         for number in threads():
             with with_threads(number):
@@ -110,7 +110,7 @@ class Peer:
             self.keep(number, sample=sample, update=update, total=sample + update, cpu=sample_cpu + update_cpu)
 
 
-def fits(fit_models, peer: Peer, watch):
+def fits(fit_models, measure, peer: Peer, watch):
     """`fit_models`, several times beside the peer's, before the stopwatch starts for the first meta-update."""
 
     def fit(envs, models, data, args, generator):
@@ -122,6 +122,7 @@ def fits(fit_models, peer: Peer, watch):
             for name, value in {"fit": seconds, "fit_cpu": cpu, "rows": rows}.items():
                 watch.times[name].append(value)
             peer.fit(models, data)
+        peer.scales = measure(data)
         watch.restart()
         return peer.models, stats
 
@@ -131,9 +132,9 @@ def fits(fit_models, peer: Peer, watch):
 def meta_updates(trpo_step, peer: Peer, task: Tensor, watch):
     """`trpo_step`, at whose end a meta-update is measured; one of the peer follows."""
 
-    def step(theta, adapted, supports, query, args):
+    def step(theta, surrogate, supports, query, args):
         watch.sampled = watch.now() - watch.since
-        result = trpo_step(theta, adapted, supports, query, args)
+        result = trpo_step(theta, surrogate, supports, query, args)
         masks = torch.stack([query.mask, *(support.mask for support in supports)])
         watch.times["running"].append(float(masks.mean()))
         watch.extras = [partial(peer.meta_update, theta, task)]
@@ -150,7 +151,7 @@ def measure(algorithm, args, envs: ScaleActions, imagined: Imagined, watch) -> N
     state = {"theta": algorithm.init_policy(envs, args.hidden_size, generator)}
     state |= {"models": algorithm.init_models(envs, args, generator), "data": {}, "generator": generator.get_state()}
     task = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
-    algorithm.fit_models = fits(algorithm.fit_models, peer, watch)
+    algorithm.fit_models = fits(algorithm.fit_models, algorithm.measure, peer, watch)
     algorithm.trpo_step = meta_updates(algorithm.trpo_step, peer, task, watch)
     algorithm.train(envs, imagined, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
 

@@ -43,13 +43,13 @@ def small(env_id: str = "HalfCheetahForward-v0", **kwargs):
     return args, envs, theta, models, data, generator
 
 
-def scaled(models: dict, envs, reach: float) -> dict:
-    """Models with scales that all differ, and which an episode from the start states leaves sooner or later."""
+def scales_of(envs, reach: float) -> dict:
+    """Scales that all differ, and bounds which an episode from the start states leaves sooner or later."""
     obs, (actions,) = envs.reset(seed=1)[0], envs.single_action_space.shape
     size, width = obs.shape[1], obs.shape[1] + actions
     scales = {"x_mean": torch.linspace(-0.1, 0.1, width), "x_std": torch.linspace(0.5, 1.5, width)}
     scales |= {"y_mean": torch.linspace(-0.01, 0.01, size), "y_std": torch.linspace(0.01, 0.03, size)}
-    return models | scales | {"low": obs.mean(0) - reach, "high": obs.mean(0) + reach}
+    return scales | {"low": obs.mean(0) - reach, "high": obs.mean(0) + reach}
 
 
 def copy_of(generator: torch.Generator) -> torch.Generator:
@@ -58,13 +58,15 @@ def copy_of(generator: torch.Generator) -> torch.Generator:
     return again
 
 
-def ours_and_peers_episodes(args, envs, theta, models, generator, monkeypatch):
+def ours_and_peers_episodes(args, envs, theta, models, scales, generator, monkeypatch):
     """Both sides' episodes before and after the inner step, from the same start states and noise."""
     imagined = imagine(envs, args.num_models * args.episodes_per_task)
     task = envs.unwrapped.sample_tasks(1, generator)
     tasks_NP, again = task.expand(args.num_models, -1), copy_of(generator)
-    support, params = ours.tailor(imagined, models, tasks_NP, theta, args, generator)
-    query = ours.sample(imagined, tasks_NP, params, args, generator)
+    imagined.follow(partial(ours.predict, models, scales), scales["low"], scales["high"])
+    support = ours.collect(imagined, tasks_NP, theta, args, generator)
+    params = ours.lvc_step(theta, support, args)
+    query = ours.collect(imagined, tasks_NP, params, args, generator)
 
     N, E = args.num_models, args.episodes_per_task
     starts, noises = [[] for _ in range(N)], [[] for _ in range(N)]
@@ -79,14 +81,14 @@ def ours_and_peers_episodes(args, envs, theta, models, generator, monkeypatch):
     monkeypatch.setattr(peer, "start", lambda envs, task: next(starts))
     monkeypatch.setattr(peer, "noise", lambda like: next(noises))
     leaves = peer.set_vector(theta, flat(theta))
-    batches = peer.sample(envs, task, peer.models_like(models), leaves, args)
+    batches = peer.sample(envs, task, peer.models_like(models, scales), leaves, args)
     assert not [*starts, *noises]
     return support, params, query, leaves, batches
 
 
 def assert_same_episodes(ours_NET: tuple, peers: list) -> None:
     for k, episodes in enumerate(peers):
-        assert episodes._fields == ours_NET._fields
+        assert set(ours_NET._fields) - set(episodes._fields) == {"value", "std"}  # for other files' estimators
         for name, value in episodes._asdict().items():
             torch.testing.assert_close(value, getattr(ours_NET, name)[k], **AFTER_MANY_STEPS)
 
@@ -96,8 +98,8 @@ def assert_same_episodes(ours_NET: tuple, peers: list) -> None:
 )
 def test_imagined_episodes_and_the_inner_step_agree(env_id, reach, monkeypatch):
     args, envs, theta, models, _, generator = small(env_id, horizon=30)
-    models = scaled(models, envs, reach)
-    support, params, query, leaves, batches = ours_and_peers_episodes(args, envs, theta, models, generator, monkeypatch)
+    worlds = envs, theta, models, scales_of(envs, reach)
+    support, params, query, leaves, batches = ours_and_peers_episodes(args, *worlds, generator, monkeypatch)
     early = 1 - support.mask.mean()
     assert 0.1 < early < 0.9 if "Hopper" in env_id or reach < 1 else early == 0, "falls and divergence end episodes"
     assert_same_episodes(support, [support for support, _ in batches])
@@ -111,12 +113,12 @@ def test_imagined_episodes_and_the_inner_step_agree(env_id, reach, monkeypatch):
 @pytest.mark.parametrize(("env_id", "reach"), [("HalfCheetahForward-v0", 0.5), ("HopperForward-v0", 9.0)])
 def test_surrogate_gradient_fisher_product_and_step_agree(env_id, reach, monkeypatch):
     args, envs, theta, models, _, generator = small(env_id, horizon=30)
-    models = scaled(models, envs, reach)
-    support, _, query, leaves, batches = ours_and_peers_episodes(args, envs, theta, models, generator, monkeypatch)
+    worlds = envs, theta, models, scales_of(envs, reach)
+    support, _, query, leaves, batches = ours_and_peers_episodes(args, *worlds, generator, monkeypatch)
     vector = flat(theta)
 
     def objective(vector):
-        return ours.tailored_policies(ours.unflatten(vector, theta), [support], query, args)[0].mean()
+        return ours.imagined_surrogate(ours.unflatten(vector, theta), [support], query, args)[0].mean()
 
     surrogate, kl, _ = peer.losses(leaves, batches, args)
     gradient = peer.flatten(torch.autograd.grad(surrogate, list(leaves.values()), retain_graph=True))
@@ -125,10 +127,10 @@ def test_surrogate_gradient_fisher_product_and_step_agree(env_id, reach, monkeyp
     assert gradient.norm() > 0.01
 
     v = torch.randn(vector.shape, generator=generator)
-    own = ours.fisher_product(vector, theta, ours.tailored_policies, [support], query, args)(v)
+    own = ours.fisher_product(theta, ours.imagined_surrogate, [support], query, args)(v)
     torch.testing.assert_close(peer.fisher_product(kl, leaves, args.cg_damping)(v), own, **CLOSE)
 
-    new, stats = ours.trpo_step(theta, ours.tailored_policies, [support], query, args)
+    new, stats = ours.trpo_step(theta, ours.imagined_surrogate, [support], query, args)
     peer_new, peer_stats = peer.trpo_step(leaves, batches, args)
     assert peer_stats["step"] == stats["train/step"] > 0
     assert peer_stats["kl"] == pytest.approx(stats["train/kl"], rel=1e-5)
@@ -153,12 +155,12 @@ def test_fits_agree(early_stop, monkeypatch):
         return next(drawn[-1])
 
     monkeypatch.setattr(peer, "permutation", permutation)
-    members = peer.models_like(models)
+    members = peer.models_like(models, {})
     epochs = peer.fit(members, data, args)
     assert max(epochs) == stats["train/model_epochs"]
     assert (len(set(epochs)) == args.num_models) == early_stop, epochs
     assert (max(epochs) < args.model_epochs) == early_stop
-    for member, expected in zip(members, peer.models_like(fitted), strict=True):
+    for member, expected in zip(members, peer.models_like(fitted, ours.measure(data)), strict=True):
         assert (member.network[0].weight - models["w0"][0].T).abs().max() > 0.01
         for name, value in (vars(expected) | dict(expected.network.named_parameters())).items():
             if isinstance(value, torch.Tensor):
@@ -168,13 +170,13 @@ def test_fits_agree(early_stop, monkeypatch):
 
 def test_modules_are_the_models():
     args, envs, _, models, data, _ = small()
-    models = scaled(models, envs, 1.0)
-    action = data["action"].clamp(-1, 1)
-    expected = ours.predict(models, data["obs"].repeat(3, 1), action.repeat(3, 1)).unflatten(0, (args.num_models, -1))
-    for k, member in enumerate(peer.models_like(models)):
+    scales, action = scales_of(envs, 1.0), data["action"].clamp(-1, 1)
+    expected = ours.predict(models, scales, data["obs"].repeat(3, 1), action.repeat(3, 1))
+    expected = expected.unflatten(0, (args.num_models, -1))
+    for k, member in enumerate(peer.models_like(models, scales)):
         torch.testing.assert_close(member(data["obs"], action).detach(), expected[k], **CLOSE)
         for name in ("x_mean", "x_std", "y_mean", "y_std", "low", "high"):
-            assert torch.equal(getattr(member, name), models[name])
+            assert torch.equal(getattr(member, name), scales[name])
     assert not torch.allclose(expected[0], expected[1])
 
 
