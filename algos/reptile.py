@@ -292,6 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
+    most = tasks.images.shape[1] // args.inner_shots if tasks.is_classification else args.inner_steps
+    if args.inner_steps > most:
+        raise SystemExit(f"--inner-steps {args.inner_steps}: allowed is 1 to {most} disjoint minibatches")
     if not tasks.is_classification:
         torch.set_num_threads(1)  # on small nets more threads only cost
     generator = Generator().manual_seed(args.seed)
