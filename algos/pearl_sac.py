@@ -482,7 +482,7 @@ def main(argv: list[str] | None = None) -> None:
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0} | fresh
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     for part in PARTS:
-        records.check_shapes(args.resume, saved=state[part], made=fresh[part])
+        records.check_shapes(args.resume, saved=state[part], made=fresh[part], part=f"{part}.")
     with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)

@@ -62,9 +62,9 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     os.replace(file.name, folder / "checkpoint.pt")
 
 
-def check_shapes(folder: str, saved: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-    """SystemExit unless the saved tensors have the names and shapes of those that the flags ask for."""
-    shapes, expected = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (saved, made))
+def check_shapes(folder: str, saved: dict[str, Tensor], made: dict[str, Tensor], part: str = "") -> None:
+    """SystemExit unless the saved tensors, of a part of the state, have the names and shapes that the flags ask for."""
+    shapes, expected = ({part + name: tuple(x.shape) for name, x in tensors.items()} for tensors in (saved, made))
     wrong = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
     if wrong:
         found = ", ".join(f"{name} is {shapes.get(name)} and not {expected.get(name)}" for name in wrong)
