@@ -20,7 +20,7 @@ Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task,
     O observation, A action, P task vector, F features of the baseline, Y of time. The entries of parameter
     dicts gain N by fine-tuning.
 Differs from usual PPO: the baseline is no network but that of maml_trpo.py, linear, refitted to each task's
-    batch, so that the yardstick differs from the meta-learners only in the objective. The horizon is part of
+    batch, so that the yardstick differs from the meta-learners in the objective. The horizon is part of
     the task, as there.
 """
 
@@ -229,7 +229,7 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 
 
 def clipped_gain(params: Params, batch: Episodes, args: Args) -> Tensor:
-    """PPO's objective: the mean over all steps of some episodes, which one policy is to be fitted to."""
+    """PPO's objective J of one policy: the mean over all steps of a batch, from whatever episodes."""
     ratio = ratios(params, batch)
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
     return torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / batch.mask.sum()  # [4]
@@ -260,7 +260,7 @@ def learn_all(
     The step size is lr times `remaining`, the share of the run that is still to come.
     """
     optimizer.param_groups[0]["lr"] = remaining * args.lr
-    episodes = Episodes(*(x.flatten(0, 1) for x in batch))  # [N * E, ..]: the task no longer matters
+    episodes = Episodes(*(x.flatten(0, 1) for x in batch))  # [N * E, ..]: their task no longer matters
     for _ in range(args.epochs):
         for rows in envs.unwrapped.minibatches(len(episodes.mask), args.minibatches, generator):
             minibatch = Episodes(*(x[rows] for x in episodes))
@@ -296,7 +296,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
-        at_random = evaluate(envs, theta, args)[0] if iteration == 1 else {}  # theta is still random
+        random = evaluate(envs, theta, args)[0] if iteration == 1 else {}  # theta is still random
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
         batch = collect(envs, tasks_NP, theta, args, generator)  # [2]
         remaining = 1 - (iteration - 1) / args.iterations
@@ -309,7 +309,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         if save or iteration == 1:
             stats |= evaluate(envs, theta, args)[0]
-        run.log(state, stats | {name.replace("test", "random"): x for name, x in at_random.items()})
+        run.log(state, stats | {name.replace("test", "random"): x for name, x in random.items()})
         if save:
             run.save(state)
         if stopping:

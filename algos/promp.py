@@ -244,9 +244,10 @@ def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) 
 
 
 def repeat_inner_steps(theta: Params, supports: list[Episodes], args: Args) -> tuple[list[Normal], Params]:
-    """Take the inner steps once more, from another theta, on the supports that were sampled already.
+    """Take all inner steps, from this theta, on supports that were sampled before.
 
-    Returns for each step the policy that it starts from, at its support's observations [N, B, A]; and params.
+    Returns for each step the policy that it starts from, at its support's observations [N, B, A]; and the
+    adapted parameters after the last step.
     """
     params = theta
     policies = []
@@ -265,7 +266,10 @@ def step_mean(x_NET: Tensor, mask_NET: Tensor) -> Tensor:
 def promp_objective(
     theta: Params, old: list[Normal], supports: list[Episodes], query: Episodes, args: Args, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """J and its parts; `old` are the policies that sampled the supports, one for each inner step."""
+    """J and its parts; `old` are the policies that sampled the supports, one for each inner step.
+
+    With several inner steps the KL is the mean over them, each on its own support.
+    """
     new, params = repeat_inner_steps(theta, supports, args)
     ratio_NET = ratios(params, query)
     clipped_NET = ratio_NET.clamp(1 - args.clip, 1 + args.clip)
@@ -273,7 +277,7 @@ def promp_objective(
     gain = step_mean(gain_NET, query.mask)  # [6]
     kl = 0.0
     for old_policy, new_policy, support in zip(old, new, supports, strict=True):
-        kl_NB = kl_divergence(old_policy, new_policy).sum(-1)
+        kl_NB = kl_divergence(old_policy, new_policy).sum(-1)  # over the dimensions of the action
         kl = kl + step_mean(kl_NB.view(support.mask.shape), support.mask) / len(supports)
     is_clipped_NET = (ratio_NET != clipped_NET).to(gain)
     parts = {"gain": gain, "kl": kl, "clipped": step_mean(is_clipped_NET, query.mask)}
@@ -283,12 +287,13 @@ def promp_objective(
 def meta_update(
     theta: Params, optimizer, supports: list[Episodes], query: Episodes, args: Args, kl_coef: float
 ) -> dict[str, float]:
-    """Epochs of Adam on J, which change theta in place; J's parts afterwards (gain and kl begin at 0)."""
-    with torch.no_grad():
+    """Steps of Adam on J, which change theta in place; J's parts afterwards (gain and kl were 0)."""
+    with torch.no_grad():  # theta has not changed yet: it is the one that sampled
         old, _ = repeat_inner_steps(theta, supports, args)
     for _ in range(args.epochs):
         gradient, _ = grad(promp_objective, has_aux=True)(theta, old, supports, query, args, kl_coef)
-        for value, ascent in zip(theta.values(), average(*gradient.values()), strict=True):
+        gradient = average(*gradient.values())
+        for value, ascent in zip(theta.values(), gradient, strict=True):
             value.grad = -ascent  # Adam descends
         optimizer.step()  # [8]
     with torch.no_grad():
@@ -333,7 +338,9 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         optimizer.param_groups[0]["lr"] = args.outer_lr  # a resumed run may have another
     generator = Generator()
     generator.set_state(state["generator"])
-    kl_coef = state.get("kl_coef", args.kl_coef) if args.target_kl else args.kl_coef
+    kl_coef = args.kl_coef
+    if args.target_kl:
+        kl_coef = state.get("kl_coef", args.kl_coef)  # a resumed run goes on with what [9] has made of it
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]

@@ -7,7 +7,7 @@ Result: Navigation2D after 0, 1, 3 inner steps: -40, -30, -15 (MAML: -40, -13, -
 Algorithm:
     [1] repeat: draw N tasks; phi_i = theta
     [2]     k times, per task: sample E episodes with pi_phi_i
-    [3]         per batch: advantages A by GAE over a linear baseline fitted to the batch, normalised
+    [3]         per batch: advantages A by GAE over a linear baseline fitted per task, normalised
     [4]         J_i = mean [ min(r A, clip(r, 1 - eps, 1 + eps) A) ], r = pi_phi_i(a|s) / pi_old_i(a|s),
                 pi_old_i the policy that sampled the batch
     [5]         phi_i <- phi_i + alpha grad J_i, several times on the same batch
@@ -222,7 +222,7 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 
 
 def clipped_gain(params: Params, batch: Episodes, args: Args) -> Tensor:
-    """PPO's objective: the mean over all steps of some episodes, which one policy is to be fitted to."""
+    """PPO's objective J of one policy: the mean over all steps of a batch, from whatever episodes."""
     ratio = ratios(params, batch)
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
     return torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / batch.mask.sum()  # [4]
@@ -264,8 +264,8 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         returns = []
         for _ in range(args.inner_steps):
             batch = collect(envs, tasks_NP, params, args, generator)  # [2]
+            returns.append(batch.reward.sum(-1))  # before this step: none is played after the last one
             params = ppo_step(params, batch, args)  # [5]
-            returns.append(batch.reward.sum(-1))
             state["env_steps"] += envs.unwrapped.total(batch.mask)
         epsilon = args.outer_lr * (1 - (iteration - 1) / args.iterations)
         change = {name: value.mean(0) - theta[name] for name, value in params.items()}  # mean over the tasks
