@@ -1,38 +1,31 @@
-"""RL2 with attention: what adapts is what a causal transformer, or SNAIL, can look up in the trial so far; with PPO.
+"""RL2 with attention: a causal transformer, or SNAIL, that adapts by looking up the trial so far; with PPO.
 
-Paper: SNAIL: Mishra et al. 2018, arXiv:1707.03141; transformers: Melo 2022, arXiv:2206.06614; RL2: 1611.02779. PPO:
-    1707.06347, GAE: 1506.02438.
-Run: python algos/rl2_transformer_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda uses the GPU)
-Result: bandits of 5 arms, 10 pulls: transformer 6.65, SNAIL 6.66, the Gittins index 6.63 (SNAIL's paper: 6.6, 6.6);
-    docs/rl2_transformer_ppo.md
+Paper: SNAIL: Mishra et al. 2018, arXiv:1707.03141; transformers: Melo 2022, arXiv:2206.06614; RL2: 1611.02779
+Run: python algos/rl2_transformer_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda: the GPU)
+Result: bandits of 5 arms, 10 pulls: transformer 6.65, SNAIL 6.66, Gittins index 6.63 (SNAIL's paper: 6.6)
 Algorithm:
-    [1] repeat: draw N tasks, and with each play a trial: E episodes of T steps, S = E T steps in a row
-    [2]     a trial begins with an empty memory; before its first step the action, the reward and done are 0
-    [3]     at each step the network sees x = (obs, previous action, previous reward, previous done) and, in its memory,
-            keys and values of all steps before; out come the policy and the value V. No episode's end resets it
-    [4]     advantages A by GAE over the whole trial, on through the episodes' ends; nothing comes behind the trial
-    [5]     some epochs over minibatches of whole trials, each replayed at once without a memory, causally masked:
-    [6]         L = -mean min(r A, clip(r, 1 - c, 1 + c) A) + c_V (V - target)^2 - c_H entropy, r = pi / pi_old
+    [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
+    [2]     a trial begins with an empty memory; in its first step, previous action, reward and done are 0
+    [3]     at each step the network reads x = (obs, previous action, reward and done) and its memory, KV
+            caches of the trial's earlier steps, whatever their episode; it gives the policy and the value V
+    [4]     advantages A by GAE over the whole trial, through the ends of episodes; V = 0 after its last step
+    [5]     some epochs over minibatches of whole trials, all steps of each at once, with a causal mask
+    [6]         L = mean[c_V (V - target)^2 - min(rA, clip(r, 1 - c, 1 + c) A) - c_H entropy], r = pi / pi_old
     [7]         theta <- one step of Adam on L, the gradient's norm clipped
-    [8]     now and then: returns of episodes 1, 2, .. E of a trial with held-out tasks; theta stays as it is
-Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma and lambda of [4] =
-    gamma, gae_lambda; V is in units of the batch's standard deviation of returns.
-Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S further steps of a trial, C steps so far,
-    I what the network sees, H the encoder's features, F a layer's, U other layers', G heads of width D, A actions
-    (choices, or dimensions), J = A + 2, O observation, E episodes of a trial, P task vector.
-Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial (Melo: a
-    window of 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, 4, .., as many as a trial needs (paper: 2, 4,
-    ..), blocks of convolutions and attention in turn. Episodes' ends: as rl2_ppo.py.
+    [8]     now and then: returns of episodes 1, 2, .. E of trials with held-out tasks; theta stays as it is
+Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
+    gamma, gae_lambda, target = A + V of [4]. Rewards, V and A are divided by the batch's std of returns.
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
+    H features, A actions (choices, or dimensions), J = A + 2 inputs about the previous step, O observation,
+    E episodes, P task vector; C columns of a cache, F and U features in layers, G heads of width D.
+Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial
+    (Melo: 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, .. (2, 4, ..); else as rl2_ppo.py.
 """
 
-import io
-import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,7 +37,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn import functional
 
 Params = dict[str, Tensor]
-Memory = dict[str, Tensor | int]  # what an encoder keeps of a trial's past; {} at its beginning
+Memory = dict  # KV caches of a trial's past, by their layers' names, and positions; {} at its beginning
 HORIZONS = {"TabularMDP-v0": 10, "SparseNavigation2D-v0": 20, "MouseCheese-v0": 30}
 HEAD_WIDTH = 16  # of the transformer's attention
 
@@ -60,9 +53,9 @@ class Args:
     meta_batch_size: int = 500
     """tasks per meta-update and per evaluation, a trial of each (N); in RL2's paper N E T is 250,000"""
     episodes_per_trial: int = 10
-    """episodes of a trial (E); RL2's: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
+    """episodes of a trial (E); RL2's paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
     horizon: int | None = None
-    """steps of an episode (T); default: bandits 1, TabularMDP 10, SparseNavigation2D 20, MouseCheese 30, others 100"""
+    """steps of an episode (T); default: 1 for bandits, for others what HORIZONS says, or 100"""
     encoder: Literal["transformer", "snail"] = "transformer"
     """snail: temporal convolutions and attention in turn"""
     layers: int = 2
@@ -82,11 +75,11 @@ class Args:
     gamma: float = 0.99
     """discount, through the episodes' ends; 0.99 in RL2's paper"""
     gae_lambda: float = 0.9
-    """lambda of GAE; 0.3 in RL2's paper; small values trust the value's opinion of what exploring is worth"""
+    """lambda of GAE; 0.3 in RL2's paper; small values trust V's opinion of what exploring is worth"""
     value_coef: float = 0.5
     """weight of the value's squared error (c_V)"""
     entropy_coef: float = 0.02
-    """weight of the entropy at the start (c_H); falls linearly to 0; too little, and exploration dies early"""
+    """weight of the entropy at the start (c_H); falls linearly to 0; if too small, exploration dies early"""
     max_grad_norm: float = 0.5
     """the gradient is shortened to this norm"""
     eval_every: int = 20
@@ -94,7 +87,7 @@ class Args:
     cuda: bool = False
     """network and trials on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -103,10 +96,11 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        usual = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
-        self.horizon = usual if self.horizon is None else self.horizon
-        ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1)) | {"seed": (0, 2**31)}
-        ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6)) | {"minibatches": (1, self.meta_batch_size)}
+        if self.horizon is None:
+            self.horizon = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
+        ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1))
+        ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6))
+        ranges |= {"seed": (0, 2**31), "minibatches": (1, self.meta_batch_size)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
@@ -118,12 +112,12 @@ class Args:
 class Steps(NamedTuple):
     """A trial of each of N tasks, S steps long; a shorter one is filled up with steps of mask 0."""
 
-    x: Tensor  # [N, S, I] obs, previous action, previous reward, previous done
+    x: Tensor  # [N, S, I] obs, previous action (one-hot where it is a choice), reward and done
     action: Tensor  # [N, S] numbers of choices, or [N, S, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, S] log pi(a|x, memory) when it was drawn
     mask: Tensor  # [N, S] 1 for the trial's steps
     advantage: Tensor  # [N, S] mean 0 and standard deviation 1 over the steps of all trials
-    target: Tensor  # [N, S] what V should have been, in the units of V
+    target: Tensor  # [N, S] what V should have been
 
 
 def dense(rows: int, columns: int, generator: Generator, scale: float = 1.0) -> Tensor:
@@ -131,118 +125,123 @@ def dense(rows: int, columns: int, generator: Generator, scale: float = 1.0) -> 
     return scale / math.sqrt(columns) * torch.randn(rows, columns, generator=generator)
 
 
-def init_network(envs, args: Args, generator: Generator) -> Params:
-    """theta: the encoder, and on its features policy and value; at first near uniform choices, standard deviation 1."""
-    space, H = envs.single_action_space, args.hidden_size
-    A = space.shape[0] if space.shape else int(space.n)
-    theta = ENCODERS[args.encoder][0](envs.single_observation_space.shape[0] + A + 2, args, generator)
-    theta |= {"w_policy": dense(A, H, generator, 0.01), "b_policy": torch.zeros(A)}
-    theta |= {"w_value": dense(1, H, generator), "b_value": torch.zeros(1)}
-    return theta | ({"log_std": torch.zeros(A)} if space.shape else {})
-
-
 def init_transformer(num_inputs: int, args: Args, generator: Generator) -> Params:
     """Weights of a pre-norm transformer; each block adds nothing at first, for its last layers are 0."""
-    H, S = args.hidden_size, args.episodes_per_trial * args.horizon
-    theta = {"w_in": dense(H, num_inputs, generator), "position": 0.02 * torch.randn(S, H, generator=generator)}
+    H = args.hidden_size
+    theta = {"w_in": dense(H, num_inputs, generator)}
+    theta["position"] = 0.02 * torch.randn(args.episodes_per_trial * args.horizon, H, generator=generator)
     for i in range(args.layers):
         theta |= {f"w_qkv{i}": dense(3 * H, H, generator), f"w_read{i}": torch.zeros(H, H)}
         theta |= {f"w_wide{i}": dense(4 * H, H, generator), f"w_narrow{i}": torch.zeros(H, 4 * H)}
-        theta |= {f"{name}{i}": torch.ones(H) for name in ("scale_attention", "scale_mlp")}
-        theta |= {f"{name}{i}": torch.zeros(H) for name in ("shift_attention", "shift_mlp")}
+        theta |= {f"scale_attention{i}": torch.ones(H), f"scale_mlp{i}": torch.ones(H)}
+        theta |= {f"shift_attention{i}": torch.zeros(H), f"shift_mlp{i}": torch.zeros(H)}
     return theta | {"scale_out": torch.ones(H), "shift_out": torch.zeros(H)}
 
 
 def init_snail(num_inputs: int, args: Args, generator: Generator) -> Params:
-    """Weights of SNAIL: in each block convolutions with dilations 1, 2, 4, .. over the trial, then attention."""
-    H, S = args.hidden_size, args.episodes_per_trial * args.horizon
-    theta, width = {"w_in": dense(H, num_inputs, generator)}, H
+    """Weights of SNAIL: in each block convolutions (dilations 1, 2, 4, .. span a trial), then attention."""
+    H = args.hidden_size
+    convolutions = max(1, math.ceil(math.log2(args.episodes_per_trial * args.horizon)))
+    theta = {"w_in": dense(H, num_inputs, generator)}
+    width = H
     for i in range(args.layers):
-        for j in range(max(1, math.ceil(math.log2(S)))):
+        for j in range(convolutions):
             theta |= {f"w_conv{i}_{j}": dense(4 * H, width, generator), f"b_conv{i}_{j}": torch.zeros(2 * H)}
-            width += H
-        theta[f"w_qkv{i}"], width = dense(3 * H, width, generator), width + H
+            width += H  # each layer reads all that came before, and appends H features
+        theta[f"w_qkv{i}"] = dense(3 * H, width, generator)
+        width += H
     return theta | {"w_out": dense(H, width, generator), "b_out": torch.zeros(H)}
 
 
-def further(memory: Memory, x_NSI: Tensor, mask_N: Tensor | None) -> Memory:
-    """A memory's dictionary for S further steps: their places in the trials; how many were played, waits included."""
-    N, S, device = *x_NSI.shape[:2], x_NSI.device
-    start_N = memory.get("end", torch.zeros(N, dtype=torch.int64, device=device))
-    place_NS, worlds_N1 = start_N[:, None] + torch.arange(S, device=device), torch.arange(N, device=device)[:, None]
-    end_N = start_N + (S if mask_N is None else S * (mask_N > 0))  # where mask is 0, what is written is never read
-    return memory | {"place": place_NS, "worlds": worlds_N1, "end": end_N, "count": memory.get("count", 0) + S}
+def next_positions(memory: Memory, x_NSI: Tensor, playing_N: Tensor | None) -> Memory:
+    """Positions of S more steps in their trials, which are columns of the KV caches, and a causal mask."""
+    N, S, _ = x_NSI.shape
+    start_N = memory.get("next", torch.zeros(N, dtype=torch.int64, device=x_NSI.device))
+    position_NS = start_N[:, None] + torch.arange(S, device=x_NSI.device)
+    # A world that waits (playing_N is 0) stays at its position: what it writes there now will be overwritten.
+    next_N = start_N + (S if playing_N is None else S * (playing_N > 0))
+    columns = memory.get("columns", 0) + S  # no position lies beyond
+    mask = {"is_causal": True}  # at a trial's beginning, where step s is in column s: the fastest mask
+    if memory:
+        mask = {"attn_mask": torch.arange(columns, device=x_NSI.device) <= position_NS[:, None, :, None]}
+    return memory | {"position": position_NS, "next": next_N, "columns": columns, "mask": mask}
 
 
-def recall(memory: Memory, name: str, new_NSF: Tensor) -> Tensor:
-    """What a layer has kept of all steps so far [N, C, F], the new ones included, which go into its cache, in place.
-
-    In a replay from an empty memory that is `new_NSF` itself. The cache's length doubles when it is full.
-    """
+def write_cache(memory: Memory, name: str, new_NSF: Tensor) -> Tensor:
+    """Write S steps into a layer's KV cache, in place; all its columns up to now [N, C, F]."""
     if name not in memory:
-        memory[name] = new_NSF
-    else:
-        cache = memory[name]
-        if (length := cache.shape[1]) < memory["count"]:
-            cache = functional.pad(cache, (0, 0, 0, max(length, memory["count"] - length)))
-        cache[memory["worlds"], memory["place"]] = new_NSF
-        memory[name] = cache
-    return memory[name][:, : memory["count"]]
+        return memory.setdefault(name, new_NSF)
+    if memory[name].shape[1] < memory["columns"]:  # full: at least double it, so that copies are rare
+        memory[name] = functional.pad(memory[name], (0, 0, 0, memory["columns"]))
+    memory[name].scatter_(1, memory["position"][..., None].expand_as(new_NSF), new_NSF)
+    return memory[name][:, : memory["columns"]]
 
 
 def attention(memory: Memory, name: str, qkv_NSF: Tensor, heads: int) -> Tensor:
-    """What each step reads [N, S, H] from itself and from the trial's steps before it."""
-    H, is_replay = qkv_NSF.shape[2] // 3, name not in memory
-    parts = qkv_NSF[..., :H], *recall(memory, name, qkv_NSF[..., H:]).chunk(2, 2)
-    q_NGSD, k_NGCD, v_NGCD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in parts)
-    causal_N1SC = torch.arange(k_NGCD.shape[2], device=q_NGSD.device) <= memory["place"][:, None, :, None]
-    mask = {"is_causal": True} if is_replay else {"attn_mask": causal_N1SC}  # the same, and faster
-    return functional.scaled_dot_product_attention(q_NGSD, k_NGCD, v_NGCD, **mask).transpose(1, 2).flatten(2)
+    """What each step reads [N, S, H] of its trial up to itself: softmax(q k / sqrt(D)) v in each head."""
+    H = qkv_NSF.shape[2] // 3
+    q_NSH, kv_NSU = qkv_NSF.split([H, 2 * H], 2)
+    k_NCH, v_NCH = write_cache(memory, name, kv_NSU).chunk(2, 2)
+    q_NGSD, k_NGCD, v_NGCD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q_NSH, k_NCH, v_NCH))
+    read_NGSD = functional.scaled_dot_product_attention(q_NGSD, k_NGCD, v_NGCD, **memory["mask"])
+    return read_NGSD.transpose(1, 2).flatten(2)
 
 
-def delayed(memory: Memory, name: str, new_NSF: Tensor, steps: int) -> Tensor:
-    """What a layer put out some steps earlier [N, S, F]; 0 before the trial."""
-    if name not in memory:
-        return functional.pad(recall(memory, name, new_NSF), (0, 0, steps, 0))[:, : new_NSF.shape[1]]
-    place_NS = memory["place"] - steps
-    return recall(memory, name, new_NSF)[memory["worlds"], place_NS.clamp_min(0)] * (place_NS >= 0)[..., None]
+def shift(memory: Memory, name: str, new_NSF: Tensor, delay: int) -> Tensor:
+    """A layer's output [N, S, F] `delay` steps earlier; 0 before the trial's beginning."""
+    past_NCF = write_cache(memory, name, new_NSF)
+    if past_NCF is new_NSF:  # the trial's beginning, as in a replay
+        return functional.pad(new_NSF, (0, 0, delay, 0))[:, : new_NSF.shape[1]]
+    earlier_NS1 = memory["position"].unsqueeze(2) - delay
+    return past_NCF.take_along_dim(earlier_NS1.clamp_min(0), 1) * (earlier_NS1 >= 0)
 
 
-def transformer(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
-    """Features [N, S, H] of S further steps and the memory behind them, which stays as it is where mask is 0.
+def layer_norm(theta: Params, name: str, x_NSH: Tensor) -> Tensor:
+    """Layer normalisation with learned scale and shift."""
+    return functional.layer_norm(x_NSH, x_NSH.shape[2:], theta[f"scale_{name}"], theta[f"shift_{name}"])
 
-    Acting is S = 1 with keys and values of the past in the memory; replaying is the whole trial with memory {}.
-    """
-    memory, H = further(memory, x_NSI, mask_N), theta["w_in"].shape[0]
 
-    def norm(name: str) -> Tensor:
-        return functional.layer_norm(hidden_NSH, (H,), theta["scale_" + name], theta["shift_" + name])
-
-    hidden_NSH = x_NSI @ theta["w_in"].mT + theta["position"][memory["place"]]
-    for i in range(sum(name.startswith("w_qkv") for name in theta)):
-        read_NSH = attention(memory, f"past{i}", norm(f"attention{i}") @ theta[f"w_qkv{i}"].mT, H // HEAD_WIDTH)
+def transformer(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playing_N=None) -> tuple:
+    """Features [N, S, H] of S more steps of each trial (acting: 1, replaying: all, from {}); new memory."""
+    memory = next_positions(memory, x_NSI, playing_N)
+    hidden_NSH = x_NSI @ theta["w_in"].mT + theta["position"][memory["position"]]
+    for i in range(args.layers):
+        qkv_NSF = layer_norm(theta, f"attention{i}", hidden_NSH) @ theta[f"w_qkv{i}"].mT
+        read_NSH = attention(memory, f"attention{i}", qkv_NSF, heads=args.hidden_size // HEAD_WIDTH)
         hidden_NSH = hidden_NSH + read_NSH @ theta[f"w_read{i}"].mT
-        wide_NSF = functional.gelu(norm(f"mlp{i}") @ theta[f"w_wide{i}"].mT)
-        hidden_NSH = hidden_NSH + wide_NSF @ theta[f"w_narrow{i}"].mT
-    return norm("out"), memory
+        wide_NSU = functional.gelu(layer_norm(theta, f"mlp{i}", hidden_NSH) @ theta[f"w_wide{i}"].mT)
+        hidden_NSH = hidden_NSH + wide_NSU @ theta[f"w_narrow{i}"].mT
+    return layer_norm(theta, "out", hidden_NSH), memory
 
 
-def snail(theta: Params, x_NSI: Tensor, memory: Memory, mask_N: Tensor | None = None) -> tuple[Tensor, Memory]:
-    """As `transformer`, with the paper's blocks: each layer's output is appended to all that came before it."""
-    memory = further(memory, x_NSI, mask_N)
-    hidden_NSF, blocks = x_NSI @ theta["w_in"].mT, sum(name.startswith("w_qkv") for name in theta)
-    for i in range(blocks):
-        for j in range(sum(name.startswith("w_conv0") for name in theta)):
-            now_NSU, past_NSU = (hidden_NSF @ theta[f"w_conv{i}_{j}"].mT).chunk(2, 2)
-            before_NSU = delayed(memory, f"conv{i}_{j}", past_NSU, 2**j)
-            filter_NSH, gate_NSH = (now_NSU + before_NSU + theta[f"b_conv{i}_{j}"]).chunk(2, 2)
-            hidden_NSF = torch.cat([hidden_NSF, torch.tanh(filter_NSH) * torch.sigmoid(gate_NSH)], 2)
-        read_NSH = attention(memory, f"past{i}", hidden_NSF @ theta[f"w_qkv{i}"].mT, 1)
+def snail(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playing_N=None) -> tuple:
+    """As `transformer`, with the paper's blocks: each layer appends its output to all that came before it."""
+    memory = next_positions(memory, x_NSI, playing_N)
+    hidden_NSF = x_NSI @ theta["w_in"].mT
+    for i in range(args.layers):
+        for j in range(sum(name.startswith("w_conv0_") for name in theta)):
+            # (f_t, g_t) = W h_t + U h_(t-d) + b, with d = 2^j; tanh(f_t) sigmoid(g_t) is appended.
+            Wh_NSU, Uh_NSU = (hidden_NSF @ theta[f"w_conv{i}_{j}"].mT).chunk(2, 2)
+            earlier_NSU = shift(memory, f"conv{i}_{j}", Uh_NSU, delay=2**j)
+            f_NSH, g_NSH = (Wh_NSU + earlier_NSU + theta[f"b_conv{i}_{j}"]).chunk(2, 2)
+            hidden_NSF = torch.cat([hidden_NSF, torch.tanh(f_NSH) * torch.sigmoid(g_NSH)], 2)
+        read_NSH = attention(memory, f"attention{i}", hidden_NSF @ theta[f"w_qkv{i}"].mT, heads=1)
         hidden_NSF = torch.cat([hidden_NSF, read_NSH], 2)
     return hidden_NSF @ theta["w_out"].mT + theta["b_out"], memory
 
 
-ENCODERS = {"transformer": (init_transformer, transformer), "snail": (init_snail, snail)}
+INITS = {"transformer": init_transformer, "snail": init_snail}
+ENCODERS = {"transformer": transformer, "snail": snail}
+
+
+def init_network(envs, args: Args, generator: Generator) -> Params:
+    """theta: encoder, policy (near uniform choices, or means near 0 and standard deviation 1) and V."""
+    space = envs.single_action_space
+    A = space.shape[0] if space.shape else int(space.n)
+    theta = INITS[args.encoder](envs.single_observation_space.shape[0] + A + 2, args, generator)
+    theta |= {"w_policy": dense(A, args.hidden_size, generator, scale=0.01), "b_policy": torch.zeros(A)}
+    theta |= {"w_value": dense(1, args.hidden_size, generator), "b_value": torch.zeros(1)}
+    return theta | ({"log_std": torch.zeros(A)} if space.shape else {})
 
 
 def actor_critic(theta: Params, feature_NSH: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,134 +250,157 @@ def actor_critic(theta: Params, feature_NSH: Tensor) -> tuple[Tensor, Tensor]:
     return output_NSA, functional.linear(feature_NSH, theta["w_value"], theta["b_value"]).squeeze(-1)
 
 
+def normal(mean: Tensor, std: Tensor) -> Normal:
+    """Gaussian actions; without torch's checks of its arguments, which would wait for the GPU each time."""
+    return Normal(mean, std, validate_args=False)
+
+
 def distribution(theta: Params, output_NSA: Tensor) -> Distribution:
     """Of one of A choices, or Gaussian in A dimensions where theta has a standard deviation."""
     if "log_std" not in theta:
         return Categorical(logits=output_NSA, validate_args=False)
-    return Independent(Normal(output_NSA, theta["log_std"].exp(), validate_args=False), 1, validate_args=False)
+    return Independent(normal(output_NSA, theta["log_std"].exp()), 1, validate_args=False)  # 1: over A
 
 
-def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each with its part of the tasks; the values themselves if there is only one."""
-    if dist.is_initialized():
-        dist.all_reduce(vector := torch.cat([x.detach().flatten() for x in values]).div_(dist.get_world_size()))
-        values = [part.view_as(x) for part, x in zip(vector.split([x.numel() for x in values]), values, strict=True)]
-    return [x.detach() for x in values]
+def gumbel_noise(*size: int, generator: Generator) -> Tensor:
+    """Noise -log(x), x exponential. Added to logits it makes their argmax a draw from the softmax.
 
-
-def trial_gae(reward_NS: Tensor, value_NS: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation over trials, 0 behind the last step; discounted returns with values 0."""
-    delta_NS = reward_NS + gamma * functional.pad(value_NS[:, 1:], (0, 1)) - value_NS
-    tails = [torch.zeros_like(delta_NS[:, 0])]
-    for delta_N in reversed(delta_NS.unbind(1)):
-        tails.append(delta_N + gamma * gae_lambda * tails[-1])
-    return torch.stack(tails[:0:-1], 1)
-
-
-def advantages(reward_NS: Tensor, value_NS: Tensor, mask_NS: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Normalised advantages and V's targets [N, S], from rewards and values that are 0 where mask is."""
-    unit = trial_gae(reward_NS, 0 * reward_NS, args.gamma, 1.0)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # 0 where all rewards are equal
-    advantage_NS = trial_gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
-    own = advantage_NS[mask_NS > 0]
-    return (advantage_NS - own.mean()) / (own.std(correction=0) + 1e-8) * mask_NS, advantage_NS + value_NS
+    For that is the argmin of x / exp(logit): times until clocks ring, at rates exp(logit). Each clock is the
+    first to ring with a probability in proportion to its rate.
+    """
+    return -(-torch.rand(*size, generator=generator).log()).log()
 
 
 @torch.no_grad()
-def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple[Steps, Tensor]:
-    """A trial of each task, all worlds in step, and its advantages; the return [N, E] of each episode."""
-    encode, choices = ENCODERS[args.encoder][1], "log_std" not in theta
+def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple:
+    """A trial of each task, all worlds in step, with its advantages: Steps; each episode's return [N, E]."""
+    is_choice = "log_std" not in theta
+    std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    S, N, A = envs.episodes * args.horizon, len(tasks_NP), len(theta["b_policy"])
-    share, gather = envs.unwrapped.share, envs.unwrapped.gather
-    noise_SNA = (torch.rand if choices else torch.randn)(S, N, A, generator=generator)
-    # With Gumbel's noise the argmax of logits is a draw from their softmax.
-    noise_SNA = (-(-noise_SNA.log()).log() if choices else noise_SNA).to(tasks_NP)
-    obs_NO, _ = envs.reset(seed=seed, options={"tasks": share(tasks_NP)})
-    past_NJ, return_NE = obs_NO.new_zeros(len(obs_NO), A + 2), obs_NO.new_zeros(len(obs_NO), envs.episodes)
-    memory, mask_N, records, threads = {}, torch.ones_like(obs_NO[:, 0]), [], torch.get_num_threads()  # [2]
-    torch.set_num_threads(1)  # on one step's small matrices more gain little, and they spin on the physics' cores
-    for noise_NA in share(noise_SNA, 1):
-        x_NI = torch.cat([obs_NO, past_NJ], 1)
-        feature_N1H, memory = encode(theta, x_NI[:, None], memory, mask_N)
-        output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
-        action = (output_NA + noise_NA).argmax(1) if choices else output_NA + theta["log_std"].exp() * noise_NA
-        obs_NO, reward_N, _, _, info = envs.step(action)
-        records.append((x_NI, action, output_NA, value_N, reward_N, mask_N))
-        return_NE[:, info["episode"]] += reward_N
-        action_NA = functional.one_hot(action, A).to(obs_NO) if choices else action
-        now_NJ = torch.cat([action_NA, reward_N[:, None], info["done"].to(obs_NO)[:, None]], 1)
-        past_NJ = torch.where(mask_N[:, None] > 0, now_NJ, past_NJ)
-        mask_N = 1 - info["waits"].to(obs_NO)
-        if envs.is_over:
-            break
-    torch.set_num_threads(threads)
-    records = [gather(torch.stack(x, 1)) for x in zip(*records, strict=True)]
-    records = records if records[-1].all() else without_waiting(records)
-    x_NSI, action, output_NSA, value_NS, reward_NS, mask_NS = records
-    log_prob_NS = distribution(theta, output_NSA).log_prob(action)
-    advantage_NS, target_NS = advantages(reward_NS * mask_NS, value_NS * mask_NS, mask_NS, args)
-    return Steps(x_NSI, action, log_prob_NS, mask_NS, advantage_NS, target_NS), gather(return_NE)
+    N = len(tasks_NP)
+    A = len(theta["b_policy"])
+    draw = gumbel_noise if is_choice else torch.randn
+    noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
+    memory = {}  # [2]
+    previous_NJ = obs_NO.new_zeros(N, A + 2)
+    playing_N = obs_NO.new_ones(N)  # 0: the world's episode has ended, and it waits for the others
+    return_NE = obs_NO.new_zeros(N, envs.episodes)
+    steps = []
+    with envs.unwrapped.playing():
+        for noise_NA in noise_SNA:
+            x_NI = torch.cat([obs_NO, previous_NJ], 1)
+            feature_N1H, memory = ENCODERS[args.encoder](theta, x_NI[:, None], memory, args, playing_N)
+            output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
+            action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA
+            obs_NO, reward_N, _, _, info = envs.step(action)
+            return_NE[:, info["episode"]] += reward_N
+            step = {"x": x_NI, "action": action, "output": output_NA, "value": value_N}
+            steps.append(step | {"reward": reward_N, "mask": playing_N})
+            action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
+            latest_NJ = torch.cat([action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)], 1)
+            previous_NJ = torch.where(playing_N[:, None] > 0, latest_NJ, previous_NJ)
+            playing_N = 1 - info["waits"].to(obs_NO)
+            if envs.is_over:
+                break
+    played = without_waiting({name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})
+    played["log_prob"] = distribution(theta, played["output"]).log_prob(played["action"])
+    played["advantage"], played["target"] = advantages(played, args)
+    return Steps(**{name: played[name] for name in Steps._fields}), return_NE
 
 
-def without_waiting(records: list[Tensor]) -> list[Tensor]:
-    """Each trial's own steps in their order, then those of mask 0 (its last tensor), to the longest trial's length."""
-    mask_NS = records[-1]
+def without_waiting(played: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move each trial's own steps (mask 1) to its front, in their order; cut to the longest trial."""
+    mask_NS = played["mask"]
     order_NS = mask_NS.argsort(dim=1, descending=True, stable=True)[:, : int(mask_NS.sum(1).max())]
     worlds_N1 = torch.arange(len(mask_NS), device=mask_NS.device)[:, None]
-    return [x[worlds_N1, order_NS] for x in records]
+    return {name: x[worlds_N1, order_NS] for name, x in played.items()}
+
+
+def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
+    """Sums of the rewards [.., T] from each step on, discounted."""
+    tail = torch.zeros_like(reward[..., 0])
+    tails = []
+    for reward_now in reversed(reward.unbind(-1)):
+        tail = reward_now + gamma * tail
+        tails.append(tail)
+    return torch.stack(list(reversed(tails)), -1)
+
+
+def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    next_value = functional.pad(value[..., 1:], (0, 1))
+    delta = reward + gamma * next_value - value
+    return discounted_returns(delta, gamma * gae_lambda)
+
+
+def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
+    """Advantages [N, S], normalised over the steps of all trials, and what V should have been [N, S]."""
+    mask_NS = played["mask"]
+    reward_NS = played["reward"] * mask_NS
+    value_NS = played["value"] * mask_NS  # so V is 0 after a trial's last step
+    unit = discounted_returns(reward_NS, args.gamma)[mask_NS > 0].std(correction=0)
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # so V is about 1, however much the tasks pay
+    advantage_NS = gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
+    advantage = advantage_NS[mask_NS > 0]
+    normalised_NS = (advantage_NS - advantage.mean()) / (advantage.std(correction=0) + 1e-8) * mask_NS
+    return normalised_NS, advantage_NS + value_NS
 
 
 def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tuple[Tensor, dict]:
-    """L of a minibatch of trials, and its parts."""
-    feature_NSH, _ = ENCODERS[args.encoder][1](theta, steps.x, {})
+    """L of a minibatch of trials, and its parts: means over steps."""
+    feature_NSH, _ = ENCODERS[args.encoder](theta, steps.x, {}, args)
     output_NSA, value_NS = actor_critic(theta, feature_NSH)
     policy = distribution(theta, output_NSA)
     log_ratio_NS = (policy.log_prob(steps.action) - steps.log_prob) * steps.mask
     ratio_NS = log_ratio_NS.exp()
     clipped_NS = ratio_NS.clamp(1 - args.clip, 1 + args.clip)
-    gain_NS = torch.minimum(ratio_NS * steps.advantage, clipped_NS * steps.advantage)
-    parts = {"gain": gain_NS, "value_loss": (value_NS - steps.target).square(), "entropy": policy.entropy()}
-    parts |= {"kl": (ratio_NS - 1 - log_ratio_NS).detach()}
-    parts = {name: (x_NS * steps.mask).sum() / steps.mask.sum() for name, x_NS in parts.items()}
-    return args.value_coef * parts["value_loss"] - parts["gain"] - entropy_coef * parts["entropy"], parts  # [6]
+    terms = {
+        "gain": torch.minimum(ratio_NS * steps.advantage, clipped_NS * steps.advantage),
+        "value_loss": (value_NS - steps.target).square(),
+        "entropy": policy.entropy(),
+        "kl": (ratio_NS - 1 - log_ratio_NS).detach(),  # its mean estimates KL(pi_old || pi)
+    }
+    parts = {name: (x_NS * steps.mask).sum() / steps.mask.sum() for name, x_NS in terms.items()}
+    loss = args.value_coef * parts["value_loss"] - parts["gain"] - entropy_coef * parts["entropy"]  # [6]
+    return loss, parts
 
 
-def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator: Generator) -> dict:
-    """Epochs of PPO on a batch of trials, which change theta in place; statistics of the last minibatch."""
+def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator) -> dict:
+    """Epochs of PPO, which change theta in place; `remaining` falls from 1 to 0. The last figures."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
-        for rows in torch.randperm(len(steps.x), generator=generator).tensor_split(args.minibatches):  # [5]
+        for rows in envs.unwrapped.minibatches(len(steps.x), args.minibatches, generator):  # [5]
+            minibatch = Steps(*(x[rows] for x in steps))
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-            minibatch = Steps(*(x[envs.unwrapped.share(rows).to(x.device)] for x in steps))
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
-            portion = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # of the steps, over the processes' mean
-            gradients = average(*(portion * x for x in torch.autograd.grad(loss, list(weights.values()))))
+            portion = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # 1 in a single process
+            gradients = average(*torch.autograd.grad(portion * loss, list(weights.values())))
             for value, gradient in zip(theta.values(), gradients, strict=True):
                 value.grad = gradient
             norm = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
             optimizer.step()  # [7]
-    means = average(*(portion * x for x in parts.values()), norm)
-    return {f"train/{name}": float(x) for name, x in zip((*parts, "gradient_norm"), means, strict=True)}
+    means = dict(zip(parts, average(*(portion * x for x in parts.values())), strict=True))
+    return {f"train/{name}": float(x) for name, x in (means | {"gradient_norm": norm}).items()}
 
 
-def evaluate(envs, theta: Params, args: Args) -> dict:
-    """Returns of the episodes of trials with held-out tasks, the same tasks and noise in every evaluation."""
+def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
+    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation."""
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
-    stats = {f"test/return_k{k}": float(x) for k, x in enumerate(return_NE.mean(0))}  # [8]
-    for name, x_N in (("gain", return_NE[:, -1] - return_NE[:, 0]), ("trial", return_NE.sum(1))):
-        stats[f"test/{name}_ci95"] = 1.96 * float(x_N.std(correction=0)) / math.sqrt(len(x_N))
-    return {"test/return_trial": float(return_NE.sum(1).mean())} | stats
+    stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": return_NE.sum(1)}
+    stats |= {f"test/return_k{k}": return_N for k, return_N in enumerate(return_NE.unbind(1))}  # [8]
+    return stats | {"test/gain_ci95": return_NE[:, -1] - return_NE[:, 0]}
 
 
 def train(envs, args: Args, run: "Run", state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
-    optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
-    (generator := Generator()).set_state(state["generator"])
+    optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
+    generator = Generator()
+    generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
@@ -386,38 +408,41 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
         stats = ppo(envs, theta, optimizer, steps, args, 1 - (iteration - 1) / args.iterations, generator)
         state["env_steps"] += int(steps.mask.sum())
         state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-        stats |= {f"train/return_{name}": float(return_NE[:, k].mean()) for name, k in (("pre", 0), ("post", -1))}
-        stopping = envs.unwrapped.in_any_process(run.stopping)
+        stats["train/return_pre"] = return_NE[:, 0]
+        stats["train/return_post"] = return_NE[:, -1]
+        stopping = run.should_stop()
         save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        stats |= evaluate(envs, theta, args) if save or iteration == 1 else {}
+        if save or iteration == 1:
+            stats |= evaluate(envs, theta, args)
         run.log(state, stats)
         if save:
             run.save(state)
-            if stopping:
-                break
+        if stopping:
+            break
+
+
+def average(*values: Tensor) -> list[Tensor]:
+    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    values = [x.detach() for x in values]
+    if dist.is_initialized():
+        vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
+        dist.all_reduce(vector)
+        parts = vector.split([x.numel() for x in values])
+        values = [part.view_as(x) for part, x in zip(parts, values, strict=True)]
+    return values
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
+    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
 
     def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
+        from envs import records
 
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
+        self.records = records
+        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
+        self.bar = records.progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -426,68 +451,44 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
 
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return self.records.in_any_process(self.stopping)
+
     def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = self.records.write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
 
     def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import Follower, Trials, join, make, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import Follower, Trials, join, learning_curve, make
-
-    leads = join(args.cuda, args.minibatches, meta_batch_size=args.meta_batch_size)
-    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, True, args.physics)
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
+    options = {"discrete": True, "physics": args.physics}
+    envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
     theta = init_network(envs, args, generator)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    shapes, expected = ({name: tuple(x.shape) for name, x in params.items()} for params in (state["theta"], theta))
-    if wrong := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
-        raise SystemExit(f"--resume {args.resume}: --env-id and the network's flags must be the run's, see {wrong}")
-    try:
+    records.check_shapes(args.resume, saved=state["theta"], made=theta)
+    with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, args, run, state)
         if leads:
-            run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+            run.bar.write(records.learning_curve(run.folder))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Names with `cpu`: processor time, of all threads together; on a busy machine tha
 """
 
 import time
+from functools import partial
 from statistics import median
 
 from torch import Generator
@@ -68,7 +69,7 @@ def measure(options, algorithm, args, envs: Trials, watch) -> None:
     algorithm.play_trials = watch.around(algorithm.play_trials)
     if options.peer:
         is_gru, copy = args.encoder == "gru", {name: value.clone() for name, value in theta.items()}
-        encode = algorithm.ENCODERS[args.encoder][1]
+        encode = partial(algorithm.ENCODERS[args.encoder], args=args)
         agent = peer_rl2.agent_like(copy) if is_gru else peer_rl2.AttentionAgent(copy, encode)
         watch.extras.append(peer(options, args, envs, agent, watch))
     state = {"theta": theta, "generator": generator.get_state(), "iteration": 0, "env_steps": 0, "seconds": 0.0}

@@ -512,8 +512,8 @@ def test_every_suffix_is_true(path, tmp_path):
     elif path.stem == "lirpg":
         assert {"obs_NO", "gae_weight_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_SF"} <= checked
     elif path.stem.startswith("rl2"):
-        assert {"x_NSI", "feature_NSH", "noise_SNA", "past_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
-        assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "causal_N1SC", "place_NS", "past_NSU"} <= checked
+        assert {"x_NSI", "feature_NSH", "noise_SNA", "previous_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
+        assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "v_NGCD", "position_NS", "Uh_NSU"} <= checked
     else:
         assert {"mask_NET", "tasks_NP", "obs_NETO"} <= checked
     if path.stem == "mbmpo":

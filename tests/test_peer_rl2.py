@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -96,7 +97,7 @@ def test_trials_log_probs_values_and_advantages_agree(env_id, from_gym, monkeypa
         assert expected.std() > 0.01
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
     states, _ = peer.agent_like(theta).states(own.x, own.start, torch.zeros(6, 5, dtype=torch.float64))
-    value = ours.actor_critic(theta, ours.recurrent(theta, steps.x, {})[0])[1]
+    value = ours.actor_critic(theta, ours.recurrent(theta, steps.x, {}, args)[0])[1]
     torch.testing.assert_close(peer.agent_like(theta).heads(states)[1].T, value, rtol=1e-9, atol=1e-11)
 
 
@@ -204,7 +205,8 @@ def test_attention_without_a_cache_agrees(env_id, encoder, monkeypatch):
     theta = attention.init_network(envs, args, generator)
     theta = {name: x.double() + 0.2 * torch.randn(x.shape, generator=generator) for name, x in theta.items()}
     steps, _ = attention.play_trials(envs, tasks_NP, theta, args, generator)
-    own, agent = as_batch(steps), peer.AttentionAgent(theta, attention.ENCODERS[encoder][1])
+    encode = partial(attention.ENCODERS[encoder], args=args)
+    own, agent = as_batch(steps), peer.AttentionAgent(theta, encode)
     actions = iter(own.action)
     monkeypatch.setattr(peer, "draw", lambda policy: next(actions))
     batch = peer.collect(single_worlds(env_id, False, args), tasks_NP.numpy(), agent, args)
@@ -214,7 +216,7 @@ def test_attention_without_a_cache_agrees(env_id, encoder, monkeypatch):
     weights = {name: value.requires_grad_() for name, value in other(theta).items()}
     loss, _ = attention.ppo_loss(weights, steps, args, args.entropy_coef)
     loss.backward()
-    agent = peer.AttentionAgent(other(theta), attention.ENCODERS[encoder][1])
+    agent = peer.AttentionAgent(other(theta), encode)
     peer.ppo_loss(agent, own, args, args.entropy_coef).backward()
     for name, parameter in agent.theta.items():
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-10)

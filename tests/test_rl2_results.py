@@ -7,7 +7,7 @@ import torch
 
 from algos import rl2_ppo, rl2_transformer_ppo
 from benchmark import classic_bandits, rl2
-from envs import Trials, make
+from envs import Trials, make, records
 from envs.mouse_cheese import MouseCheese, shortest_path
 
 SMALL = ["--meta-batch-size", "20", "--iterations", "2", "--hidden-size", "16", "--epochs", "1"]
@@ -30,7 +30,8 @@ def finished(tmp_path, monkeypatch):
 def test_a_line_gives_the_reward_on_new_problems_beside_gittins_and_the_paper(finished):
     folder = finished(rl2_ppo, "--env-id", "Bandit5-v0")
     line = rl2.line(folder, rl2.Options("table", (folder,), tasks=40, seed=3))
-    args, state = rl2_ppo.Args(meta_batch_size=40), rl2_ppo.load_checkpoint(str(folder), "rl2_ppo")
+    args = rl2_ppo.Args(meta_batch_size=40, hidden_size=16)
+    state = records.load_checkpoint(str(folder), "rl2_ppo", rl2_ppo.Args)
     envs, generator = Trials(make("Bandit5-v0", 40, 1, discrete=True), 10), torch.Generator().manual_seed(3)
     tasks_NP = envs.unwrapped.sample_tasks(40, generator, "test")
     _, return_NE = rl2_ppo.play_trials(envs, tasks_NP, state["theta"], args, generator)
