@@ -154,13 +154,13 @@ def init_snail(num_inputs: int, args: Args, generator: Generator) -> Params:
 
 
 def next_positions(memory: Memory, x_NSI: Tensor, playing_N: Tensor | None) -> Memory:
-    """Positions of S more steps in their trials, which are columns of the KV caches, and a causal mask."""
+    """The memory with positions of S more steps, which are their columns in KV caches, and a causal mask."""
     N, S, _ = x_NSI.shape
     start_N = memory.get("next", torch.zeros(N, dtype=torch.int64, device=x_NSI.device))
     position_NS = start_N[:, None] + torch.arange(S, device=x_NSI.device)
     # A world that waits (playing_N is 0) stays at its position: what it writes there now will be overwritten.
     next_N = start_N + (S if playing_N is None else S * (playing_N > 0))
-    columns = memory.get("columns", 0) + S  # no position lies beyond
+    columns = memory.get("columns", 0) + S  # of the caches in use: no position lies beyond
     mask = {"is_causal": True}  # at a trial's beginning, where step s is in column s: the fastest mask
     if memory:
         mask = {"attn_mask": torch.arange(columns, device=x_NSI.device) <= position_NS[:, None, :, None]}
@@ -202,7 +202,7 @@ def layer_norm(theta: Params, name: str, x_NSH: Tensor) -> Tensor:
 
 
 def transformer(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playing_N=None) -> tuple:
-    """Features [N, S, H] of S more steps of each trial (acting: 1, replaying: all, from {}); new memory."""
+    """Features [N, S, H] of S more steps (acting: one; replaying: all, from memory {}) and the memory."""
     memory = next_positions(memory, x_NSI, playing_N)
     hidden_NSH = x_NSI @ theta["w_in"].mT + theta["position"][memory["position"]]
     for i in range(args.layers):
@@ -259,21 +259,21 @@ def distribution(theta: Params, output_NSA: Tensor) -> Distribution:
     """Of one of A choices, or Gaussian in A dimensions where theta has a standard deviation."""
     if "log_std" not in theta:
         return Categorical(logits=output_NSA, validate_args=False)
-    return Independent(normal(output_NSA, theta["log_std"].exp()), 1, validate_args=False)  # 1: over A
+    return Independent(normal(output_NSA, theta["log_std"].exp()), 1, validate_args=False)  # sums over A
 
 
 def gumbel_noise(*size: int, generator: Generator) -> Tensor:
-    """Noise -log(x), x exponential. Added to logits it makes their argmax a draw from the softmax.
+    """Noise g = -log(x), x exponential: argmax(logits + g) is a draw from softmax(logits).
 
-    For that is the argmin of x / exp(logit): times until clocks ring, at rates exp(logit). Each clock is the
-    first to ring with a probability in proportion to its rate.
+    For it is the argmin of x / exp(logit). These are exponential waiting times with rates exp(logit), each of
+    which is the shortest with a probability in proportion to its rate.
     """
     return -(-torch.rand(*size, generator=generator).log()).log()
 
 
 @torch.no_grad()
 def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple:
-    """A trial of each task, all worlds in step, with its advantages: Steps; each episode's return [N, E]."""
+    """A trial of each task, all at once: its Steps, advantages included, and each episode's return [N, E]."""
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -284,7 +284,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
     previous_NJ = obs_NO.new_zeros(N, A + 2)
-    playing_N = obs_NO.new_ones(N)  # 0: the world's episode has ended, and it waits for the others
+    playing_N = obs_NO.new_ones(N)  # 0: its episode has ended; it waits for the others, without any effect
     return_NE = obs_NO.new_zeros(N, envs.episodes)
     steps = []
     with envs.unwrapped.playing():
@@ -340,7 +340,7 @@ def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
     reward_NS = played["reward"] * mask_NS
     value_NS = played["value"] * mask_NS  # so V is 0 after a trial's last step
     unit = discounted_returns(reward_NS, args.gamma)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # so V is about 1, however much the tasks pay
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # so the size of V is about 1 in all tasks
     advantage_NS = gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
     advantage = advantage_NS[mask_NS > 0]
     normalised_NS = (advantage_NS - advantage.mean()) / (advantage.std(correction=0) + 1e-8) * mask_NS
@@ -367,7 +367,7 @@ def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tu
 
 
 def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: float, generator) -> dict:
-    """Epochs of PPO, which change theta in place; `remaining` falls from 1 to 0. The last figures."""
+    """Epochs of PPO on theta, in place; `remaining` falls from 1 to 0. Statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
         for rows in envs.unwrapped.minibatches(len(steps.x), args.minibatches, generator):  # [5]
