@@ -91,8 +91,8 @@ def reached(returns: list[Tensor], episodes: list[Tensor]) -> tuple[Tensor, Tens
     return episodes.gather(0, first[None])[0], high.any(0)
 
 
-def record(method: str, seed: int, run: str, learning, windows: int, seconds: float) -> None:
-    returns, episodes = zip(*learning, strict=True)
+def record(method: str, seed: int, run: str, learning: tuple, windows: int, seconds: float) -> None:
+    returns, episodes = learning
     count, ok = reached(returns, episodes)
     line = {"method": method, "seed": seed, "run": run, "episodes": float(count.mean()), "reached": int(ok.sum())}
     line |= {"cap_windows": windows, "lengths": len(count), "cap_episodes": float(episodes[-1].mean())}
@@ -105,7 +105,7 @@ def record(method: str, seed: int, run: str, learning, windows: int, seconds: fl
 
 
 def own_values(envs, exams, args: ours.Args, theta: dict | None = None, value: dict | None = None, lr=(1e-3, 1e-2)):
-    """As new_actors, with a critic V(s) of each actor's own, advantages by GAE (lambda 0.95) and an entropy bonus of
+    """As meta_test, with a critic V(s) of each actor's own, advantages by GAE (lambda 0.95) and an entropy bonus of
     0.01: the usual actor-critic. `theta` and `value` may be given, with a leading axis of 1, to be fine-tuned."""
     N, generator = args.meta_batch_size, Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(N, generator, "test")
@@ -114,26 +114,29 @@ def own_values(envs, exams, args: ours.Args, theta: dict | None = None, value: d
     for name, given in (("theta", theta), ("value", value)):
         if given is not None:
             state[name] = {k: x.expand(N, *x.shape[1:]).clone() for k, x in given.items()}
-    episodes_N = torch.zeros(N)
+            state[f"{name}_adam"] = ours.fresh_moments(state[name])
+    episodes_N, returns, episodes = torch.zeros(N), [], []
     for k in range(args.eval_steps + 1):
-        yield ours.examine(exams, tasks_NP, state["theta"], args, generator), episodes_N
+        returns.append(ours.examine(exams, tasks_NP, state["theta"], args, generator))
+        episodes.append(episodes_N)
         for _ in range(args.eval_windows if k < args.eval_steps else 0):
             obs_NO, window, _ = ours.play_window(envs, obs_NO, state["theta"], args.window_size, generator)
             improve(state, window, args.gamma, lr)
             episodes_N = episodes_N + window.over.sum(1)
+    return returns, episodes
 
 
 def value_actors(envs, count: int, args: ours.Args, generator: Generator) -> dict:
     O, A, H = envs.single_observation_space.shape[0], int(envs.single_action_space.n), args.hidden_size  # noqa: E741
     theta = ours.init_layers(count, (O, H, H, A), generator)
-    return {"theta": theta, "value": ours.init_layers(count, (O, args.critic_size, args.critic_size, 1), generator)} | {
-        "theta_moments": {}, "value_moments": {},
-    }  # fmt: skip
+    value = ours.init_layers(count, (O, args.critic_size, args.critic_size, 1), generator)
+    adam = {"theta_adam": ours.fresh_moments(theta), "value_adam": ours.fresh_moments(value)}
+    return {"theta": theta, "value": value} | adam
 
 
 def improve(state: dict, window: ours.Window, gamma: float, lr: tuple[float, float]) -> None:
     """A step of every actor up its policy gradient, and of every critic towards the returns; of one of each for all."""
-    value_NT, after_NT = (ours.layers(state["value"], x).squeeze(-1) for x in (window.obs, window.next_obs))
+    value_NT, after_NT = (ours.forward(state["value"], x).squeeze(-1) for x in (window.obs, window.next_obs))
     delta_NT = window.reward + gamma * (1 - window.ended) * after_NT - value_NT
     tail_N, tails = torch.zeros_like(delta_NT[:, 0]), []
     for delta_N, over_N in zip(delta_NT.flip(1).unbind(1), window.over.flip(1).unbind(1), strict=True):
@@ -143,17 +146,17 @@ def improve(state: dict, window: ours.Window, gamma: float, lr: tuple[float, flo
     goal_NT, one = advantage_NT + value_NT, len(state["theta"]["w0"]) == 1
 
     def actor_loss(theta: dict) -> Tensor:
-        log_NTA = ours.layers(theta, window.obs).log_softmax(-1)
+        log_NTA = ours.forward(theta, window.obs).log_softmax(-1)
         entropy_NT = -(log_NTA.exp() * log_NTA).sum(-1)
         gain_N = ((log_NTA * window.action).sum(-1) * advantage_NT + 0.01 * entropy_NT).mean(1)
         return -(gain_N.mean() if one else gain_N.sum())
 
     def value_loss(value: dict) -> Tensor:
-        error_N = (ours.layers(value, window.obs).squeeze(-1) - goal_NT).square().mean(1)
+        error_N = (ours.forward(value, window.obs).squeeze(-1) - goal_NT).square().mean(1)
         return error_N.mean() if one else error_N.sum()
 
     for (name, loss), step in zip((("theta", actor_loss), ("value", value_loss)), lr, strict=True):
-        gradient, moments = grad(loss)(state[name]), f"{name}_moments"
+        gradient, moments = grad(loss)(state[name]), f"{name}_adam"
         state[name], state[moments] = ours.adam(state[name], gradient, state[moments], step)
 
 
@@ -183,7 +186,7 @@ def policy_loss(theta: dict, window: ours.Window, old: Tensor, gamma: float) -> 
     base_T = (return_ET * window.mask).sum(0) / window.mask.sum(0).clamp_min(1)
     advantage_ET = return_ET - base_T
     scale = (weight_ET * advantage_ET.square()).sum().sqrt() + 1e-8
-    log_ET = (ours.layers(theta, window.obs).log_softmax(-1) * window.action).sum(-1)
+    log_ET = (ours.forward(theta, window.obs).log_softmax(-1) * window.action).sum(-1)
     return -((log_ET - old).exp() * advantage_ET / scale * weight_ET).sum()
 
 
@@ -193,7 +196,7 @@ def batch(envs, tasks_NP: Tensor, theta: dict, args: ours.Args, generator: Gener
     obs, _ = envs.reset(seed=int(torch.randint(2**31, (1,), generator=generator)), options=options)
     _, window, _ = ours.play_window(envs, obs, theta, args.horizon, generator)
     window = ours.Window(*(x.unflatten(0, (len(tasks_NP), EPISODES)) for x in window))
-    output = ours.layers(theta, window.obs.flatten(1, 2)).log_softmax(-1).unflatten(1, window.reward.shape[1:])
+    output = ours.forward(theta, window.obs.flatten(1, 2)).log_softmax(-1).unflatten(1, window.reward.shape[1:])
     return window, (output * window.action).sum(-1), int(window.mask.sum())
 
 
@@ -207,7 +210,8 @@ def maml(args: ours.Args, steps: int) -> dict:
     """An initialisation, by Adam on the gradient through one inner step, in so many steps of the worlds."""
     N, generator = 20, Generator().manual_seed(args.seed)
     envs = Lifetimes(make(args.env_id, N * EPISODES, args.horizon, discrete=True), 1)
-    theta, moments, played = value_actors(envs, 1, args, generator)["theta"], {}, 0
+    theta, played = value_actors(envs, 1, args, generator)["theta"], 0
+    moments = ours.fresh_moments(theta)
     while played < steps:
         tasks_NP = envs.unwrapped.sample_tasks(N, generator, "train")
         start = {name: x.expand(N, *x.shape[1:]) for name, x in theta.items()}
@@ -228,18 +232,21 @@ def maml(args: ours.Args, steps: int) -> dict:
 
 
 def maml_actors(exams, args: ours.Args, theta: dict):
-    """As new_actors: inner steps from MAML's initialisation, EPISODES each."""
+    """As meta_test: inner steps from MAML's initialisation, EPISODES each."""
     generator, N = Generator().manual_seed(args.seed + 1), args.meta_batch_size
     envs = Lifetimes(make(args.env_id, N * EPISODES, args.horizon, discrete=True), 1)
     tasks_NP, theta = (
         envs.unwrapped.sample_tasks(N, generator, "test"),
         {k: x.expand(N, *x.shape[1:]) for k, x in theta.items()},
     )
+    returns, episodes = [], []
     for k in range(11):
-        yield ours.examine(exams, tasks_NP, theta, args, generator), torch.full((N,), float(EPISODES * k))
+        returns.append(ours.examine(exams, tasks_NP, theta, args, generator))
+        episodes.append(torch.full((N,), float(EPISODES * k)))
         window, old, _ = batch(envs, tasks_NP, theta, args, generator)
         theta = vmap(inner_step, (0, 0, 0, None))({n: x[:, None] for n, x in theta.items()}, window, old, args.gamma)
         theta = {name: x[:, 0] for name, x in theta.items()}
+    return returns, episodes
 
 
 # ---------------------------------------------------------------- what to make
@@ -259,11 +266,11 @@ def cartpole(options: Options) -> None:
             # No more windows than it takes to see it level off; the cap of the others is the same in windows.
             short = replace(args, eval_steps=min(args.eval_steps, 200 // UNIT))
             start, phi = time.time(), load(folder)[2]["phi"]
-            learning = ours.new_actors(envs, exams, short, phi)
+            learning = ours.meta_test(envs, exams, short, phi)
             record("meta", seed, folder.name, learning, short.eval_steps * UNIT, start)
         start, cap = time.time(), args.eval_steps * UNIT
         if "own" in options.methods:
-            record("own", seed, "", ours.new_actors(envs, exams, args), cap, start)
+            record("own", seed, "", ours.meta_test(envs, exams, args, phi=None), cap, start)
         start = time.time()
         if "own V" in options.methods:
             record("own V", seed, "", own_values(envs, exams, args), cap, start)
@@ -287,18 +294,21 @@ def tune(options: Options) -> None:
             _, envs, exams = worlds(args)
             for method in ("own", "own V"):
                 start = time.time()
-                V = own_values(envs, exams, args, lr=(actor_lr, critic_lr))
-                returns, episodes = zip(*(ours.new_actors(envs, exams, args) if method == "own" else V), strict=True)
+                if method == "own":
+                    returns, episodes = ours.meta_test(envs, exams, args, phi=None)
+                else:
+                    returns, episodes = own_values(envs, exams, args, lr=(actor_lr, critic_lr))
                 count, ok = reached(returns, episodes)
                 line = {"method": method, "actor_lr": actor_lr, "critic_lr": critic_lr, "episodes": float(count.mean())}
                 line |= {"reached": int(ok.sum()), "cap_windows": options.cap, "seconds": round(time.time() - start)}
                 keep("tune", line | {"return": [round(float(x.mean()), 1) for x in returns]})
 
 
-def fit(theta: dict, phi: dict, z_NZ: Tensor, obs: Tensor, args: ours.Args, choose: bool, moments: dict):
+def fit(theta: dict, phi: dict, z_NZ: Tensor, obs: Tensor, args: ours.Args, moments: dict, *, is_choice: bool):
     """One step of new actors at observations [N, B, O], by the meta-critic alone."""
     window = SimpleNamespace(obs=obs, mask=torch.ones(obs.shape[:2]))
-    return ours.adam(theta, grad(ours.actor_loss)(theta, phi, window, z_NZ, choose), moments, args.actor_lr)
+    gradient = grad(ours.actor_loss)(theta, phi, window, z_NZ, is_choice=is_choice)
+    return ours.adam(theta, gradient, moments, args.actor_lr)
 
 
 def bandit(options: Options) -> None:
@@ -311,12 +321,13 @@ def bandit(options: Options) -> None:
             tasks_NP = envs.unwrapped.sample_tasks(2000, generator, "test")
             obs, _ = envs.reset(seed=1, options={"tasks": tasks_NP})
             sizes = obs.shape[1], args.hidden_size, args.hidden_size, tasks_NP.shape[1]
-            theta, moments = ours.init_layers(2000, sizes, generator), {}
+            theta = ours.init_layers(2000, sizes, generator)
+            moments = ours.fresh_moments(theta)
             _, window, _ = ours.play_window(envs, obs, theta, shots, generator)
             z_NZ = ours.encode(state["phi"], window.trace)
             for _ in range(300):
-                theta, moments = fit(theta, state["phi"], z_NZ, obs[:, None], args, True, moments)
-            chosen_NA = ours.layers(theta, obs[:, None]).softmax(-1)[:, 0]
+                theta, moments = fit(theta, state["phi"], z_NZ, obs[:, None], args, moments, is_choice=True)
+            chosen_NA = ours.forward(theta, obs[:, None]).softmax(-1)[:, 0]
             best_N1 = tasks_NP.argmax(1, keepdim=True)
             pulls_NA = window.action.sum(1)
             wins_NA = (window.action * window.reward[..., None]).sum(1)
@@ -373,12 +384,11 @@ class Clock:
     def __init__(self, minutes: float):
         self.end, self.rows = time.time() + 60 * minutes, []
 
-    @property
-    def stopping(self) -> bool:
+    def should_stop(self) -> bool:
         return time.time() > self.end
 
     def log(self, state: dict, stats: dict) -> None:
-        self.rows.append((stats["train/loss"], stats["train/return_post"]))
+        self.rows.append((stats["train/loss"], float(stats["train/return_post"])))
         if state["iteration"] % 500 == 0:
             loss, reward = np.mean(self.rows[-500:], 0)
             print(f"{state['iteration']}: critic's loss {loss:.3g}, actors' squared error {-reward:.3g}", flush=True)
@@ -396,7 +406,8 @@ def regression(options: Options) -> None:
     data, N, generator = make_supervised(args.env_id, 1, 1), 100, Generator().manual_seed(args.seed)
     envs, fresh_envs, exams = (Curves(data, n, e) for n, e in ((N, args.lifetime), (N, 10**9), (10 * N, 1)))
     state = {"iteration": 0, "env_steps": 0, "seconds": 0.0}
-    state |= ours.first_actors(envs, args, generator, ours.init_critics(envs, 1, args.latent_size, args, generator))
+    phi = ours.init_critics(envs, 1, args.latent_size, args, generator)
+    state |= ours.init_learners(envs, phi, args, generator)
     births = torch.arange(N) * args.lifetime // N
     envs.reset(seed=1, options={"tasks": data.sample_tasks(N, generator, "train"), "episode": births})
     state |= {"worlds": envs.save_worlds(), "generator": generator.get_state()}
@@ -410,21 +421,21 @@ def errors(state: dict, data, args: ours.Args, minutes: float) -> None:
         tasks, worlds = data.sample_tasks(N, generator, "test"), Curves(data, N, 10**9)
         obs, _ = worlds.reset(seed=3, options={"tasks": tasks})
         taught = scratch = ours.init_layers(N, (1, args.hidden_size, args.hidden_size, 1), generator)
-        moments, own_moments = {}, {}
+        moments = own_moments = ours.fresh_moments(taught)
         _, window, _ = ours.play_window(worlds, obs, taught, shots, generator)
         z_NZ, x, y = ours.encode(state["phi"], window.trace), window.obs, window.trace[..., 1:2]
         ((test_x, test_y),) = data.sample(tasks, (100,), generator)
         line = {"shots": shots, "iterations": state["iteration"], "minutes": minutes, "seed": args.seed}
 
         def loss(theta: dict, x=x, y=y) -> Tensor:
-            return (ours.layers(theta, x) - y).square().mean((1, 2)).sum()
+            return (ours.forward(theta, x) - y).square().mean((1, 2)).sum()
 
         for step in range(1001):
             if step in (0, 100, 300, 1000):
                 pairs = ("meta", taught), ("scratch", scratch)
-                line |= {f"{k}_{step}": float((ours.layers(p, test_x) - test_y).square().mean()) for k, p in pairs}
+                line |= {f"{k}_{step}": float((ours.forward(p, test_x) - test_y).square().mean()) for k, p in pairs}
             anywhere = 10 * torch.rand(N, 30, 1, generator=generator) - 5
-            taught, moments = fit(taught, state["phi"], z_NZ, anywhere, args, False, moments)
+            taught, moments = fit(taught, state["phi"], z_NZ, anywhere, args, moments, is_choice=False)
             scratch, own_moments = ours.adam(scratch, grad(loss)(scratch), own_moments, args.actor_lr)
         keep("regression", line)
 
@@ -443,10 +454,10 @@ def lengths(options: Options) -> None:
         _, envs, _ = worlds(replace(args, eval_episodes=1))
         tasks = envs.unwrapped.sample_tasks(200, generator, "test")
         obs, _ = envs.reset(seed=5, options={"tasks": tasks})
-        new, found = ours.first_actors(envs, args, generator, state["phi"]), {}
+        new, found = ours.init_learners(envs, state["phi"], args, generator), {}
         for k in range(101):
             obs, window, _ = ours.play_window(envs, obs, new["theta"], args.window_size, generator)
-            ours.teach(new, window, args, True, args.actor_lr, 0.0)
+            ours.teach(new, window, args, actor_lr=args.actor_lr, critic_lr=0.0, is_choice=True)
             if k in (0, 20, 100):
                 z = ours.encode(state["phi"], window.trace).numpy()
                 z = z - z.mean(0)

@@ -24,6 +24,7 @@ LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 450 for tho
 LONGEST |= {"maml_trpo": 495}  # four inner estimators, TRPO
 LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 495}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 495, "lirpg": 495}  # three networks and their losses; an update that is differentiated
+LONGEST |= {"meta_critic": 495}  # Adam for N networks, meta-testing
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -428,9 +429,9 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     pearl |= {"context_size": 29, "latent_size": 3, "hidden_size": 17, "iterations": 1, "updates": 2, "replay_size": 37}
     if hasattr(traced.Args, "own_critic_lr"):
         wanted |= {"window_size": 7, "eval_episodes": 3, "latent_size": 3, "critic_size": 19, "eval_windows": 1}
-        envs, sizes, init = PrimeChoices(), {k: SIZES[k] for k in "NTOAP1"} | {"I": 13 + 2 + 1}, "first_actors"
+        envs, sizes, init = PrimeChoices(), {k: SIZES[k] for k in "NTOAP1"} | {"I": 13 + 2 + 1}, "init_learners"
     elif hasattr(traced.Args, "latent_size"):
-        envs, wanted, sizes, init = PrimeWorlds(), pearl, SIZES | {"M": 19, "Z": 3, "V": 31, "I": 16}, "init_state"
+        envs, wanted, sizes, init = PrimeWorlds(), pearl, SIZES | {"M": 19, "Z": 3, "C": 2, "I": 16}, "init_state"
         sizes.pop("B")  # of a batch, or of a context
     elif hasattr(traced.Args, "episodes_per_lifetime"):
         wanted |= {"episodes_per_lifetime": 3, "steps": 7, "unroll": 2, "policy_size": 19}
@@ -472,17 +473,17 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         args = traced.Args(**{name: value for name, value in all_wanted.items() if hasattr(traced.Args, name)})
         if init is None:
             theta = traced.init_policy(envs, args.hidden_size, generator)
-        elif init == "first_actors":
+        elif init == "init_learners":
             phi = traced.init_critics(envs, 1, args.latent_size, args, generator)
-            theta = traced.first_actors(envs, args, generator, phi) | {"worlds": {}}
+            theta = traced.init_learners(envs, phi, args, generator) | {"worlds": {}}
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        is_state = init in ("init_state", "first_state", "first_actors", "init_lifetimes")
+        is_state = init in ("init_state", "first_state", "init_learners", "init_lifetimes")
         known = sizes | ({} if is_state else {"W": sum(value.numel() for value in theta.values())})
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
         state |= theta if is_state else {"theta": theta}
         worlds = [envs, envs] if init in ("first_state", "init_lifetimes") else [envs]
-        if init == "first_actors":
+        if init == "init_learners":
             worlds += [PrimeChoices(), PrimeChoices(SIZES["N"] * args.eval_episodes)]
         if hasattr(args, "num_models"):
             state |= {"models": traced.init_models(envs, args, generator), "data": {}}
@@ -503,7 +504,7 @@ def test_every_suffix_is_true(path, tmp_path):
     if path.stem in SUPERVISED:
         assert {"x_BX", "y_BY", "output_BY", "result_NK"} <= checked
     elif path.stem == "pearl_sac":
-        assert {"rows_NTV", "noise_TNA", "uniform_NB", "context_NSI", "precision_NSZ", "z_NBZ", "obs_NBO"} <= checked
+        assert {"k_NT", "noise_TNA", "uniform_NS", "x_NSI", "precision_NSZ", "z_NBZ", "q_CNB", "action_NBA"} <= checked
     elif path.stem == "meta_critic":
         assert {"tasks_NP", "z_NZ", "trace_NTI", "action_NTCA", "feature_NTH", "born_B", "target_NT"} <= checked
     elif path.stem == "lifetime_rewards":
@@ -524,7 +525,7 @@ def test_every_suffix_is_true(path, tmp_path):
 
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "result_NK", "result_KN")]
-FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "rows_NTV", "rows_NTI"), ("rl2_ppo", "x_NSI", "x_SNI")]
+FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "x_NSI", "x_NIS"), ("rl2_ppo", "x_NSI", "x_SNI")]
 FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]
 FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP", "tasks_NO")]
 FALSE += [("lifetime_rewards", "noise_TNA", "noise_NTA"), ("lifetime_rewards", "value_NT", "value_TN")]

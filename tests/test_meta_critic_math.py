@@ -12,7 +12,7 @@ from torch.func import grad
 
 from algos import meta_critic as ours
 from benchmark import meta_critic as study
-from envs import Lifetimes, make_supervised
+from envs import Lifetimes, make_supervised, summarise
 from envs.bandit import Bandit5
 from envs.cartpole import CartPoleLength
 from tests.double_precision import Recorder, float64, seeded  # noqa: F401 (float64 is used by being here)
@@ -57,7 +57,9 @@ def make_window(seed=0, choices=True, inputs=O, outputs=A):
     late = torch.tensor([[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0]]).double()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]).double()
     reward, trace = torch.randn(N, T, generator=g), torch.randn(N, T, inputs + outputs + 1, generator=g)
-    return ours.Window(obs, action, reward, next_obs, ended, ended + late, mask, trace)
+    return ours.Window(
+        obs=obs, action=action, reward=reward, next_obs=next_obs, ended=ended, over=ended + late, mask=mask, trace=trace
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,12 +149,12 @@ def slow_critic_loss(phi, window, trace, target):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_against_networks_one_by_one():
+def test_forward_against_networks_one_by_one():
     args, x = make_args(), torch.randn(N, 9, O, generator=seeded(1))
     theta = make_actors(args)
-    close(ours.layers(theta, x), torch.stack([network(theta, i)(x[i]) for i in range(N)]).detach())
+    close(ours.forward(theta, x), torch.stack([network(theta, i)(x[i]) for i in range(N)]).detach())
     one = {name: value[:1] for name, value in theta.items()}
-    close(ours.layers(one, x), network(theta, 0)(x).detach())
+    close(ours.forward(one, x), network(theta, 0)(x).detach())
 
 
 def test_initial_weights_are_uniform_in_torchs_usual_range():
@@ -193,10 +195,10 @@ def test_the_critic_and_values_against_loops(count):
     Q = ours.critic(phi, window.obs, action, z)
     for i, t, c in itertools.product(range(N), range(T), range(3)):
         close(Q[i, t, c], networks(phi)[i](torch.cat([window.obs[i, t], action[i, t, c], z[i]]))[0].detach())
-    close(ours.state_values(theta, phi, window.obs, z, True), slow_values(theta, phi, window.obs, z))
-    answers = ours.layers(theta, window.obs)
+    close(ours.state_values(theta, phi, window.obs, z, is_choice=True), slow_values(theta, phi, window.obs, z))
+    answers = ours.forward(theta, window.obs)
     close(
-        ours.state_values(theta, phi, window.obs, z, False),
+        ours.state_values(theta, phi, window.obs, z, is_choice=False),
         ours.critic(phi, window.obs, answers[:, :, None], z).squeeze(-1),
     )
 
@@ -223,7 +225,7 @@ def check_gradient(gradient, function, params, h=1e-6):
 def test_the_actors_gradient_against_central_differences(count, choose):
     args, window = make_args(), make_window(choices=choose)
     theta, phi, z = make_actors(args), make_critics(args, count), torch.randn(N, Z, generator=seeded(2))
-    gradient = grad(ours.actor_loss)(theta, phi, window, z, choose)
+    gradient = grad(ours.actor_loss)(theta, phi, window, z, is_choice=choose)
     check_gradient(gradient, lambda theta: slow_actor_loss(theta, phi, window, z, choose), theta)
 
 
@@ -256,7 +258,8 @@ def test_one_step_games_have_their_rewards_as_targets():
 def test_adam_against_torch_for_networks_of_different_ages():
     """Network 1 is born again after three steps, by zeros in everything that Adam remembers of it."""
     args, lr = make_args(), 0.03
-    params, moments = make_actors(args), {}
+    params = make_actors(args)
+    moments = ours.fresh_moments(params)
     theirs = [{name: value[i].clone() for name, value in params.items()} for i in range(N)]
     optimizers = [torch.optim.Adam(x.values(), lr) for x in theirs]
     for step in range(7):
@@ -275,7 +278,8 @@ def test_adam_against_torch_for_networks_of_different_ages():
 
 
 def test_adam_of_the_meta_critic_against_torch():
-    phi, moments = make_critics(make_args()), {}
+    phi = make_critics(make_args())
+    moments = ours.fresh_moments(phi)
     theirs = {name: value.clone() for name, value in phi.items()}
     optimizer = torch.optim.Adam(theirs.values(), 0.01)
     for step in range(4):
@@ -294,15 +298,19 @@ def test_adam_of_the_meta_critic_against_torch():
 
 def make_state(args, count=1, latent=Z):
     phi = make_critics(args, count, latent)
-    return ours.first_actors(make_worlds(args)[0], args, seeded(4), phi) | {"past": {"trace": make_window(1).trace}}
+    return ours.init_learners(make_worlds(args)[0], phi, args, seeded(4)) | {"trace": make_window(1).trace}
 
 
-def gradients_of(monkeypatch, *teach):
+def rates(actor_lr, critic_lr):
+    return {"actor_lr": actor_lr, "critic_lr": critic_lr, "is_choice": True}
+
+
+def gradients_of(monkeypatch, *given, **rates):
     """What `teach` passes to adam: gradients and step sizes, in the order of the calls."""
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(ours, "adam", lambda params, g, moments, lr: seen.append((g, lr)) or (params, moments))
-        loss = ours.teach(*teach)
+        loss = ours.teach(*given, **rates)
     return seen, loss
 
 
@@ -311,8 +319,8 @@ def test_an_update_takes_the_gradients_that_it_should(monkeypatch, count, latent
     """z is of the window before; the actors do not move z or phi, targets do not move anything."""
     args, window = make_args(), make_window()
     state = make_state(args, count, latent)
-    theta, phi, trace = state["theta"], state["phi"], state["past"]["trace"]
-    seen, loss = gradients_of(monkeypatch, state, window, args, True, 0.5, 0.25)
+    theta, phi, trace = state["theta"], state["phi"], state["trace"]
+    seen, loss = gradients_of(monkeypatch, state, window, args, **rates(0.5, 0.25))
     (actors, actor_lr), (critics, critic_lr) = seen
     assert (actor_lr, critic_lr) == (0.5, 0.25)
     z = torch.stack([opinion(phi, x) for x in trace]) if latent else torch.zeros(N, 0)
@@ -326,29 +334,31 @@ def test_an_update_moves_actors_up_their_values_and_critics_towards_the_targets(
     args, window = make_args(), make_window()
     state = make_state(args)
     old = dict(state)
-    z = ours.encode(old["phi"], old["past"]["trace"])
-    ours.teach(state, window, args, True, 1e-4, 1e-4)
+    z = ours.encode(old["phi"], old["trace"])
+    ours.teach(state, window, args, **rates(1e-4, 1e-4))
     values = [
-        (ours.state_values(x["theta"], old["phi"], window.obs, z, True) * window.mask).sum(1) for x in (old, state)
+        (ours.state_values(x["theta"], old["phi"], window.obs, z, is_choice=True) * window.mask).sum(1)
+        for x in (old, state)
     ]
     assert (values[1] > values[0]).all()
-    value = ours.state_values(old["theta"], old["phi"], window.next_obs, z, True)
+    value = ours.state_values(old["theta"], old["phi"], window.next_obs, z, is_choice=True)
     target = ours.critic_targets(value, window, args)
-    losses = [ours.critic_loss(x["phi"], window, old["past"]["trace"], target) for x in (old, state)]
+    losses = [ours.critic_loss(x["phi"], window, old["trace"], target) for x in (old, state)]
     assert losses[1] < losses[0]
-    assert state["past"]["trace"] is window.trace
-    assert state["theta_moments"]["steps"].tolist() == [1] * N
+    assert state["trace"] is window.trace
+    assert state["theta_adam"]["steps"].tolist() == [1] * N
 
 
 def test_a_frozen_meta_critic_stays_as_it_is():
     args, window = make_args(), make_window()
     state = make_state(args)
     phi, before = state["phi"], copy.deepcopy(state["phi"])
-    theta = state["theta"]
-    assert ours.teach(state, window, args, True, 0.01, 0.0) == 0
+    theta, moments = state["theta"], state["phi_adam"]
+    assert ours.teach(state, window, args, **rates(0.01, 0.0)) == 0
     assert state["phi"] is phi
     close(phi, before, 0)
-    assert state["phi_moments"] == {}
+    assert state["phi_adam"] is moments
+    assert not any(x.any() for x in moments.values())
     assert all((state["theta"][name] != theta[name]).any() for name in theta)
 
 
@@ -358,7 +368,7 @@ def test_actors_and_own_critics_of_different_worlds_are_independent(count, laten
     states = [make_state(args, count, latent) for _ in range(2)]
     other = ours.Window(*(torch.cat([x[:1], make_window(9)[k][1:]]) for k, x in enumerate(window)))
     for state, data in zip(states, (window, other), strict=True):
-        ours.teach(state, data, args, True, 0.01, 0.01)
+        ours.teach(state, data, args, **rates(0.01, 0.01))
     for part in ("theta", "phi") if count > 1 else ("theta",):
         for name, x in states[0][part].items():
             close(x[0], states[1][part][name][0])
@@ -368,8 +378,8 @@ def test_actors_and_own_critics_of_different_worlds_are_independent(count, laten
 def test_a_new_world_gives_the_critic_no_hint_of_its_task():
     """Before an actor's first window the trace is empty: z is the same in all worlds, whatever their tasks."""
     args = make_args()
-    state = ours.first_actors(make_worlds(args)[0], args, seeded(4), make_critics(args))
-    z = ours.encode(state["phi"], state["past"]["trace"])
+    state = ours.init_learners(make_worlds(args)[0], make_critics(args), args, seeded(4))
+    z = ours.encode(state["phi"], state["trace"])
     close(z, z[:1].expand(N, Z))
 
 
@@ -467,7 +477,7 @@ def start(args, family=CartPoleLength):
     envs, *others = make_worlds(args, family)
     generator = seeded(args.seed)
     phi = ours.init_critics(envs, 1, args.latent_size, args, generator)
-    state = ours.first_actors(envs, args, generator, phi)
+    state = ours.init_learners(envs, phi, args, generator)
     envs.reset(seed=1, options={"tasks": envs.unwrapped.sample_tasks(N, generator, "train")})
     state |= {"iteration": 0, "env_steps": 0, "worlds": envs.save_worlds(), "generator": generator.get_state()}
     return [envs, *others], state
@@ -500,10 +510,10 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
     age = torch.zeros(N)
     for k in range(12):
         age = torch.where(born[k], 0, age + 1)
-        close(seen[k]["theta_moments"]["steps"], age)
-        fresh = seen[k]["past"]["trace"].abs().sum((1, 2)) == 0
+        close(seen[k]["theta_adam"]["steps"], age)
+        fresh = seen[k]["trace"].abs().sum((1, 2)) == 0
         assert torch.equal(fresh, born[k])
-        for name, x in seen[k]["theta_moments"].items():
+        for name, x in seen[k]["theta_adam"].items():
             assert (x[born[k]] == 0).all(), name
         if k:
             moved = (seen[k]["theta"]["w1"] - seen[k - 1]["theta"]["w1"]).abs().amax((1, 2))
@@ -515,7 +525,8 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
 def test_training_never_changes_what_it_was_given():
     args = make_args()
     worlds, state = start(args)
-    given = {part: dict(state[part]) for part in ours.PARTS}
+    given = {part: dict(state[part]) for part in ("theta", "phi", "theta_adam", "phi_adam")}
+    given["trace"] = {"trace": state["trace"]}
     copies = copy.deepcopy(given)
     ours.train(*worlds, args, Recorder(), state)
     close(given, copies, 0)
@@ -527,11 +538,11 @@ def test_new_actors_are_the_same_with_and_without_the_meta_critic():
     _, envs, exams = make_worlds(args)
     phi = make_critics(args)
     before = copy.deepcopy(phi)
-    taught, alone = (list(ours.new_actors(envs, exams, args, *given)) for given in ((phi,), ()))
+    taught, alone = (ours.meta_test(envs, exams, args, given) for given in (phi, None))
     close(taught[0][0], alone[0][0])
     close(phi, before, 0)
-    for learning in (taught, alone):
-        played = torch.stack([episodes for _, episodes in learning])
+    for _, episodes in (taught, alone):
+        played = torch.stack(episodes)
         assert (played[0] == 0).all()
         assert (played[1:] >= played[:-1]).all()
         assert 0 < played[-1].mean() < 2 * args.eval_windows * T / 5
@@ -541,7 +552,7 @@ def test_all_episodes_of_new_actors_count():
     """Nothing falls within three steps: two episodes a window, all of which end at the horizon."""
     args = make_args(horizon=3)
     _, envs, exams = make_worlds(args)
-    played = torch.stack([episodes for _, episodes in ours.new_actors(envs, exams, args)])
+    played = torch.stack(ours.meta_test(envs, exams, args, None)[1])
     close(played, 2.0 * args.eval_windows * torch.arange(3.0)[:, None].expand(3, N))
 
 
@@ -550,9 +561,15 @@ def test_new_actors_learn_by_the_rates_and_with_the_critics_they_should(own, mon
     args = make_args(own_actor_lr=0.2, own_critic_lr=0.3, actor_lr=0.4, critic_lr=0.5)
     _, envs, exams = make_worlds(args)
     seen, tasks, teach = [], [], ours.teach
-    monkeypatch.setattr(ours, "teach", lambda *given: seen.append((dict(given[0]), *given[-2:])) or teach(*given))
+
+    def watched(state, window, args, *, actor_lr, critic_lr, is_choice):
+        seen.append((dict(state), actor_lr, critic_lr))
+        assert is_choice
+        return teach(state, window, args, actor_lr=actor_lr, critic_lr=critic_lr, is_choice=is_choice)
+
+    monkeypatch.setattr(ours, "teach", watched)
     monkeypatch.setattr(ours, "examine", lambda exams, t, *rest: tasks.append(t) or torch.zeros(N))
-    list(ours.new_actors(envs, exams, args, *([] if own else [make_critics(args)])))
+    ours.meta_test(envs, exams, args, None if own else make_critics(args))
     assert len(seen) == args.eval_steps * args.eval_windows
     assert all(rates == ((0.2, 0.3) if own else (0.4, 0.0)) for _, *rates in seen for rates in [tuple(rates)])
     assert len(seen[0][0]["phi"]["w0"]) == (N if own else 1)
@@ -565,10 +582,8 @@ def test_new_actors_learn_by_the_rates_and_with_the_critics_they_should(own, mon
 
 def test_an_evaluation_against_its_parts(monkeypatch):
     returns = [torch.tensor([1.0, 3.0]), torch.tensor([5.0, 9.0])]
-    monkeypatch.setattr(
-        ours, "new_actors", lambda *given: iter([(returns[0], torch.zeros(2)), (returns[1], returns[0])])
-    )
-    stats = ours.evaluate("test", None)
+    monkeypatch.setattr(ours, "meta_test", lambda *given: (returns, [torch.zeros(2), returns[0]]))
+    stats = summarise(ours.evaluate(None, None, None, None, name="test"))
     expected = {"test/return_k0": 2, "test/return_k1": 7, "test/episodes": 2}
     assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * 1 / math.sqrt(2)})
 
@@ -617,11 +632,11 @@ def test_the_usual_actor_critics_gradients(monkeypatch):
     state = study.value_actors(make_worlds(args)[0], N, args, seeded(2))
     seen = []
     monkeypatch.setattr(ours, "adam", lambda params, g, moments, lr: seen.append(g) or (params, moments))
-    values, after = (ours.layers(state["value"], x)[..., 0] for x in (window.obs, window.next_obs))
+    values, after = (ours.forward(state["value"], x)[..., 0] for x in (window.obs, window.next_obs))
     goal = slow_targets(after, window, 0.9, 0.95)  # lambda-returns; advantages are what they add to the values
 
     def loss(theta):
-        logits = ours.layers(theta, window.obs)
+        logits = ours.forward(theta, window.obs)
         policy = torch.distributions.Categorical(logits=logits)
         gain = policy.log_prob(window.action.argmax(-1)) * (goal - values) + 0.01 * policy.entropy()
         return -gain.mean(1).sum()
@@ -631,11 +646,11 @@ def test_the_usual_actor_critics_gradients(monkeypatch):
     obs[:, 1:] = torch.where(window.over[:, :-1, None] > 0, obs[:, 1:], window.next_obs[:, :-1])
     window = window._replace(obs=obs)
     study.improve(state, window, 0.9, (0.1, 0.1))
-    values = ours.layers(state["value"], window.obs)[..., 0]
+    values = ours.forward(state["value"], window.obs)[..., 0]
     close(seen[0], grad(loss)(state["theta"]), 1e-9)
 
     def error(value):
-        return (ours.layers(value, window.obs)[..., 0] - goal).square().mean(1).sum()
+        return (ours.forward(value, window.obs)[..., 0] - goal).square().mean(1).sum()
 
     close(seen[1], grad(error)(state["value"]), 1e-9)
 
