@@ -7,10 +7,9 @@ Result: HalfCheetahForward, 100,000 real steps: 608, 510 (the authors: 550; TRPO
 Algorithm:
     [1] repeat: play real episodes with the policy adapted to each model (at first with pi_theta), into D
     [2]     fit each model f_k(s, a) to its own random part of D, until its error on the rest stops falling
-    [3]     often: imagine E episodes in each model k with pi_theta, the support; advantages A by GAE over a
-                linear baseline, normalised
+    [3]     `meta_steps` times: imagine E episodes per model k with pi_theta, the support; A by GAE
     [4]         theta'_k = theta + alpha grad mean_support [ pi_theta(a|s) / pi_old(a|s) A ]
-    [5]         imagine E episodes in each model k with pi_theta'_k, the query; advantages likewise
+    [5]         imagine E episodes per model k with pi_theta'_k, the query; advantages A likewise
     [6]         J(theta) = mean_k mean_query [ pi_theta'_k(a|s) / pi_old_k(a|s) A ], theta'_k depends on theta
     [7]         g = grad J(theta), through the inner step
     [8]         d = F^-1 g by conjugate gradient, F the Hessian of mean_k KL(pi_old_k || pi_theta'_k)
@@ -18,9 +17,10 @@ Algorithm:
     [10]    real return of pi_theta, and of the policies adapted to the models
 Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda = gae_lambda;
     pi_old, pi_old_k are the policies that played: pi_theta, pi_theta'_k at the theta before the update.
-Shapes: a suffix names a tensor's axes (obs_NETO): N models, each of them a task, E episodes of each, T steps,
-    B = E * T samples, O observation, A action, P task vector, F features of the baseline, Y of time, W all of
-    theta in one vector, I inputs of a model (O + A), M rows of D, R of them to fit a model, V to end its fit.
+Shapes: a suffix names a tensor's axes (obs_NETO): N models, the tasks of the meta-learner, E episodes of each
+    (`episodes_per_task` imagined, `real_episodes` real), T steps, B = E * T samples, O observation, A action,
+    P task vector, F features of the baseline, Y of time, W all of theta in one vector, I inputs of a model
+    (O + A), M rows of D, R of them to fit a model, V to tell when to stop.
 Differs from the paper: `--action-scale` 10 (1), the setting that matters most; ProMP's inner gradient (LVC);
     fresh moments of Adam in each fit; no weight normalisation; imagination ends far from what was seen.
 """
@@ -165,7 +165,7 @@ def init_models(envs, args: Args, generator: Generator) -> Params:
 
 
 def normalised_change(models: Params, x: Tensor) -> Tensor:
-    """What the networks compute: [N, B, O] for x [N, B, I]; inside vmap one model's, without N."""
+    """(s' - s) in its standard deviations, [N, B, O], for such (s, a) [N, B, I]; inside vmap without N."""
     hidden = torch.relu(x @ models["w0"] + models["b0"])
     hidden = torch.relu(hidden @ models["w1"] + models["b1"])
     return hidden @ models["w2"] + models["b2"]
@@ -247,20 +247,20 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
 
 def transitions(envs, played: dict[str, Tensor]) -> dict[str, Tensor]:
     """obs [M, O], action [M, A] as the environment executed it, and next_obs [M, O] of real episodes."""
-    rows = {"obs": played["obs"], "action": envs.executed(played["action"])}
-    rows = {name: x[:, :, :-1] for name, x in rows.items()}  # rollout keeps none after the last step
-    rows["next_obs"] = played["obs"][:, :, 1:]
-    return {name: x[played["mask"][:, :, :-1] > 0] for name, x in rows.items()}
+    is_running = played["mask"][:, :, :-1] > 0  # not the last step: rollout ends before its next_obs
+    obs = played["obs"][:, :, :-1][is_running]
+    action = envs.executed(played["action"])[:, :, :-1][is_running]
+    return {"obs": obs, "action": action, "next_obs": played["obs"][:, :, 1:][is_running]}
 
 
 def measure(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scales of a model's inputs x = (s, a) and outputs y = s' - s, and the range in which it is believed."""
+    """Mean and deviation of a model's inputs (s, a) and outputs s' - s; the range in which it is trusted."""
     x_MI = torch.cat([data["obs"], data["action"]], -1)
     y_MO = data["next_obs"] - data["obs"]
     scales = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6}
     scales |= {"y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
     low, high = torch.cat([data["obs"], data["next_obs"]]).aminmax(dim=0)
-    # What was seen, and beyond it as far again: low - (high - low) to high + (high - low).
+    # Beyond what was seen as far again, low - (high - low); 1e-3 for a coordinate that never changed.
     return scales | {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}
 
 
@@ -273,6 +273,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
     scales = measure(data)
     x_MI = (torch.cat([data["obs"], data["action"]], -1) - scales["x_mean"]) / scales["x_std"]
     y_MO = (data["next_obs"] - data["obs"] - scales["y_mean"]) / scales["y_std"]
+    # A random order of the rows for each model: by it the models differ, beside their first weights.
     order_NM = envs.unwrapped.noise(generator, args.num_models, len(x_MI), dim=0, uniform=True).argsort(1)
     train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items()}
@@ -310,9 +311,9 @@ def predict(models: Params, scales: dict[str, Tensor], obs: Tensor, action: Tens
 
 
 def follow_models(imagined, models: Params, data: dict[str, Tensor]) -> None:
-    """Let imagined worlds move as the models predict; start states, rewards and early ends are the real ones.
+    """Imagined worlds start, pay and end as real ones, but move as the models predict, in the trusted range.
 
-    An imagined episode ends, too, where the prediction is outside the range in which a model is believed.
+    An imagined episode whose next observation is outside this range ends there, too: it has diverged.
     """
     scales = measure(data)
     imagined.follow(partial(predict, models, scales), scales["low"], scales["high"])
@@ -341,7 +342,7 @@ def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) 
 
 def imagined_surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """J_k [N] of each model, and the adapted policies on the query: means [N, B, A], deviations [N, 1, A]."""
-    (support,) = supports
+    (support,) = supports  # one inner step
     params = lvc_step(theta, support, args)
     J_N = (ratios(params, query) * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
     return J_N, policy(params, query.obs.flatten(1, 2))
@@ -452,7 +453,7 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         params = theta
-        if data:  # else there are no models to adapt to
+        if data:  # before the first data there is no model to adapt to
             params = lvc_step(theta, collect(imagined, tasks_NP, theta, args, generator), args)
         played = rollout(envs, tasks_NP, params, real, generator)  # [1]
         new = transitions(envs, {name: envs.unwrapped.gather(x) for name, x in played.items()})
@@ -465,7 +466,7 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
             params = lvc_step(theta, support, args)
             query = collect(imagined, tasks_NP, params, args, generator)  # [5]
             theta, last_step = trpo_step(theta, imagined_surrogate, [support], query, args)
-        stats |= last_step | {"train/diverged": imagined.diverged_share}  # of the last query
+        stats |= last_step | {"train/diverged": imagined.diverged_share}  # share of the last query's episodes
         stats["train/imagined_pre"] = support.reward.sum(-1)
         stats["train/imagined_post"] = query.reward.sum(-1)
         stats["train/return_post"] = played["reward"].sum(-1)
@@ -543,8 +544,8 @@ def main(argv: list[str] | None = None) -> None:
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "data": {}}
     state |= {"theta": theta, "models": models, "generator": generator.get_state()}
     state |= saved | {"args": vars(args)}
-    records.check_shapes(args.resume, saved=state["theta"], made=theta)
-    records.check_shapes(args.resume, saved=state["models"], made=models)
+    records.check_shapes(args.resume, saved=state["theta"], made=theta, part="theta.")
+    records.check_shapes(args.resume, saved=state["models"], made=models, part="models.")
     with records.errors_in_one_line(state):
         run = Run(args, algorithm, state["iteration"]) if leads else Follower()
         train(envs, imagined, args, run, state)
