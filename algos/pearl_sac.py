@@ -207,7 +207,7 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
             step |= {"reward": reward_N, "next_obs": obs_NO, "ended": ended_N}
             step["training_reward"] = info["dense_reward"] if args.dense_training else reward_N
             steps.append(step)
-            playing_N = 1 - ended_N
+            playing_N = 1 - ended_N  # once a world has ended, it says so in every step
     return Transitions(**{name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})
 
 
@@ -278,8 +278,8 @@ def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_pri
     return sum(episodes.reward.unbind(1))
 
 
-def critic_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, args: Args) -> Tensor:
-    """L_Q, summed over both critics. z is no constant in Q(s, a, z): from this the encoder learns."""
+def critics_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, args: Args) -> Tensor:
+    """L_Q, summed over both critics. z is no constant in Q(s, a, z): from this the encoder learns the task."""
     with torch.no_grad():
         next_action_NBA, log_prob_NB = act(theta, batch.next_obs, z_NBZ, noise["next_action"])
         next_q_CNB = critics(target, batch.next_obs, next_action_NBA, z_NBZ)
@@ -290,10 +290,10 @@ def critic_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, ar
 
 
 def policy_loss(theta, batch: Transitions, z_NBZ, noise: dict, alpha) -> tuple[Tensor, Tensor, Tensor]:
-    """L_pi, mean min Q and entropy. z and the critics' weights are constants: only the policy moves."""
+    """L_pi, mean min Q and entropy. z and the critics' weights are constants: only the action can move Q."""
     constants = {name: value.detach() for name, value in theta.items()}
     action_NBA, log_prob_NB = act(theta, batch.obs, z_NBZ.detach(), noise["action"])
-    value_NB = critics(constants, batch.obs, action_NBA, z_NBZ.detach()).amin(0)  # moves it by the action
+    value_NB = critics(constants, batch.obs, action_NBA, z_NBZ.detach()).amin(0)
     return (alpha * log_prob_NB - value_NB).mean(), value_NB.mean(), -log_prob_NB.detach().mean()  # [7]
 
 
@@ -304,7 +304,7 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
     kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
     z_NZ = mean_NZ + variance_NZ.sqrt() * noise["z"]
     z_NBZ = z_NZ[:, None].expand(*batch.mask.shape, -1)  # all transitions of a task with the same z
-    q_loss = critic_loss(theta, target, batch, z_NBZ, noise, alpha, args)
+    q_loss = critics_loss(theta, target, batch, z_NBZ, noise, alpha, args)
     pi_loss, value, entropy = policy_loss(theta, batch, z_NBZ, noise, alpha)
     loss = q_loss + pi_loss + args.kl_weight * args.meta_batch_size * kl
     if args.auto_entropy:  # alpha rises while the entropy is below -A
@@ -325,7 +325,7 @@ def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tens
     """An iteration's updates, which change theta and target in place; statistics of the last one."""
     theta = state["theta"]
     target = state["target"]
-    generator = Generator(state["tasks"].device).manual_seed(seed)  # on a GPU, so that it never waits
+    generator = Generator(state["tasks"].device).manual_seed(seed)  # the numbers are drawn on the device
     random = envs.unwrapped.noise  # standard normal, or uniform from 0 to 1
     N = args.meta_batch_size
     action_shape = N, args.batch_size, *envs.single_action_space.shape
@@ -344,7 +344,7 @@ def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tens
             weight.grad = slope
         optimizer.step()  # [8]
         online = [theta[name] for name in target]
-        torch._foreach_lerp_(list(target.values()), online, args.tau)  # [9] all Q' + tau (Q - Q') at once
+        torch._foreach_lerp_(list(target.values()), online, args.tau)  # [9] Q' += tau (Q - Q'), all at once
     return dict(zip(stats, average(*stats.values()), strict=True))
 
 
@@ -357,7 +357,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
         if k < args.eval_prior_episodes:
             z_NZ = sample_prior(tasks_NP, args, generator)
         else:
-            context = Transitions(*(torch.cat(x, 1) for x in zip(*seen, strict=True)))
+            context = Transitions(*(torch.cat(x, 1) for x in zip(*seen, strict=True)))  # all so far
             z_NZ = sample_posterior(theta, context, args, generator)
         seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0))
     returns = [sum(episodes.reward.unbind(1)) for episodes in seen]
@@ -394,7 +394,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         rounds = math.ceil(args.initial_episodes * args.train_tasks / worlds) if iteration == 1 else 0
-        for k in range(rounds):
+        for k in range(rounds):  # all tasks in turn, as many at a time as there are worlds
             index_N = (k * worlds + torch.arange(worlds, device=device)) % args.train_tasks
             collect_episodes(envs, index_N, state, args, generator, from_prior=True)  # [1]
         index_N = torch.randperm(args.train_tasks, generator=generator)[:worlds].to(device)
