@@ -27,9 +27,7 @@ Differs from the paper: many tasks collect at once, an episode each; all recent 
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -198,7 +196,7 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     playing_N = torch.ones_like(z_NZ[:, 0])
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():
         for noise_NA in noise_TNA:
             action_NA, _ = act(theta, obs_NO, z_NZ, noise_NA)
             step = {"obs": obs_NO, "action": action_NA, "mask": playing_N}
@@ -279,7 +277,7 @@ def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_pri
 
 
 def critics_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, args: Args) -> Tensor:
-    """L_Q, summed over both critics. z is no constant in Q(s, a, z): from this the encoder learns the task."""
+    """L_Q, summed over both critics. z is no constant in Q(s, a, z): so the encoder learns from it."""
     with torch.no_grad():
         next_action_NBA, log_prob_NB = act(theta, batch.next_obs, z_NBZ, noise["next_action"])
         next_q_CNB = critics(target, batch.next_obs, next_action_NBA, z_NBZ)
@@ -378,7 +376,7 @@ def init_state(envs, args: Args, generator: Generator) -> dict:
     }
 
 
-def train(envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes."""
     worlds = args.tasks_per_iteration
     device = envs.unwrapped.device
@@ -429,46 +427,10 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, join, make, records
+    from envs import join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
@@ -484,10 +446,9 @@ def main(argv: list[str] | None = None) -> None:
     for part in PARTS:
         records.check_shapes(args.resume, saved=state[part], made=fresh[part], part=f"{part}.")
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":
