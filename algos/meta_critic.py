@@ -27,9 +27,7 @@ Differs from the paper: one form for all experiments; for CartPole the authors' 
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -195,10 +193,10 @@ def critic(phi: Params, obs_NTO: Tensor, action_NTCA: Tensor, z_NZ: Tensor) -> T
 
 
 def gumbel_noise(*size: int, generator: Generator) -> Tensor:
-    """Noise g for which argmax(logits + g) is a draw from softmax(logits): -log(x), x exponential.
+    """Noise g = -log(x), x exponential: argmax(logits + g) is a draw from softmax(logits).
 
-    For it is the argmin of x_a / exp(logit_a), of waiting times with rates exp(logit_a); and the chance of each
-    to be the shortest is its share of all rates.
+    For it is the argmin of x / exp(logit). These are exponential waiting times with rates exp(logit), each of
+    which is the shortest with a probability in proportion to its rate.
     """
     return -(-torch.rand(*size, generator=generator).log()).log()
 
@@ -384,7 +382,7 @@ def evaluate(envs, exam_envs, args: Args, phi: Params | None, name: str) -> dict
     return stats
 
 
-def train(envs, test_envs, exam_envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, test_envs, exam_envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     for name in ("theta", "phi", "theta_adam", "phi_adam"):
         state[name] = on_device(state[name], envs)
@@ -413,42 +411,6 @@ def train(envs, test_envs, exam_envs, args: Args, run: "Run", state: dict) -> No
             run.save(state)
         if stopping:
             break
-
-
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -480,9 +442,9 @@ def main(argv: list[str] | None = None) -> None:
     if wrong:
         raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"])
+        run = records.start(args, algorithm, state["iteration"])
         train(envs, test_envs, exam_envs, args, run, state)
-        run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -67,24 +67,24 @@ def drawn(env_id: str, tasks: int, seed: int, split: str = "test") -> Tensor:
 def lifetimes(env_id: str, args, reward: Callable, tasks_NP: Tensor, seed: int, watch: Callable | None = None):
     """Whole lifetimes by reward(data, memory) -> (reward [N, T], memory): returns [N, E], ends in A [N, E].
 
-    `watch(data, episode [N, T], lived [N, T], memory)` is called behind every trajectory, with the memory before it.
+    `watch(data, lived [N, T], memory)` is called after every trajectory, with the memory before it.
     """
     generator, (N, _) = Generator().manual_seed(seed), tasks_NP.shape
     envs = Lifetimes(make(env_id, N, args.horizon, discrete=True), args.episodes_per_lifetime)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
-    theta, memory = algorithm.init_agents(envs, args, generator), None
+    theta, memory = algorithm.init_policies(envs, args, generator), None
     return_NE, alive_N1 = torch.zeros(N, args.episodes_per_lifetime), torch.ones(N, 1)
     in_a_NE = torch.zeros_like(return_NE)
     while alive_N1.any():
-        data, episode_NT = algorithm.live(envs, obs_NO, theta, args, generator)
+        data = algorithm.play(envs, obs_NO, theta, args, generator)
         lived_NT = data.mask * alive_N1
-        return_NE.scatter_add_(1, episode_NT, data.reward * lived_NT)
+        return_NE.scatter_add_(1, data.episode, data.reward * lived_NT)
         if isinstance(envs.unwrapped, RandomABC):
-            in_a_NE.scatter_add_(1, episode_NT, data.x[..., OBJECTS[0]] * data.over * lived_NT)
+            in_a_NE.scatter_add_(1, data.episode, data.x[..., OBJECTS[0]] * data.over * lived_NT)
         if watch is not None:
-            watch(data, episode_NT, lived_NT, memory)
+            watch(data, lived_NT, memory)
         reward_NT, memory = reward(data, memory)
-        theta, obs_NO = algorithm.improve(theta, data, reward_NT, args), data.last
+        theta, obs_NO = algorithm.update_policies(theta, data, reward_NT, args), data.obs_after
         alive_N1 = alive_N1 * (1 - data.died.sum(1, keepdim=True))
     return return_NE, in_a_NE
 
@@ -260,10 +260,10 @@ def visits(options: Options) -> None:
     for line, (name, way) in zip(figure.subplots(2, 3), ways, strict=True):
         counts = torch.zeros(3, family.num_cells)
 
-        def watch(data, episode_NT, lived_NT, _, counts=counts):
-            seen = (lived_NT > 0) & (episode_NT < 3 * BLOCK)
+        def watch(data, lived_NT, _, counts=counts):
+            seen = (lived_NT > 0) & (data.episode < 3 * BLOCK)
             cell = data.x[..., : family.num_cells].argmax(-1)[seen]
-            counts.index_put_((episode_NT[seen] // BLOCK, cell), torch.ones(len(cell)), accumulate=True)
+            counts.index_put_((data.episode[seen] // BLOCK, cell), torch.ones(len(cell)), accumulate=True)
 
         lifetimes(args.env_id, args, way, task_NP, options.seed, watch)
         for k, (axes, count) in enumerate(zip(line, counts, strict=True)):
@@ -284,16 +284,16 @@ def paint(axes, values, marked: dict, family, colours: str, limit: float | None 
 
 
 def rewards(options: Options) -> None:
-    """r_eta for a step into each cell, behind the first trajectories and in later episodes, mean over lifetimes."""
+    """r_eta for a step into each cell, after the first trajectories and in later episodes, mean over lifetimes."""
     args, reward, family, task_NP = one_task(options)
     family.reset(options={"tasks": task_NP[:1]})
     cells, told = torch.eye(family.num_cells, family.single_observation_space.shape[0]), {}
     worth = family.reward(cells, None, cells, task_NP[:1].repeat(len(cells), 1))
     x = torch.cat([cells, worth[:, None], (worth != 0)[:, None]], 1)
 
-    def watch(data, episode_NT, _, memory):
+    def watch(data, _, memory):
         for episode in EPISODES if memory is not None else ():
-            for lifetime in ((episode_NT[:, 0] >= episode) & (data.mask[:, 0] > 0)).nonzero()[:, 0].tolist():
+            for lifetime in ((data.episode[:, 0] >= episode) & (data.mask[:, 0] > 0)).nonzero()[:, 0].tolist():
                 if (episode, lifetime) not in told:  # the first trajectory that begins there
                     alone = [part[:, [lifetime]].expand(-1, len(cells), -1).contiguous() for part in memory]
                     next_step = SimpleNamespace(x=x[:, None], reward=worth[:, None], died=torch.zeros(len(cells), 1))
@@ -317,15 +317,15 @@ def signal(options: Options) -> None:
         envs = Lifetimes(make(env_id, args.meta_batch_size, args.horizon, discrete=True), args.episodes_per_lifetime)
         generator = Generator().manual_seed(options.seed)
         state = algorithm.init_lifetimes(envs, args, generator)
-        eta, phi, agents, memory = (state[name] for name in ("eta", "phi", "agents", "memory"))
+        eta, phi, theta, memory = (state[name] for name in ("eta", "phi", "theta", "memory"))
         obs_NO, optimizer = envs.load_worlds(state["worlds"]), torch.optim.Adam(phi.values(), args.value_lr)
         gradients = {gae_lambda: [] for gae_lambda in (1.0, 0.9, 0.7)}
         for number in range(fitting + windows):
-            window, before, memory_before = [], agents, dict(memory)
+            window, before, memory_before = [], theta, dict(memory)
             for _ in range(args.unroll):
-                data, _ = algorithm.live(envs, obs_NO, agents, args, generator)
+                data = algorithm.play(envs, obs_NO, theta, args, generator)
                 reward_NT, memory["eta"] = algorithm.learned_reward(eta, data, memory["eta"])
-                agents, obs_NO = algorithm.improve(agents, data, reward_NT, args), data.last
+                theta, obs_NO = algorithm.update_policies(theta, data, reward_NT, args), data.obs_after
                 window.append(data)
             weights = {name: x.detach().requires_grad_() for name, x in phi.items()}
             fitted = replace(args, gae_lambda=1.0)

@@ -24,7 +24,7 @@ LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 450 for tho
 LONGEST |= {"maml_trpo": 495}  # four inner estimators, TRPO
 LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 495}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 495, "lirpg": 495}  # three networks and their losses; an update that is differentiated
-LONGEST |= {"meta_critic": 495}  # Adam for N networks, meta-testing
+LONGEST |= {"meta_critic": 495, "lifetime_rewards": 495}  # Adam for N networks, meta-testing; three networks
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -508,8 +508,8 @@ def test_every_suffix_is_true(path, tmp_path):
     elif path.stem == "meta_critic":
         assert {"tasks_NP", "z_NZ", "trace_NTI", "action_NTCA", "feature_NTH", "born_B", "target_NT"} <= checked
     elif path.stem == "lifetime_rewards":
-        assert {"obs_NTO", "number_NS", "feature_NSH", "log_prob_NTA", "value_NS", "return_NE", "alive_N1"} <= checked
-        assert {"x_NI", "episode_NT", "noise_TNA", "mask_N", "advantage_NT", "norm_N", "tasks_NP", "died_N"} <= checked
+        assert {"obs_NTO", "number_NK", "feature_NKH", "log_prob_NTA", "value_NS", "return_NE", "alive_N1"} <= checked
+        assert {"x_NI", "known_NS", "noise_TNA", "mask_N", "advantage_NT", "norm_N", "tasks_NP", "died_N"} <= checked
     elif path.stem == "lirpg":
         assert {"obs_NO", "gae_weight_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_SF"} <= checked
     elif path.stem.startswith("rl2"):

@@ -21,8 +21,8 @@ def test_lifetimes_are_those_of_the_algorithm(by):
     args = algorithm.Args(env_id="SymABC-v0", **SIZE)
     envs = Lifetimes(make(args.env_id, 5, args.horizon, discrete=True), args.episodes_per_lifetime)
     tasks = benchmark.drawn(args.env_id, 5, 3)
-    eta = {} if by == "r" else algorithm.init_history(envs, args, Generator().manual_seed(1))
-    eta = {name: 5 * x for name, x in eta.items()}
+    eta = None if by == "r" else algorithm.init_history(envs, args, Generator().manual_seed(1))
+    eta = eta and {name: 5 * x for name, x in eta.items()}
     reward = benchmark.partial(benchmark.learned, eta) if eta else benchmark.extrinsic
     seed = int(torch.randint(2**31, (1,), generator=(generator := Generator().manual_seed(2))))
     expected = algorithm.whole_lifetimes(envs, tasks, eta, args, Generator().manual_seed(2))

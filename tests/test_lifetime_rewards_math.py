@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 
 from algos import lifetime_rewards as lives
 from algos.lifetime_rewards import Args, Trajectory
-from envs import Lifetimes
+from envs import Lifetimes, summarise
 from envs.gridworlds import EmptyRooms, SymABC
 from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
 
@@ -42,7 +42,7 @@ def noisy(params, generator, size=0.5):
 def init_weights(envs, args, generator, number):
     """eta, phi, policies, and the memories of an LSTM in the midst of lifetimes."""
     eta, phi = (noisy(lives.init_history(envs, args, generator), generator) for _ in range(2))
-    theta = noisy(lives.init_agents(envs, args, generator), generator)
+    theta = noisy(lives.init_policies(envs, args, generator), generator)
     memory = {
         key: [0.5 * torch.randn(1, number, args.hidden_size, generator=generator) for _ in range(2)]
         for key in ("eta", "phi")
@@ -67,9 +67,13 @@ def example(seed=0, args=ARGS):
         mask[:, 1:] = 1 - died.cumsum(1)[:, :-1]
         reward, final = scale * draw(N, T), torch.cat([obs[:, 1:], end[:, None]], 1) + over[..., None] * draw(N, T, O)
         x = torch.cat([final, reward[..., None], over[..., None]], -1)
-        children = noisy(lives.init_agents(SPACES, args, generator), generator) if died.any() else {}
+        newborn = noisy(lives.init_policies(SPACES, args, generator), generator) if died.any() else {}
         action = torch.randint(A, (N, T), generator=generator)
-        window.append(Trajectory(obs, action, x, reward, over, died, mask, end, children))
+        data = Trajectory(
+            obs=obs, action=action, x=x, reward=reward, over=over, died=died, mask=mask, episode=None, obs_after=end,
+            newborn=newborn,
+        )  # fmt: skip
+        window.append(data)
         start = end
     return eta, phi, theta, memory, window
 
@@ -157,11 +161,11 @@ def slow_life(n, eta, phi, theta, memory, window, args):
             if dead:
                 break
         if dead:
-            theta = {name: x[n] for name, x in data.children.items()}
+            theta = {name: x[n] for name, x in data.newborn.items()}
             h, c, hv, cv = (torch.zeros(args.hidden_size) for _ in range(4))
         else:
             rows = (x[n] for x in (data.obs, data.action))
-            theta, norm = slow_improve(theta, *rows, rewards, data.over[n], data.last[n], args, args.steps)
+            theta, norm = slow_improve(theta, *rows, rewards, data.over[n], data.obs_after[n], args, args.steps)
             norms.append(float(norm.detach()))
     return record, norms, theta, (h, c), (hv, cv), slow_number(phi, hv)
 
@@ -268,7 +272,7 @@ def test_a_step_of_adam_on_both_networks(seed):
     gradients += gradient(phi, lambda phi: slow(eta, phi)[1]).values()
     _, expected_loss, _, _, ends = slow(eta, phi)
     optimizer = torch.optim.Adam([*eta.values(), *phi.values()], 0.01)
-    stats, after = lives.meta_step(eta, phi, optimizer, theta, memory["eta"], memory["phi"], window, ARGS)
+    stats, after = lives.meta_step(eta, phi, optimizer, theta, memory, window, ARGS)
     old = [*before[0].values(), *before[1].values()]
     for now, x, slope in zip([*eta.values(), *phi.values()], old, gradients, strict=True):
         close(now, x - 0.01 * slope / (slope.abs() + 1e-8), 1e-7)
@@ -277,6 +281,7 @@ def test_a_step_of_adam_on_both_networks(seed):
     for i in (0, 1):
         close(after[i][0], torch.stack([end[2][i] for end in ends]))
         assert not after[i].requires_grad
+    stats = summarise(stats)
     assert stats["train/value_loss"] == pytest.approx(float(expected_loss.detach()))
     lived = [(n, data, t) for n in range(N) for data in window for t in range(T) if not data.died[n, :t].any()]
     earned, episodes = (sum(float(data[i][n, t]) for n, data, t in lived) for i in (3, 4))
@@ -293,7 +298,7 @@ def test_returns_against_their_definition():
     assert end[:, :-1].any()
     assert not end.any(1).all()
     expected = [[slow_return(reward[n], end[n], last[n], 0.7, t) for t in range(7)] for n in range(5)]
-    close(lives.discounted(reward, end, last, 0.7), torch.tensor(expected))
+    close(lives.bootstrapped_returns(reward, end, last, 0.7), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("flags", [{}, {"gae_lambda": 1.0}, {"gae_lambda": 0.0}, {"gamma": 1.0}])
@@ -379,7 +384,9 @@ def test_the_bootstrap_is_no_target_to_move():
         window[-1].reward[:, -1]
         + ARGS.gamma
         * lives.read_history(
-            phi, Trajectory(*(torch.cat([data[i] for data in window], 1) for i in range(7)), None, {}), memory["phi"]
+            phi,
+            Trajectory(*(torch.cat([data[i] for data in window], 1) for i in range(7)), None, None, {}),
+            memory["phi"],
         )[0][:, -1]
     )
 
@@ -417,7 +424,7 @@ def test_the_memory_is_torchs_lstm():
 
 def test_networks_at_birth():
     args = replace(ARGS, policy_size=300, hidden_size=40)
-    theta, weights = lives.init_agents(SPACES, args, seeded(0)), lives.init_history(SPACES, args, seeded(0))
+    theta, weights = lives.init_policies(SPACES, args, seeded(0)), lives.init_history(SPACES, args, seeded(0))
     assert {name: tuple(x.shape) for name, x in theta.items()} == {
         "w0": (N, O, 300), "b0": (N, 300), "w1": (N, 300, A + 1), "b1": (N, A + 1)
     }  # fmt: skip
@@ -436,7 +443,7 @@ def test_networks_at_birth():
 
 def test_policies_against_one_after_the_other():
     _, _, theta, _, window = example()
-    log_prob, value = lives.agent(theta, window[0].obs)
+    log_prob, value = lives.policies(theta, window[0].obs)
     for n in range(N):
         for t in range(T):
             expected = slow_policy({name: x[n] for name, x in theta.items()}, window[0].obs[n, t])
@@ -448,20 +455,20 @@ def test_policies_against_one_after_the_other():
 
 
 def rows_of(data, n, reward):
-    return data.obs[n], data.action[n], reward[n], data.over[n], data.last[n]
+    return data.obs[n], data.action[n], reward[n], data.over[n], data.obs_after[n]
 
 
-def test_improve_against_one_optimizer_per_policy():
+def test_the_update_against_one_optimizer_per_policy():
     """torch.optim.SGD with clip_grad_norm_ on the written-out loss; newborn policies in place of the dead."""
     _, _, theta, _, window = example()
     lengths = []
     for data in window:
         reward = data.reward + 0.1
-        stepped = lives.improve(theta, data, reward, ARGS)
+        stepped = lives.update_policies(theta, data, reward, ARGS)
         for n in range(N):
             own, base = ({name: x[n].clone() for name, x in theta.items()} for _ in range(2))
             if data.died[n].any():
-                assert all(torch.equal(stepped[name][n], data.children[name][n]) for name in own)
+                assert all(torch.equal(stepped[name][n], data.newborn[name][n]) for name in own)
                 continue
             parameters = [x.requires_grad_() for x in own.values()]
             optimizer = torch.optim.SGD(parameters, ARGS.inner_lr)
@@ -481,8 +488,8 @@ def test_policies_learn_from_their_own_lifetimes_only():
     _, _, theta, _, window = example()
     data, n = window[1], 1
     one = (torch.arange(N) == n).double()
-    other = data._replace(obs=data.obs + one[:, None, None], last=data.last + one[:, None])
-    before, after = (lives.improve(theta, each, each.reward, ARGS) for each in (data, other))
+    other = data._replace(obs=data.obs + one[:, None, None], obs_after=data.obs_after + one[:, None])
+    before, after = (lives.update_policies(theta, each, each.reward, ARGS) for each in (data, other))
     for name, x in before.items():
         assert torch.equal(x[one == 0], after[name][one == 0])
         assert not torch.equal(x[n], after[name][n])
@@ -494,7 +501,7 @@ def test_the_return_of_the_learned_reward_stops_with_the_episode():
     data = window[0]
     early = data._replace(mask=(torch.arange(T) < 2).double().expand(N, T))  # judge the first two steps alone
     late = 5.0 * (torch.arange(T) >= 2)
-    before, after = (lives.improve(theta, early, data.reward + more, ARGS) for more in (0, late))
+    before, after = (lives.update_policies(theta, early, data.reward + more, ARGS) for more in (0, late))
     assert all(torch.equal(x[1], after[name][1]) for name, x in before.items())
     assert not torch.equal(before["w1"][0], after["w1"][0])
 
@@ -502,13 +509,13 @@ def test_the_return_of_the_learned_reward_stops_with_the_episode():
 def test_entropy_is_sought_and_good_actions_become_likelier():
     args = replace(ARGS, entropy_coef=0.0, inner_lr=0.05)
     _, _, theta, _, window = example()
-    data = window[0]._replace(reward=torch.zeros(N, T), died=torch.zeros(N, T), children={})
+    data = window[0]._replace(reward=torch.zeros(N, T), died=torch.zeros(N, T), newborn={})
 
     def entropy(theta):
-        log_prob = lives.agent(theta, data.obs)[0]
+        log_prob = lives.policies(theta, data.obs)[0]
         return -(log_prob.exp() * log_prob).sum(-1).mean(1)
 
-    less, more = (lives.improve(theta, data, data.reward, replace(args, entropy_coef=c)) for c in (0.0, 10.0))
+    less, more = (lives.update_policies(theta, data, data.reward, replace(args, entropy_coef=c)) for c in (0.0, 10.0))
     assert (entropy(more) > entropy(less)).all()
     assert (entropy(more) > entropy(theta)).all()
     paid = (data.action == 1).double()
@@ -516,8 +523,10 @@ def test_entropy_is_sought_and_good_actions_become_likelier():
     indifferent = {name: x.clone() for name, x in theta.items()}
     indifferent["w1"][..., -1] = 0
     indifferent["b1"][..., -1] = 0.5  # half of them are paid
-    stepped = lives.improve(indifferent, data, paid, args)
-    likelier = lives.agent(stepped, data.obs)[0][..., 1].mean(1) > lives.agent(indifferent, data.obs)[0][..., 1].mean(1)
+    stepped = lives.update_policies(indifferent, data, paid, args)
+    likelier = lives.policies(stepped, data.obs)[0][..., 1].mean(1) > lives.policies(indifferent, data.obs)[0][
+        ..., 1
+    ].mean(1)
     assert likelier[(paid.sum(1) > 0) & (paid.sum(1) < T)].all()
 
 
@@ -570,12 +579,12 @@ def worlds(number, args, tasks, **options):
 
 def lively(envs, args, generator):
     """Policies that walk to the corners, each in its own way."""
-    theta = lives.init_agents(envs, args, generator)
+    theta = lives.init_policies(envs, args, generator)
     theta["b1"] = theta["b1"] + 1.5 * torch.randn(theta["b1"].shape, generator=generator)
     return theta
 
 
-def test_live_against_single_worlds():
+def test_play_against_single_worlds():
     """Actions, outcomes, ends, masks and births of 12 lifetimes of all ages, through several ends of each."""
     number, args = 12, replace(ARGS, meta_batch_size=12, steps=7, episodes_per_lifetime=2)
     age = torch.arange(number) % 2
@@ -585,7 +594,7 @@ def test_live_against_single_worlds():
     single = [SlowABC(task.tolist(), 6, 2, int(k)) for task, k in zip(tasks, age, strict=True)]
     deaths = ends = unmasked = twice = 0
     for _ in range(8):
-        data, episode = lives.live(envs, obs, theta, args, theirs)
+        data = lives.play(envs, obs, theta, args, theirs)
         births = iter(drawn)
         uniform, alive = torch.rand(7, number, 4, generator=mine), [True] * number
         for t in range(7):
@@ -600,7 +609,7 @@ def test_live_against_single_worlds():
                 close(float(data.reward[n, t]), reward, 1e-6)
                 assert (data.over[n, t], data.mask[n, t]) == (over, alive[n])
                 assert data.died[n, t] == (died and alive[n])
-                assert episode[n, t] == number_now
+                assert data.episode[n, t] == number_now
                 twice += died and not alive[n]
                 alive[n] = alive[n] and not died
                 born += [n] if died else []
@@ -610,15 +619,15 @@ def test_live_against_single_worlds():
                 fresh = next(births)
                 for n in born:
                     single[n].worths = fresh[n].tolist()
-        close(data.last, torch.stack([world.obs() for world in single]))
+        close(data.obs_after, torch.stack([world.obs() for world in single]))
         assert next(births, None) is None
-        assert bool(data.children) == (not all(alive))
-        if data.children:
-            expected = lives.init_agents(envs, args, mine)
-            assert all(torch.equal(x, data.children[name]) for name, x in expected.items())
+        assert bool(data.newborn) == (not all(alive))
+        if data.newborn:
+            expected = lives.init_policies(envs, args, mine)
+            assert all(torch.equal(x, data.newborn[name]) for name, x in expected.items())
         deaths += alive.count(False)
         drawn.clear()
-        obs = data.last
+        obs = data.obs_after
     assert torch.equal(mine.get_state(), theirs.get_state())
     assert deaths > 20
     assert ends > deaths
@@ -629,7 +638,7 @@ def test_a_second_death_within_a_trajectory_does_not_count():
     """Lifetimes of one step: whoever is born in a trajectory waits for the next one."""
     args = replace(ARGS, steps=5, episodes_per_lifetime=1, horizon=1)
     envs, obs, _ = worlds(N, args, torch.zeros(N, 3))
-    data, _ = lives.live(envs, obs, lively(envs, args, seeded(0)), args, seeded(1))
+    data = lives.play(envs, obs, lively(envs, args, seeded(0)), args, seeded(1))
     first = torch.tensor([1.0, 0, 0, 0, 0]).expand(N, 5)
     assert torch.equal(data.mask, first)
     assert torch.equal(data.died, first)
@@ -640,7 +649,7 @@ def test_actions_are_drawn_from_the_policies():
     number, args = 6000, replace(ARGS, steps=2)
     envs, obs, _ = worlds(number, args, torch.zeros(number, 3))
     theta = {name: x[:1].expand(number, *x.shape[1:]) for name, x in lively(envs, args, seeded(3)).items()}
-    data, _ = lives.live(envs, obs, theta, args, seeded(4))
+    data = lives.play(envs, obs, theta, args, seeded(4))
     share = slow_policy({name: x[0] for name, x in theta.items()}, obs[0])[0].exp()
     assert 0.02 < share.min() < share.max() < 0.8
     count = torch.bincount(data.action[:, 0], minlength=4)
@@ -661,7 +670,7 @@ def test_nobody_sees_the_hidden_task():
         obs, _ = envs.reset(seed=0, options={"tasks": torch.tensor([goal]).expand(number, 2)})
         if eta is None:
             eta, phi, theta, memory = init_weights(envs, args, seeded(0), number)
-        data, _ = lives.live(envs, obs, theta, args, seeded(1))
+        data = lives.play(envs, obs, theta, args, seeded(1))
         reward, value = (
             lives.learned_reward(eta, data, memory["eta"])[0],
             lives.read_history(phi, data, memory["phi"])[0],
@@ -685,7 +694,10 @@ def test_nobody_sees_the_hidden_task():
 
 def test_rewards_and_values_read_nothing_else():
     eta, phi, _, memory, window = example()
-    bare = [data._replace(obs=None, action=None, last=None, children=None, over=None, mask=None) for data in window]
+    bare = [
+        data._replace(obs=None, action=None, episode=None, obs_after=None, newborn=None, over=None, mask=None)
+        for data in window
+    ]
     for data, other in zip(window, bare, strict=True):
         assert torch.equal(*(lives.learned_reward(eta, each, memory["eta"])[0] for each in (data, other)))
         assert torch.equal(*(lives.read_history(phi, each, memory["phi"])[0] for each in (data, other)))
@@ -695,12 +707,12 @@ def test_rewards_and_values_read_nothing_else():
 
 
 def slow_whole_lifetimes(tasks, eta, args, generator):
-    """Returns [N, E], one world after the other; the noise is drawn as `live` draws it."""
+    """Returns [N, E], one world after the other; the noise is drawn as `play` draws it."""
     number, returns = len(tasks), torch.zeros(len(tasks), args.episodes_per_lifetime)
     torch.randint(2**31, (1,), generator=generator)
     envs = SimpleNamespace(**vars(SPACES) | {"num_envs": number, "single_observation_space": Box(0, 1, (25,))})
     envs.single_action_space = Discrete(4)
-    born = lives.init_agents(envs, args, generator)
+    born = lives.init_policies(envs, args, generator)
     thetas = [{name: x[n] for name, x in born.items()} for n in range(number)]
     single = [SlowABC(task.tolist(), args.horizon, args.episodes_per_lifetime) for task in tasks]
     memory, alive = [[torch.zeros(args.hidden_size)] * 2 for _ in range(number)], [True] * number
@@ -725,25 +737,25 @@ def slow_whole_lifetimes(tasks, eta, args, generator):
                 rest = obs, action, rewards, ends, single[n].obs(), args, args.steps
                 thetas[n] = {name: x.detach() for name, x in slow_improve(thetas[n], *rest)[0].items()}
         if anybody:
-            lives.init_agents(envs, args, generator)
+            lives.init_policies(envs, args, generator)
     return returns
 
 
 @pytest.mark.parametrize("by", ["the learned reward", "the extrinsic reward"])
 def test_whole_lifetimes_against_single_worlds(by, monkeypatch):
     """Half of the newborn walk to C, so that they die early: what is earned after that is not theirs."""
-    born = lives.init_agents
+    born = lives.init_policies
 
     def hasty(*rest):
         theta = born(*rest)
         theta["b1"][::2, 1:4:2] += 3.0  # down and right
         return theta
 
-    monkeypatch.setattr(lives, "init_agents", hasty)
+    monkeypatch.setattr(lives, "init_policies", hasty)
     args = replace(ARGS, meta_batch_size=8, steps=5, inner_lr=2.0, horizon=8)
     tasks = 2 * torch.rand(8, 3, generator=seeded(1)) - 1
     envs, _, _ = worlds(8, args, tasks)
-    eta = noisy(lives.init_history(envs, args, seeded(4)), seeded(5)) if by == "the learned reward" else {}
+    eta = noisy(lives.init_history(envs, args, seeded(4)), seeded(5)) if by == "the learned reward" else None
     expected = slow_whole_lifetimes(tasks, eta, args, seeded(6))
     assert (expected != 0).sum() > 10
     assert not expected[1::2, :2].all()
@@ -766,11 +778,11 @@ def test_the_arms_of_an_evaluation_start_equal_and_tasks_are_held_out(monkeypatc
 
     monkeypatch.setattr(lives, "whole_lifetimes", recorded)
     envs.unwrapped.sample_tasks = drawn
-    stats = lives.evaluate(envs, eta, args)
+    stats = summarise(lives.evaluate(envs, eta, args))
     (extrinsic, learned) = starts
     assert torch.equal(extrinsic[0], learned[0])
     assert torch.equal(extrinsic[1], learned[1])
-    assert extrinsic[2] == {}
+    assert extrinsic[2] is None
     assert learned[2] is eta
     assert splits.count("test") == 2  # births draw training tasks
     cells = ((learned[0][:, 0] + 1) / 2 * 50).floor().long() % 5
@@ -778,13 +790,13 @@ def test_the_arms_of_an_evaluation_start_equal_and_tasks_are_held_out(monkeypatc
     assert {name for name in stats if name.startswith("test/")} == {
         *(f"test/return_k{k}" for k in range(10)), "test/return_lifetime", "test/gain_ci95"
     }  # fmt: skip
-    assert lives.evaluate(envs, eta, args) == stats
-    assert lives.evaluate(envs, eta, replace(args, seed=2)) != stats
+    assert summarise(lives.evaluate(envs, eta, args)) == stats
+    assert summarise(lives.evaluate(envs, eta, replace(args, seed=2))) != stats
     assert [stats[f"test/return_k{k}"] for k in range(10)] != [stats[f"extrinsic/return_k{k}"] for k in range(10)]
     monkeypatch.undo()
     envs.unwrapped.sample_tasks = draw
     silent = eta | {name: 0 * eta[name] for name in ("w_out", "b_out")}  # r_eta = r, so that nothing differs
-    stats = lives.evaluate(envs, silent, args)
+    stats = summarise(lives.evaluate(envs, silent, args))
     for k in (*range(10), "lifetime"):
         name = f"return_{'k' * (k != 'lifetime')}{k}"
         assert stats[f"test/{name}"] == stats[f"extrinsic/{name}"]
@@ -796,7 +808,7 @@ def test_what_an_evaluation_reports(monkeypatch, episodes):
     envs, _, _ = worlds(N, args, torch.zeros(N, 3))
     returns = {name: torch.randn(N, episodes, generator=seeded(i)) for i, name in enumerate(("extrinsic", "test"))}
     monkeypatch.setattr(lives, "whole_lifetimes", lambda envs, tasks, eta, *_: returns["test" if eta else "extrinsic"])
-    stats = lives.evaluate(envs, {"eta": 1}, args)
+    stats = summarise(lives.evaluate(envs, {"eta": 1}, args))
     sizes = [1] * 4 if episodes == 4 else [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
     for arm, table in returns.items():
         start = 0
@@ -824,9 +836,9 @@ def test_the_gradient_over_a_whole_lifetime_is_not_truncated():
     window, memory, generator = [], nothing, seeded(4)
     with torch.no_grad():
         for _ in range(args.unroll):
-            data, _ = lives.live(envs, obs, theta, args, generator)
+            data = lives.play(envs, obs, theta, args, generator)
             reward, memory = lives.learned_reward(eta, data, memory)
-            theta, obs = lives.improve(theta, data, reward, args), data.last
+            theta, obs = lives.update_policies(theta, data, reward, args), data.obs_after
             window.append(data)
     _, advantage, _ = lives.value_loss(phi, window, nothing, args)
     deaths = torch.cat([data.died for data in window], 1)
@@ -889,20 +901,19 @@ def test_windows_are_connected_and_adam_follows_the_gradients(monkeypatch):
     assert [(row[0], row[1]) for row in recorder.logged] == [(k, k * 2 * 3 * number) for k in range(1, 10)]
     assert [row[0] for row in recorder.logged if "test/return_k0" in row[2]] == [1, 4, 8, 9]
     assert recorder.saved == [4, 8, 9]
-    agents, memory, weights = start["agents"], start["memory"], (start["eta"], start["phi"])
+    policies, memory, weights = start["theta"], start["memory"], (start["eta"], start["phi"])
     theirs = [[x.clone() for x in part.values()] for part in weights]
     adam = [torch.optim.Adam(part) for part in theirs]
     born, last = 0, envs.load_worlds(start["worlds"])
-    for k, (eta, phi, given_agents, given_eta, given_phi, window, lr, after) in enumerate(spy.calls):
-        for name, x in agents.items():
-            close(given_agents[name], x, 1e-12)
-        given_memory = {"eta": given_eta, "phi": given_phi}
+    for k, (eta, phi, given_theta, given_memory, window, lr, after) in enumerate(spy.calls):
+        for name, x in policies.items():
+            close(given_theta[name], x, 1e-12)
         for key, old in memory.items():
             close(torch.stack(given_memory[key]), torch.stack(old), 1e-12)
         assert lr == pytest.approx([args.lr * (9 - k) / 9, args.value_lr * (9 - k) / 9])
         advantage = lives.value_loss(phi, window, given_memory["phi"], args)[1]
-        _, _, raw, _, ends = slow_window(eta, phi, agents, given_memory, window, args)
-        rest = agents, given_memory, window, args, unit_of(advantage, raw)
+        _, _, raw, _, ends = slow_window(eta, phi, policies, given_memory, window, args)
+        rest = policies, given_memory, window, args, unit_of(advantage, raw)
         slopes = (
             gradient(eta, lambda eta: slow_window(eta, phi, *rest)[0]),  # noqa: B023
             gradient(phi, lambda phi: slow_window(eta, phi, *rest)[1]),  # noqa: B023
@@ -917,16 +928,16 @@ def test_windows_are_connected_and_adam_follows_the_gradients(monkeypatch):
                 x.copy_(y)  # so that differences of rounding do not grow
         for data in window:
             assert torch.equal(data.obs[:, 0], last)
-            last = data.last
-        agents = {name: torch.stack([end[0][name] for end in ends]).detach() for name in agents}
+            last = data.obs_after
+        policies = {name: torch.stack([end[0][name] for end in ends]).detach() for name in policies}
         memory = {
             key: [torch.stack([end[i][j] for end in ends]).detach()[None] for j in (0, 1)]
             for i, key in ((1, "eta"), (2, "phi"))
         }
         born += sum(int(data.died.sum()) for data in window)
     assert born > 8
-    for name, x in state["agents"].items():
-        close(x, agents[name], 1e-12)
+    for name, x in state["theta"].items():
+        close(x, policies[name], 1e-12)
     for key in ("eta", "phi"):
         close(torch.stack(state["memory"][key]), torch.stack(memory[key]), 1e-12)
         assert all(torch.equal(x, y) for x, y in zip(state[key].values(), after[key == "phi"].values(), strict=True))
@@ -938,8 +949,8 @@ def test_lifetimes_begin_at_all_ages():
     state = lives.init_lifetimes(envs, args, seeded(0))
     count = torch.bincount(state["worlds"]["episode"], minlength=3)
     assert ((count - 200) ** 2 / 200.0).sum() < 13.8  # 0.1 % of chi-square, 2 degrees of freedom
-    assert set(state) == {"eta", "phi", "agents", "memory", "worlds"}
+    assert set(state) == {"eta", "phi", "theta", "memory", "worlds"}
     assert not any(x.any() for key in ("eta", "phi") for x in state["memory"][key])
     assert [tuple(x.shape) for x in state["memory"]["eta"]] == [(1, number, args.hidden_size)] * 2
     assert not torch.equal(state["eta"]["w_h"], state["phi"]["w_h"])
-    assert state["agents"]["w1"].shape == (number, args.policy_size, 5)
+    assert state["theta"]["w1"].shape == (number, args.policy_size, 5)

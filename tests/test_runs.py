@@ -628,7 +628,7 @@ def test_lifetimes_resume_in_their_midst():
     run(*flags, "--resume", str(part), name="lifetime_rewards")
     assert rows(part) == rows(whole)
     saved = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part)]
-    for key in ("eta", "phi", "agents", "worlds"):
+    for key in ("eta", "phi", "theta", "worlds"):
         assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
     for one, other in zip(*(state["memory"].values() for state in saved), strict=True):
         assert torch.equal(torch.stack(one), torch.stack(other))
