@@ -17,8 +17,15 @@ train: .venv/.installed  ## MAML-TRPO on HalfCheetahDir, under 10 minutes on 2 c
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-warp.txt
 	@touch $@
 
-test: .venv/.installed-warp lint  ## the whole suite
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+# One process a core; tests that share what is dear to make stay in one process (the marker xdist_group).
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadgroup
+# Without these two, MKL and torch choose the kernels that suit the processor: with them, those of any processor.
+OTHER_KERNELS = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
+NUMERIC = $(wildcard tests/test_*_math.py tests/test_peer*.py) tests/test_golden.py tests/test_estimators.py
+
+test: .venv/.installed-warp lint  ## the whole suite, and what depends on rounding with other kernels again
+	$(PYTEST)
+	$(OTHER_KERNELS) $(PYTEST) $(NUMERIC)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

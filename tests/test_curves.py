@@ -22,6 +22,7 @@ import tyro
 from algos import maml_trpo
 from benchmark import curves
 
+pytestmark = pytest.mark.xdist_group("curves")
 POINT = "--action-scale 1 --meta-batch-size 3 --episodes-per-task 2 --horizon 5 --hidden-size 8 --eval-every 2"
 POINT += " --eval-steps 2 --iterations 30"
 MEMORY = "--meta-batch-size 3 --episodes-per-trial 3 --horizon 5 --hidden-size 16 --minibatches 2 --eval-every 2"

@@ -125,12 +125,16 @@ def test_an_estimate_is_what_the_file_computes_from_those_episodes(name, setting
     close(actual, expected)
 
 
+by_sampling = pytest.mark.xdist_group("estimators")
+
+
 @pytest.fixture(scope="module")
 def sampled():
     result = study.tabular(study.Options("tabular", repetitions=2000))
     return {(row["setting"], row.get("episodes"), row["estimator"]): row for row in result["rows"]}
 
 
+@by_sampling
 def test_sampled_means_go_where_the_enumeration_says(sampled):
     exact = full((-0.1255623541, 0.1241352703))
     for setting, limits in GOLDEN.items():
@@ -148,6 +152,7 @@ def test_sampled_means_go_where_the_enumeration_says(sampled):
         assert sampled[setting, 500, "e_maml"]["spread"] > 5 * sampled[setting, 5, "e_maml"]["spread"]
 
 
+@by_sampling
 def test_only_dice_suffers_when_all_rewards_shift(sampled):
     for name in study.ESTIMATORS:
         before, after = (sampled[setting, 20, name] for setting in ("exact value", "exact value, rewards + 5"))

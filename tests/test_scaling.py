@@ -21,6 +21,7 @@ from algos import maml_trpo
 from benchmark import scaling, speed, speed_all
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("scaling")
 TINY = "--tasks 4 --episodes --at 4 3 --iterations 2 --env-id Navigation2D-v0 --horizon 10"
 
 

@@ -14,6 +14,7 @@ from envs.core import SupervisedTasks
 from envs.fewshot import FewShot, Glyphs, Omniglot, catmull_rom, draw_glyphs, read_omniglot, render_strokes
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 
+pytestmark = pytest.mark.xdist_group("supervised_envs")
 NAMES = [family.__name__ for family in envs.SUPERVISED]
 IMAGES = [family.__name__ for family in envs.SUPERVISED if family.is_classification]
 WAVES = {Sinusoid: math.pi, SinusoidAllPhases: 2 * math.pi}

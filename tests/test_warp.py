@@ -33,6 +33,7 @@ import warp as wp  # noqa: E402
 
 from envs.warp_physics import OWN_BODY, WarpPhysics  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("warp")  # batches are kept, and a first run compiles into ~/.cache/warp
 ROOT = Path(__file__).resolve().parent.parent
 ONE_STEP = (
     1e-3  # of 1 + |x|; the largest of 20 x 192 control steps: 6e-4 (HalfCheetah), without the turned friction 0.5
