@@ -22,9 +22,7 @@ Differs from the papers: the inner steps take the whole support set by plain gra
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -213,7 +211,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
     return stats
 
 
-def train(tasks, args: Args, run: "Run", state: dict) -> None:
+def train(tasks, args: Args, run, state: dict) -> None:
     """First-order MAML, from `state` on."""
     theta = {name: value.to(tasks.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
@@ -244,42 +242,6 @@ def train(tasks, args: Args, run: "Run", state: dict) -> None:
             break
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
@@ -296,9 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     records.check_shapes(args.resume, saved=state["theta"], made=theta)
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"])
+        run = records.start(args, algorithm, state["iteration"])
         train(tasks, args, run, state)
-        run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":

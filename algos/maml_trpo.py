@@ -14,21 +14,20 @@ Algorithm:
     [7]     g = grad J(theta), through the inner steps
     [8]     d = F^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i)
     [9]     theta <- theta + the longest backtracked step along d with mean KL <= delta and a better J
-    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha halves after the first)
+    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, lambda of [3] = gae_lambda;
     pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
-    O observation, A action, P task vector, F features of the baseline, Y of time, W all of theta in one
-    vector. The entries of parameter dicts gain N by adaptation.
+    O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time, W all of
+    theta in one vector. Entries of parameter dicts gain N by adaptation. (Under torchrun each process holds
+    its share of the N tasks; the worlds draw and count for all, and gradients are averaged.)
 Differs from the paper: the inner step climbs `lvc`, not the plain score function (`--estimator score`); two
     tanh layers of 64 (ReLU, 100); `--action-scale`; exact Fisher products (its code: finite differences) on a
     share of the episodes. As there, the horizon is part of the task: the baseline sees t, and V is 0 at T.
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +41,8 @@ from torch.func import grad, grad_and_value, vjp, vmap
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-Params = dict[str, Tensor]  # one policy for all tasks: w0 [O, H], b0 [H], ..; one per task: w0 [N, O, H], ..
+# One policy for all tasks: w0 [O, H], b0 [H], ..; one per task: w0 [N, O, H], ..; step sizes: alpha.w0, ..
+Params = dict[str, Tensor]
 
 
 @dataclass
@@ -117,9 +117,9 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    value: Tensor  # [N, E, T] the baseline plus the mean of the task's advantages
-    std: Tensor  # [N, E] standard deviation of the task's advantages, the same for all its episodes
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by std
+    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -133,7 +133,7 @@ def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
 
 
 def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O]."""
+    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O], any number B."""
     hidden = torch.tanh(obs @ params["w0"] + params["b0"].unsqueeze(-2))
     hidden = torch.tanh(hidden @ params["w1"] + params["b1"].unsqueeze(-2))
     mean = hidden @ params["w2"] + params["b2"].unsqueeze(-2)
@@ -146,7 +146,7 @@ def normal(mean: Tensor, std: Tensor) -> Normal:
 
 
 def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
-    """log pi(a|s) [.., E, T] of a batch's actions; where params lead with N, so does the batch."""
+    """log pi(a|s) [.., E, T] of a batch's actions, by one policy for all tasks or by one per task."""
     mean, std = policy(params, batch.obs.flatten(-3, -2))
     return normal(mean, std).log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
 
@@ -160,11 +160,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NEA in noise_TNEA:
             obs_NEO = obs.unflatten(0, playing_NE.shape)
             mean_NEA, std = policy(params, obs_NEO)
@@ -172,14 +172,15 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
             obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
             step = {"obs": obs_NEO, "action": action_NEA, "mean": mean_NEA, "mask": playing_NE}
             steps.append(step | {"reward": reward.view_as(playing_NE)})
+            # After an early end `terminated` stays true, and rewards are 0.
             playing_NE = 1 - terminated.view_as(playing_NE).to(playing_NE)
     played = {name: torch.stack([step[name] for step in steps], 2) for name in steps[0]}
-    policies = normal(played.pop("mean"), std.unsqueeze(-2))
+    policies = normal(played.pop("mean"), std.unsqueeze(-2))  # std is the same in all steps
     return played | {"log_prob": policies.log_prob(played["action"]).sum(-1)}
 
 
 def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
-    """Sums of the rewards [.., T] from each step on, discounted."""
+    """Discounted sums of the rewards from each step on; the last axis is that of steps."""
     tail = torch.zeros_like(reward[..., 0])
     tails = []
     for reward_now in reversed(reward.unbind(-1)):
@@ -189,7 +190,7 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    """Generalised advantage estimation (1506.02438) along the last axis; after its last step V is 0."""
     next_value = functional.pad(value[..., 1:], (0, 1))
     delta = reward + gamma * next_value - value
     return discounted_returns(delta, gamma * gae_lambda)
@@ -200,6 +201,7 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
     t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
     time_NETY = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
     obs_NETO = obs_NETO.double().clamp(-10, 10)
+    # Masked features: what follows an early end is left out of the fit, and gets the value 0.
     x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETY], -1) * mask_NET[..., None]).flatten(1, 2)
     y_NB1 = return_NET.double().flatten(1)[..., None]
     gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
@@ -219,33 +221,35 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
     return Episodes(
         **played,
+        advantage=centred_NET * mask_NET / std_N11,
         value=value_NET + mean_N11,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
-        advantage=centred_NET * mask_NET / std_N11,
     )
 
 
 def discounted_units(batch: Episodes, gamma: float) -> Tensor:
-    """gamma^t / std [.., E, T]: what puts rewards and values on the scale of the normalised advantages."""
+    """gamma^t / std [.., E, T]: what makes rewards r_t the terms of a discounted, normalised return."""
     t_T = torch.arange(batch.mask.shape[-1]).to(batch.mask)
     return gamma**t_T * batch.mask / batch.std[..., None]
 
 
 def inner_objective(log_prob_ET: Tensor, batch: Episodes, args: Args) -> Tensor:
-    """What an inner step climbs, [E]: always the same policy gradient, but different second derivatives.
+    """What an inner step climbs, [E]. Derivatives, with l_t = log pi(a_t|s_t) and c_t = l_0 + .. + l_t:
 
-    With l_t = log pi(a_t|s_t), c_t = l_0 + .. + l_t and box(x) = exp(x - its value), sums over t of
-        score, e_maml   l_t A_t                   misses all curvature of the sampling distribution
-        lvc             box(l_t) A_t              keeps the part of it that has low variance
-        dice            box(c_t) gamma^t r_t + (1 - box(l_t)) gamma^t V_t: keeps all of it, for a reward
-        loaded          (box(c_t) - box(c_t - l_t)) A_t        depends on every action before it
+    All have the policy gradient, sum_t grad l_t A_t (dice: terms times gamma^t, and lambda 1). They differ
+    in the second derivative, that is in what MAML's meta-gradient knows of theta's influence on which
+    trajectories are sampled. box(x) = exp(x - x of the policy that sampled), which is 1 at that policy:
+        score, e_maml   sum_t l_t A_t                             nothing of it
+        lvc             sum_t box(l_t) A_t                        the part of it that has low variance
+        dice            sum_t box(c_t) gamma^t r_t + (1 - box(l_t)) gamma^t V_t           all of it
+        loaded          sum_t (box(c_t) - box(c_t - l_t)) A_t     all of it, with less variance than dice
     """
     if args.estimator in ("score", "e_maml"):
         return (log_prob_ET * batch.advantage * batch.mask).sum(-1)
-    log_ratio_ET = (log_prob_ET - batch.log_prob) * batch.mask  # its exp is box(l_t)
+    log_ratio_ET = (log_prob_ET - batch.log_prob) * batch.mask  # exp of it is box(l_t)
     if args.estimator == "lvc":
         return (log_ratio_ET.exp() * batch.advantage).sum(-1)
-    so_far_ET = log_ratio_ET.cumsum(-1)  # its exp is box(c_t)
+    so_far_ET = log_ratio_ET.cumsum(-1)  # exp of it is box(c_t): r_t depends on all actions so far
     if args.estimator == "dice":
         unit_ET = discounted_units(batch, args.gamma)
         earned_ET = so_far_ET.exp() * (unit_ET * batch.reward)
@@ -256,7 +260,7 @@ def inner_objective(log_prob_ET: Tensor, batch: Episodes, args: Args) -> Tensor:
 def adapt(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
     """One inner step of all tasks at once, from the same parameters for all or from one set per task."""
     weights = {name: value for name, value in params.items() if not name.startswith("alpha.")}
-    alpha = {name: params.get(f"alpha.{name}", args.inner_lr) for name in weights}  # step sizes
+    alpha = {name: params.get(f"alpha.{name}", args.inner_lr) for name in weights}  # learned, or fixed
 
     def loss(weights: Params, batch: Episodes) -> Tensor:
         return -inner_objective(batch_log_prob(weights, batch), batch, args).sum() / batch.mask.sum()
@@ -269,29 +273,35 @@ def adapt(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> 
 
 
 def exploration_credit(query: Episodes, args: Args) -> Tensor:
-    """E-MAML's weight [N] of a task's supports: the reward that they led to, less the other tasks' mean."""
+    """E-MAML's weight [N] of a task's supports: the reward that they led to, less the other tasks' mean.
+
+    The reward is in the units of J_i: discounted, over the task's std, and per step.
+    """
     reward_NET = discounted_units(query, args.gamma) * query.reward
     return_N = reward_NET.sum((1, 2)) / query.mask.sum((1, 2))
-    (mean,) = average(return_N.mean())
-    others_N = (args.meta_batch_size * mean - return_N) / max(1, args.meta_batch_size - 1)
-    return return_N - others_N
+    N = args.meta_batch_size
+    (mean,) = average(return_N.mean())  # over all N tasks, those of other processes included
+    return return_N - (N * mean - return_N) / max(1, N - 1)
 
 
 def surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
-    """J_i [N] of each task, and the adapted policies on the query: means [N, B, A], deviations [N, 1, A]."""
+    """J_i [N] of each task, and the adapted policies on the query: means [N, B, A], deviations [N, 1, A].
+
+    The inner steps are those of sampling, done again, as functions of theta.
+    """
     params = theta
-    score_N = torch.zeros_like(query.std[:, 0])
+    log_likelihood_N = torch.zeros_like(query.std[:, 0])  # of all supports; 0 at the theta that sampled them
     for support in supports:
-        if args.estimator == "e_maml":  # how likely the support is: a sum, no mean
+        if args.estimator == "e_maml":  # the product over all samples, hence the sum of logarithms
             log_ratio_NET = (batch_log_prob(params, support) - support.log_prob) * support.mask
-            score_N = score_N + log_ratio_NET.sum((1, 2))
+            log_likelihood_N = log_likelihood_N + log_ratio_NET.sum((1, 2))
         params = adapt(params, support, args)
     mean_NBA, std_N1A = policy(params, query.obs.flatten(1, 2))
     log_prob_NB = normal(mean_NBA, std_N1A).log_prob(query.action.flatten(1, 2)).sum(-1)
     ratio_NET = ((log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask).exp()
-    J_N = (ratio_NET * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
+    J_N = (ratio_NET * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))  # [6]
     if args.estimator == "e_maml":
-        J_N = J_N + exploration_credit(query, args) * score_N
+        J_N = J_N + exploration_credit(query, args) * log_likelihood_N
     return J_N, (mean_NBA, std_N1A)
 
 
@@ -316,50 +326,60 @@ def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
     return x_W
 
 
-def fisher_product(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args):
+def first_episodes(batch: Episodes, count: int) -> Episodes:
+    """The first episodes of each task."""
+    return Episodes(*(x[:, :count] for x in batch))
+
+
+def fisher_product(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args):
     """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
 
-    At its minimum it is J^T M J, J the derivative of the policies' outputs by theta, M the Fisher matrix of
-    a Gaussian, which is diagonal: 1 / std^2 for each mean and 2 / std^2 for each standard deviation.
+    There the KL is 0, its minimum, so that F = Jac^T M Jac: Jac is the derivative by theta of the policies'
+    outputs, M their Fisher matrix, for a Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std.
     """
-    keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    *supports, query = (Episodes(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
-    weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)
+    count = max(1, round(args.fisher_fraction * args.episodes_per_task))
+    supports = [first_episodes(batch, count) for batch in supports]
+    query = first_episodes(query, count)
+    weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)  # 1 / N for each task
 
     def outputs(w_W: Tensor) -> tuple[Tensor, Tensor]:
-        return surrogate(unflatten(w_W, theta), supports, query, args)[1]
+        return objectives(unflatten(w_W, theta), supports, query, args)[1]
 
-    # vjp gives u -> J^T u without building J. That is linear in u: its own vjp is v -> (J^T)^T v = J v.
-    (mean_NBA, std_N1A), J_transposed = vjp(outputs, parameters_to_vector(theta.values()))
-    _, J = vjp(lambda u: J_transposed(u)[0], (mean_NBA, std_N1A))
+    # vjp gives u -> Jac^T u without building Jac. That is linear in u: its own vjp is v -> (Jac^T)^T v.
+    (mean_NBA, std_N1A), jac_transposed = vjp(outputs, parameters_to_vector(theta.values()))
+    _, jac = vjp(lambda u: jac_transposed(u)[0], (mean_NBA, std_N1A))
 
     def product(v_W: Tensor) -> Tensor:
-        ((d_mean_NBA, d_std_N1A),) = J(v_W)
+        (change,) = jac(v_W)
+        d_mean_NBA, d_std_N1A = change
         M_mean_NBA = weight_NET.flatten(1)[..., None] * d_mean_NBA / std_N1A**2
-        M_std_N1A = 2 / len(query.mask) * d_std_N1A / std_N1A**2
-        (F_v_W,) = average(*J_transposed((M_mean_NBA, M_std_N1A)))
+        M_std_N1A = 2 / len(query.mask) * d_std_N1A / std_N1A**2  # one std for all samples of a task
+        (F_v_W,) = average(*jac_transposed((M_mean_NBA, M_std_N1A)))
         return F_v_W + args.cg_damping * v_W
 
     return product
 
 
-def trpo_step(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
-    """One step of theta within the trust region, or none, and its statistics; `surrogate` gives J_i [N]."""
+def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
+    """One step of theta within the trust region, or none, and its statistics.
+
+    `objectives` is a function like `surrogate`: it gives J_i [N] and the outputs of the adapted policies.
+    """
     theta_W = parameters_to_vector(theta.values())
 
-    def objective(w_W: Tensor):
-        J_N, policies = surrogate(unflatten(w_W, theta), supports, query, args)
-        return J_N.mean(), policies  # [6]
+    def mean_objective(w_W: Tensor):
+        J_N, policies = objectives(unflatten(w_W, theta), supports, query, args)
+        return J_N.mean(), policies
 
-    gradient_W, (J, old) = grad_and_value(objective, has_aux=True)(theta_W)
-    gradient_W, J = average(gradient_W, J)  # [7]
-    fisher = fisher_product(theta, surrogate, supports, query, args)
+    gradient_W, (J, old) = grad_and_value(mean_objective, has_aux=True)(theta_W)  # [7]
+    gradient_W, J = average(gradient_W, J)
+    fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
     # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ fisher(direction_W)).clamp_min(1e-30)).sqrt()
     for fraction in (0.8**k for k in range(15)):
         with torch.no_grad():
-            J_new, new = objective(theta_W + fraction * step_W)
+            J_new, new = mean_objective(theta_W + fraction * step_W)
         kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
         kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
         if (kl <= args.max_kl) & (J_new > J):  # [9]; & and not `and`: one wait for the GPU
@@ -372,7 +392,10 @@ def trpo_step(theta: Params, surrogate, supports: list[Episodes], query: Episode
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters."""
+    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters.
+
+    Metrics are tensors over tasks: run.log writes their means, and under names in ci95 the mean's interval.
+    """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     params = theta
@@ -381,13 +404,13 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
         batch = collect(envs, tasks_NP, params, args, generator)
         returns.append(batch.reward.sum(-1).mean(1))  # [10]
         if k < args.eval_steps:
-            params = adapt(params, batch, args, scale=0.5 if k else 1.0)
+            params = adapt(params, batch, args, scale=1.0 if k == 0 else 0.5)
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}
     return stats | {"test/gain_ci95": returns[-1] - returns[0]}, params
 
 
-def train(envs, args: Args, run: "Run", state: dict) -> None:
-    """The paper's Algorithm 3, from `state` on."""
+def train(envs, args: Args, run, state: dict) -> None:
+    """The paper's Algorithm 3, from `state` on: theta, generator's state, counts of iterations and steps."""
     theta = {name: value.to(envs.unwrapped.device) for name, value in state["theta"].items()}
     generator = Generator()
     generator.set_state(state["generator"])
@@ -417,7 +440,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -427,50 +450,14 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, join, make, records
+    from envs import join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)
+    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)  # torchrun's other processes
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     generator = Generator().manual_seed(args.seed)
@@ -478,17 +465,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.learn_inner_lr:
         theta |= {f"alpha.{name}": torch.full_like(value, args.inner_lr) for name, value in theta.items()}
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
+    state |= {"generator": generator.get_state()}
+    state |= saved | {"args": vars(args)}  # a resumed run's values in place of the fresh ones
     records.check_shapes(args.resume, saved=state["theta"], made=theta)
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
-        if leads:
-            records.film(run.folder, envs, policy, {"before": state["theta"], "after": params}, args.seed)
+        records.film(run, envs, policy, {"before": state["theta"], "after": params}, args.seed)
 
 
 if __name__ == "__main__":

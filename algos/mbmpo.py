@@ -17,18 +17,15 @@ Algorithm:
     [10]    real return of pi_theta, and of the policies adapted to the models
 Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda = gae_lambda;
     pi_old, pi_old_k are the policies that played: pi_theta, pi_theta'_k at the theta before the update.
-Shapes: a suffix names a tensor's axes (obs_NETO): N models, the tasks of the meta-learner, E episodes of each
-    (`episodes_per_task` imagined, `real_episodes` real), T steps, B = E * T samples, O observation, A action,
-    P task vector, F features of the baseline, Y of time, W all of theta in one vector, I inputs of a model
-    (O + A), M rows of D, R of them to fit a model, V to tell when to stop.
+Shapes: a suffix names a tensor's axes (obs_NETO): N models (the meta-learner's tasks), E episodes of each,
+    T steps, B = E * T samples, O observation, A action, P task vector, F features of the baseline, Y of time,
+    W all of theta in one vector, I inputs of a model (O + A), M rows of D, R of them to fit, V to stop.
 Differs from the paper: `--action-scale` 10 (1), the setting that matters most; ProMP's inner gradient (LVC);
     fresh moments of Adam in each fit; no weight normalisation; imagination ends far from what was seen.
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -118,9 +115,9 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    value: Tensor  # [N, E, T] the baseline plus the mean of the task's advantages
-    std: Tensor  # [N, E] standard deviation of the task's advantages, the same for all its episodes
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by std
+    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -134,7 +131,7 @@ def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
 
 
 def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O]."""
+    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O], any number B."""
     hidden = torch.tanh(obs @ params["w0"] + params["b0"].unsqueeze(-2))
     hidden = torch.tanh(hidden @ params["w1"] + params["b1"].unsqueeze(-2))
     mean = hidden @ params["w2"] + params["b2"].unsqueeze(-2)
@@ -147,7 +144,7 @@ def normal(mean: Tensor, std: Tensor) -> Normal:
 
 
 def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
-    """log pi(a|s) [.., E, T] of a batch's actions; where params lead with N, so does the batch."""
+    """log pi(a|s) [.., E, T] of a batch's actions, by one policy for all tasks or by one per task."""
     mean, std = policy(params, batch.obs.flatten(-3, -2))
     return normal(mean, std).log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
 
@@ -180,11 +177,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NEA in noise_TNEA:
             obs_NEO = obs.unflatten(0, playing_NE.shape)
             mean_NEA, std = policy(params, obs_NEO)
@@ -192,14 +189,15 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
             obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
             step = {"obs": obs_NEO, "action": action_NEA, "mean": mean_NEA, "mask": playing_NE}
             steps.append(step | {"reward": reward.view_as(playing_NE)})
+            # After an early end `terminated` stays true, and rewards are 0.
             playing_NE = 1 - terminated.view_as(playing_NE).to(playing_NE)
     played = {name: torch.stack([step[name] for step in steps], 2) for name in steps[0]}
-    policies = normal(played.pop("mean"), std.unsqueeze(-2))
+    policies = normal(played.pop("mean"), std.unsqueeze(-2))  # std is the same in all steps
     return played | {"log_prob": policies.log_prob(played["action"]).sum(-1)}
 
 
 def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
-    """Sums of the rewards [.., T] from each step on, discounted."""
+    """Discounted sums of the rewards from each step on; the last axis is that of steps."""
     tail = torch.zeros_like(reward[..., 0])
     tails = []
     for reward_now in reversed(reward.unbind(-1)):
@@ -209,7 +207,7 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    """Generalised advantage estimation (1506.02438) along the last axis; after its last step V is 0."""
     next_value = functional.pad(value[..., 1:], (0, 1))
     delta = reward + gamma * next_value - value
     return discounted_returns(delta, gamma * gae_lambda)
@@ -220,6 +218,7 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
     t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
     time_NETY = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
     obs_NETO = obs_NETO.double().clamp(-10, 10)
+    # Masked features: what follows an early end is left out of the fit, and gets the value 0.
     x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETY], -1) * mask_NET[..., None]).flatten(1, 2)
     y_NB1 = return_NET.double().flatten(1)[..., None]
     gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
@@ -239,9 +238,9 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
     return Episodes(
         **played,
+        advantage=centred_NET * mask_NET / std_N11,
         value=value_NET + mean_N11,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
-        advantage=centred_NET * mask_NET / std_N11,
     )
 
 
@@ -311,9 +310,9 @@ def predict(models: Params, scales: dict[str, Tensor], obs: Tensor, action: Tens
 
 
 def follow_models(imagined, models: Params, data: dict[str, Tensor]) -> None:
-    """Imagined worlds start, pay and end as real ones, but move as the models predict, in the trusted range.
+    """Let imagined worlds move as the models predict; all else is as in real ones.
 
-    An imagined episode whose next observation is outside this range ends there, too: it has diverged.
+    An imagined episode also ends where the next observation is outside the trusted range: it has diverged.
     """
     scales = measure(data)
     imagined.follow(partial(predict, models, scales), scales["low"], scales["high"])
@@ -344,7 +343,7 @@ def imagined_surrogate(theta: Params, supports: list[Episodes], query: Episodes,
     """J_k [N] of each model, and the adapted policies on the query: means [N, B, A], deviations [N, 1, A]."""
     (support,) = supports  # one inner step
     params = lvc_step(theta, support, args)
-    J_N = (ratios(params, query) * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))
+    J_N = (ratios(params, query) * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))  # [6]
     return J_N, policy(params, query.obs.flatten(1, 2))
 
 
@@ -369,50 +368,60 @@ def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
     return x_W
 
 
-def fisher_product(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args):
+def first_episodes(batch: Episodes, count: int) -> Episodes:
+    """The first episodes of each task."""
+    return Episodes(*(x[:, :count] for x in batch))
+
+
+def fisher_product(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args):
     """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
 
-    At its minimum it is J^T M J, J the derivative of the policies' outputs by theta, M the Fisher matrix of
-    a Gaussian, which is diagonal: 1 / std^2 for each mean and 2 / std^2 for each standard deviation.
+    There the KL is 0, its minimum, so that F = Jac^T M Jac: Jac is the derivative by theta of the policies'
+    outputs, M their Fisher matrix, for a Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std.
     """
-    keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    *supports, query = (Episodes(*(x[:, :keep] for x in batch)) for batch in (*supports, query))
-    weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)
+    count = max(1, round(args.fisher_fraction * args.episodes_per_task))
+    supports = [first_episodes(batch, count) for batch in supports]
+    query = first_episodes(query, count)
+    weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)  # 1 / N for each task
 
     def outputs(w_W: Tensor) -> tuple[Tensor, Tensor]:
-        return surrogate(unflatten(w_W, theta), supports, query, args)[1]
+        return objectives(unflatten(w_W, theta), supports, query, args)[1]
 
-    # vjp gives u -> J^T u without building J. That is linear in u: its own vjp is v -> (J^T)^T v = J v.
-    (mean_NBA, std_N1A), J_transposed = vjp(outputs, parameters_to_vector(theta.values()))
-    _, J = vjp(lambda u: J_transposed(u)[0], (mean_NBA, std_N1A))
+    # vjp gives u -> Jac^T u without building Jac. That is linear in u: its own vjp is v -> (Jac^T)^T v.
+    (mean_NBA, std_N1A), jac_transposed = vjp(outputs, parameters_to_vector(theta.values()))
+    _, jac = vjp(lambda u: jac_transposed(u)[0], (mean_NBA, std_N1A))
 
     def product(v_W: Tensor) -> Tensor:
-        ((d_mean_NBA, d_std_N1A),) = J(v_W)
+        (change,) = jac(v_W)
+        d_mean_NBA, d_std_N1A = change
         M_mean_NBA = weight_NET.flatten(1)[..., None] * d_mean_NBA / std_N1A**2
-        M_std_N1A = 2 / len(query.mask) * d_std_N1A / std_N1A**2
-        (F_v_W,) = average(*J_transposed((M_mean_NBA, M_std_N1A)))
+        M_std_N1A = 2 / len(query.mask) * d_std_N1A / std_N1A**2  # one std for all samples of a task
+        (F_v_W,) = average(*jac_transposed((M_mean_NBA, M_std_N1A)))
         return F_v_W + args.cg_damping * v_W
 
     return product
 
 
-def trpo_step(theta: Params, surrogate, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
-    """One step of theta within the trust region, or none, and its statistics; `surrogate` gives J_i [N]."""
+def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
+    """One step of theta within the trust region, or none, and its statistics.
+
+    `objectives` is a function like `surrogate`: it gives J_i [N] and the outputs of the adapted policies.
+    """
     theta_W = parameters_to_vector(theta.values())
 
-    def objective(w_W: Tensor):
-        J_N, policies = surrogate(unflatten(w_W, theta), supports, query, args)
-        return J_N.mean(), policies  # [6]
+    def mean_objective(w_W: Tensor):
+        J_N, policies = objectives(unflatten(w_W, theta), supports, query, args)
+        return J_N.mean(), policies
 
-    gradient_W, (J, old) = grad_and_value(objective, has_aux=True)(theta_W)
-    gradient_W, J = average(gradient_W, J)  # [7]
-    fisher = fisher_product(theta, surrogate, supports, query, args)
+    gradient_W, (J, old) = grad_and_value(mean_objective, has_aux=True)(theta_W)  # [7]
+    gradient_W, J = average(gradient_W, J)
+    fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
     # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ fisher(direction_W)).clamp_min(1e-30)).sqrt()
     for fraction in (0.8**k for k in range(15)):
         with torch.no_grad():
-            J_new, new = objective(theta_W + fraction * step_W)
+            J_new, new = mean_objective(theta_W + fraction * step_W)
         kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
         kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
         if (kl <= args.max_kl) & (J_new > J):  # [9]; & and not `and`: one wait for the GPU
@@ -436,11 +445,10 @@ def evaluate(envs, imagined, tasks_NP: Tensor, theta: Params, args: Args) -> dic
     return stats | {"test/gain_ci95": returns[1] - returns[0]}
 
 
-def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
+def train(envs, imagined, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     device = envs.unwrapped.device
-    theta = {name: x.to(device) for name, x in state["theta"].items()}
-    data = {name: x.to(device) for name, x in state["data"].items()}
+    theta, data = ({name: x.to(device) for name, x in state[part].items()} for part in ("theta", "data"))
     # Processes of torchrun share the models, but each has all the data: `share` cuts, `gather` joins.
     models = {name: envs.unwrapped.share(x).to(device) for name, x in state["models"].items()}
     generator = Generator()
@@ -448,12 +456,11 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
     real = replace(args, episodes_per_task=args.real_episodes)
     task_1P = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
     tasks_NP = task_1P.expand(args.num_models, -1)  # the real task, which is the same in all models
-    if data:  # a resumed run
-        follow_models(imagined, models, data)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         params = theta
         if data:  # before the first data there is no model to adapt to
+            follow_models(imagined, models, data)
             params = lvc_step(theta, collect(imagined, tasks_NP, theta, args, generator), args)
         played = rollout(envs, tasks_NP, params, real, generator)  # [1]
         new = transitions(envs, {name: envs.unwrapped.gather(x) for name, x in played.items()})
@@ -481,7 +488,7 @@ def train(envs, imagined, args: Args, run: "Run", state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -491,46 +498,10 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, imagine, join, make, records
+    from envs import imagine, join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
@@ -547,10 +518,9 @@ def main(argv: list[str] | None = None) -> None:
     records.check_shapes(args.resume, saved=state["theta"], made=theta, part="theta.")
     records.check_shapes(args.resume, saved=state["models"], made=models, part="models.")
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, imagined, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":

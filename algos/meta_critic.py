@@ -6,12 +6,12 @@ Result: poles of unseen length: return 150 in 26 episodes, with an own critic 19
 Algorithm:
     [1] repeat: each of N worlds has a task and an actor theta_i of its own, which plays a window of T steps
     [2]     z_i = C_omega(trace_i), an LSTM; the trace: all (s, a, r) of the actor's window before, 0 at birth
-    [3]     V(s, z) = sum_a pi_theta_i(a|s) Q_phi(s, a, z); where an action is an answer and no choice:
-            V(s, z) = Q_phi(s, pi_theta_i(s), z)
-    [4]     theta_i <- a step of Adam up mean_t V(s_t, z_i); phi and z_i are given
+    [3]     V(s, z) = sum_a pi_theta_i(a|s) Q_phi(s, a, z); where an action is an answer and no choice (only
+            in benchmark/meta_critic.py, for regression): V(s, z) = Q_phi(s, pi_theta_i(s), z)
+    [4]     theta_i <- a step of Adam up mean_t V(s_t, z_i), with phi and z_i held fixed
     [5]     y_t = r_t + gamma [(1 - lambda) V(s_t+1, z_i) + lambda y_t+1], but lambda is 0 in the last step of
             a window or of an episode, and gamma is 0 where the episode ended early
-    [6]     phi, omega <- a step of Adam down the mean of (Q_phi(s_t, a_t, z_i) - y_t)^2; y_t is given
+    [6]     phi, omega <- a step of Adam down the mean of (Q_phi(s_t, a_t, z_i) - y_t)^2, with y_t held fixed
     [7]     where a lifetime of some episodes is over, the world has a new task, and gets a newborn actor
     [8]     now and then, meta-testing: newborn actors on held-out tasks learn by [1] to [4], phi and omega
             stay as they are; beside them, the same actors by [1] and [3] to [6], each with a new critic, no z
@@ -22,8 +22,7 @@ Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B
     with N (a network for each world) or with 1 (one for all); those of the encoder have no such axis.
 Differs from the paper: one form for all experiments; for CartPole the authors' code has a V(s, z), and never
     trains the encoder. The trace is the whole window (authors: its last 9 steps), births are spread over time
-    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out. Actions that are
-    answers: only in benchmark/meta_critic.py, for regression.
+    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out.
 """
 
 import math
@@ -109,7 +108,7 @@ class Window(NamedTuple):
     next_obs: Tensor  # [N, T, O] what the action led to, before any restart
     ended: Tensor  # [N, T] 1 where the episode ended early
     over: Tensor  # [N, T] 1 where it ended, early or at the horizon
-    mask: Tensor  # [N, T] 1 until the actor's lifetime ended; after that the world is already another actor's
+    mask: Tensor  # [N, T] 1 until the actor's lifetime ended; after that the world's task is another one
     trace: Tensor  # [N, T, I] what the encoder will see
 
 
@@ -147,14 +146,14 @@ def init_critics(envs, count: int, latent_size: int, args: Args, generator: Gene
     shapes = {"w_x": (4 * H, obs_size + action_size + 1), "w_h": (4 * H, H), "b_x": (4 * H,), "b_h": (4 * H,)}
     shapes |= {"w_z": (H, latent_size), "b_z": (latent_size,)}
     uniform = {name: 2 * torch.rand(shape, generator=generator) - 1 for name, shape in shapes.items()}
-    omega = {name: x / math.sqrt(H) for name, x in uniform.items()} if latent_size else {}
-    return on_device(phi | omega, envs)
+    omega = {name: x / math.sqrt(H) for name, x in uniform.items()}
+    return on_device(phi | omega if latent_size else phi, envs)
 
 
 def init_learners(envs, phi: Params, args: Args, generator: Generator) -> dict:
     """What an update changes: newborn actors and their critics phi, before their first window."""
     theta = init_actors(envs, args, generator)
-    trace_NTI = torch.zeros(args.meta_batch_size, args.window_size, sum(sizes_of(envs)) + 1)
+    trace_NTI = torch.zeros(args.meta_batch_size, args.window_size, sum(sizes_of(envs)) + 1)  # I = O + A + 1
     return {
         "theta": theta,
         "phi": phi,  # one meta-critic with its encoder, or N critics of the actors' own
@@ -188,8 +187,8 @@ def critic(phi: Params, obs_NTO: Tensor, action_NTCA: Tensor, z_NZ: Tensor) -> T
     N, T, C, _ = action_NTCA.shape
     obs_NTCO = obs_NTO[:, :, None].expand(-1, -1, C, -1)
     z_NTCZ = z_NZ[:, None, None].expand(-1, T, C, -1)
-    x_NTCX = torch.cat([obs_NTCO, action_NTCA, z_NTCZ], -1)
-    return forward(phi, x_NTCX.flatten(1, 2)).view(N, T, C)
+    inputs = torch.cat([obs_NTCO, action_NTCA, z_NTCZ], -1)
+    return forward(phi, inputs.flatten(1, 2)).view(N, T, C)
 
 
 def gumbel_noise(*size: int, generator: Generator) -> Tensor:
@@ -221,7 +220,7 @@ def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Gene
             action = output_BA
             shown_BA = output_BA
         next_BO, reward_B, ended_B, late_B, info = envs.step(action)  # [1]
-        right_BA = info.get("answer", shown_BA)  # of regression the encoder sees the right answer
+        right_BA = info.get("answer", shown_BA)  # in regression the encoder sees the right answer
         step = {
             "obs": obs_BO,
             "action": shown_BA,
@@ -276,12 +275,12 @@ def critic_loss(phi: Params, window: Window, trace_NTI: Tensor, target_NT: Tenso
 
 
 def per_network(x: Tensor, weights: Tensor) -> Tensor:
-    """A number of each network, x [N], as [N, 1, ..]: so it meets all of the network's `weights` [N, ..]."""
+    """x [N], a number of each network, in the shape [N, 1, ..] that meets these weights [N, ..]."""
     return x.view(-1, *[1] * (weights.ndim - 1))
 
 
 def fresh_moments(params: Params) -> Params:
-    """What Adam knows of networks before their first step: zeros."""
+    """What Adam remembers of networks before their first step: zeros."""
     moments = {"steps": params["w0"].new_zeros(len(params["w0"]))}
     for name, x in params.items():
         moments |= {f"mean {name}": torch.zeros_like(x), f"square {name}": torch.zeros_like(x)}
@@ -292,7 +291,7 @@ def adam(params: Params, gradient: Params, moments: Params, lr: float) -> tuple[
     """A step of Adam (1412.6980, Algorithm 1) down the gradient g: parameters and moments after it.
 
     torch's own counts the steps of a whole tensor. Here a tensor holds N networks, born at different times,
-    and each has its own count k. With m the running mean of g, v that of g^2, both from 0 on:
+    and each has its own count k. With running means m of g and v of g^2, corrected for starting at 0:
         params <- params - lr m / (1 - 0.9^k) / (sqrt(v / (1 - 0.999^k)) + 1e-8)
     """
     steps = moments["steps"] + 1
@@ -326,10 +325,9 @@ def teach(state, window: Window, args: Args, *, actor_lr: float, critic_lr: floa
 
 
 def replace_actors(state: dict, born_N: Tensor, fresh: Params) -> None:
-    """Where a lifetime has begun: a fresh actor into `state`, of whom Adam and the encoder know nothing."""
-    for name, x in state["theta"].items():
-        fresh[name] = torch.where(per_network(born_N, x), fresh[name], x)
-    state["theta"] = fresh
+    """Where a lifetime has begun, with a new task from envs.Lifetimes: an actor without a past in `state`."""
+    theta = state["theta"]
+    state["theta"] = {name: torch.where(per_network(born_N, x), fresh[name], x) for name, x in theta.items()}
     moments = state["theta_adam"]
     state["theta_adam"] = {name: x.masked_fill(per_network(born_N, x), 0) for name, x in moments.items()}
     state["trace"] = state["trace"].masked_fill(per_network(born_N, state["trace"]), 0)
@@ -353,18 +351,19 @@ def meta_test(envs, exam_envs, args: Args, phi: Params | None) -> tuple[list[Ten
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": tasks_NP})
+    # Own critics are drawn in either case: so the actors, which are drawn after them, are the same.
     own_phi = init_critics(envs, count=len(tasks_NP), latent_size=0, args=args, generator=generator)
     if phi is None:
-        state = init_learners(envs, own_phi, args, generator)
+        phi = own_phi
         rates = {"actor_lr": args.own_actor_lr, "critic_lr": args.own_critic_lr}
     else:
-        state = init_learners(envs, phi, args, generator)
         rates = {"actor_lr": args.actor_lr, "critic_lr": 0.0}
+    state = init_learners(envs, phi, args, generator)
     episodes_N = torch.zeros_like(obs_NO[:, 0])
     returns = []
     episodes = []
     for k in range(args.eval_steps + 1):
-        for _ in range(args.eval_windows if k else 0):
+        for _ in range(args.eval_windows if k else 0):  # before the first return, nothing is learned
             obs_NO, window, _ = play_window(envs, obs_NO, state["theta"], args.window_size, generator)
             teach(state, window, args, is_choice=envs.unwrapped.is_discrete, **rates)  # [8]
             episodes_N = episodes_N + window.over.sum(1)

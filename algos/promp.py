@@ -26,9 +26,7 @@ Differs from the paper: nothing known; `--action-scale` is as in the authors' co
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -114,9 +112,9 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    value: Tensor  # [N, E, T] the baseline plus the mean of the task's advantages
-    std: Tensor  # [N, E] standard deviation of the task's advantages, the same for all its episodes
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by std
+    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -130,7 +128,7 @@ def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
 
 
 def policy(params: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O]."""
+    """Gaussian policy: mean [.., B, A] and standard deviation [.., 1, A] for obs [.., B, O], any number B."""
     hidden = torch.tanh(obs @ params["w0"] + params["b0"].unsqueeze(-2))
     hidden = torch.tanh(hidden @ params["w1"] + params["b1"].unsqueeze(-2))
     mean = hidden @ params["w2"] + params["b2"].unsqueeze(-2)
@@ -143,7 +141,7 @@ def normal(mean: Tensor, std: Tensor) -> Normal:
 
 
 def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
-    """log pi(a|s) [.., E, T] of a batch's actions; where params lead with N, so does the batch."""
+    """log pi(a|s) [.., E, T] of a batch's actions, by one policy for all tasks or by one per task."""
     mean, std = policy(params, batch.obs.flatten(-3, -2))
     return normal(mean, std).log_prob(batch.action.flatten(-3, -2)).sum(-1).view(batch.mask.shape)
 
@@ -157,11 +155,11 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NEA in noise_TNEA:
             obs_NEO = obs.unflatten(0, playing_NE.shape)
             mean_NEA, std = policy(params, obs_NEO)
@@ -169,14 +167,15 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
             obs, reward, terminated, _, _ = envs.step(action_NEA.flatten(0, 1))
             step = {"obs": obs_NEO, "action": action_NEA, "mean": mean_NEA, "mask": playing_NE}
             steps.append(step | {"reward": reward.view_as(playing_NE)})
+            # After an early end `terminated` stays true, and rewards are 0.
             playing_NE = 1 - terminated.view_as(playing_NE).to(playing_NE)
     played = {name: torch.stack([step[name] for step in steps], 2) for name in steps[0]}
-    policies = normal(played.pop("mean"), std.unsqueeze(-2))
+    policies = normal(played.pop("mean"), std.unsqueeze(-2))  # std is the same in all steps
     return played | {"log_prob": policies.log_prob(played["action"]).sum(-1)}
 
 
 def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
-    """Sums of the rewards [.., T] from each step on, discounted."""
+    """Discounted sums of the rewards from each step on; the last axis is that of steps."""
     tail = torch.zeros_like(reward[..., 0])
     tails = []
     for reward_now in reversed(reward.unbind(-1)):
@@ -186,7 +185,7 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    """Generalised advantage estimation (1506.02438) along the last axis; after its last step V is 0."""
     next_value = functional.pad(value[..., 1:], (0, 1))
     delta = reward + gamma * next_value - value
     return discounted_returns(delta, gamma * gae_lambda)
@@ -197,6 +196,7 @@ def linear_baseline(obs_NETO: Tensor, return_NET: Tensor, mask_NET: Tensor) -> T
     t_T = torch.arange(obs_NETO.shape[2], device=obs_NETO.device).double() / 100
     time_NETY = torch.stack([t_T, t_T**2, t_T**3, t_T**0], -1).expand(*return_NET.shape, 4)
     obs_NETO = obs_NETO.double().clamp(-10, 10)
+    # Masked features: what follows an early end is left out of the fit, and gets the value 0.
     x_NBF = (torch.cat([obs_NETO, obs_NETO**2, time_NETY], -1) * mask_NET[..., None]).flatten(1, 2)
     y_NB1 = return_NET.double().flatten(1)[..., None]
     gram_NFF = x_NBF.mT @ x_NBF + 1e-5 * torch.eye(x_NBF.shape[-1]).to(x_NBF)
@@ -216,9 +216,9 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
     return Episodes(
         **played,
+        advantage=centred_NET * mask_NET / std_N11,
         value=value_NET + mean_N11,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
-        advantage=centred_NET * mask_NET / std_N11,
     )
 
 
@@ -329,7 +329,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     return stats | {"test/gain_ci95": returns[-1] - returns[0]}, params
 
 
-def train(envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
@@ -370,7 +370,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -380,46 +380,10 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, join, make, records
+    from envs import join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
@@ -432,14 +396,12 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     records.check_shapes(args.resume, saved=state["theta"], made=theta)
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
     if args.capture_video:
         params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
-        if leads:
-            records.film(run.folder, envs, policy, {"before": state["theta"], "after": params}, args.seed)
+        records.film(run, envs, policy, {"before": state["theta"], "after": params}, args.seed)
 
 
 if __name__ == "__main__":

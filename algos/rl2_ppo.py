@@ -3,7 +3,7 @@
 Paper: Duan et al. 2016, arXiv:1611.02779, and Wang et al. 2016, arXiv:1611.05763. PPO: 1707.06347, GAE:
     1506.02438. Authors' code: in the history of github.com/florensacc/rllab-curriculum
 Run: python algos/rl2_ppo.py --env-id Bandit5-v0     (--help explains every flag; --cuda: on the GPU)
-Result: bandits of 10 arms, 100 pulls: 82.2, the Gittins index 83.6 (paper: 83.5, 82.8); a mouse in unseen
+Result: bandits of 10 arms, 100 pulls: 82.2 (paper 83.5), Gittins index 83.6 (paper 82.8); a mouse in unseen
     mazes takes 19.6 steps in episode 1, 8.3 in episode 4 (30 where it misses the cheese; shortest path 6.7)
 Algorithm:
     [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
@@ -12,27 +12,26 @@ Algorithm:
             gives the policy, the value V of the trial's remaining steps, and the next memory, which goes on
             through the ends of episodes
     [4]     advantages A by GAE over the whole trial, through the ends of episodes; V = 0 after its last step
-    [5]     some epochs over minibatches of whole trials, each replayed from its first step, with gradients
-            through all its steps
+    [5]     some epochs over shuffled minibatches of whole trials, each replayed from its first step, with
+            gradients through all its steps
     [6]         L = mean[c_V (V - target)^2 - min(rA, clip(r, 1 - c, 1 + c) A) - c_H entropy], r = pi / pi_old
     [7]         theta <- one step of Adam on L, the gradient's norm clipped
     [8]     now and then: returns of episodes 1, 2, .. E of trials with held-out tasks; theta stays as it is
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
-    gamma, gae_lambda, target = A + V of [4]. Rewards, V and A are divided by the batch's std of returns.
+    gamma, gae_lambda, target = A + V of [4]. Rewards are divided by the standard deviation, over all steps
+    of a batch, of the discounted sums of rewards from there on; V and A are in this unit.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
     H features, A actions (choices, or dimensions), J = A + 2 inputs about the previous step, O observation,
     E episodes, P task vector.
-Differs from the paper: PPO for TRPO (the authors' code has PPO, too), two heads on one network for a policy
-    and a separate baseline, no weight normalisation, 64 units (256), lambda 0.9 (0.3), far smaller batches;
-    rewards in units of the batch's returns, advantages normalised; learning rate and entropy bonus fall to 0.
-    Where an episode ends early, the next one begins when it has ended in all worlds; the network does not see
-    the wait.
+Differs from the paper: PPO instead of TRPO (the authors' code has PPO, too); one network with two heads
+    instead of two networks; no weight normalisation; 64 units (paper: 256); lambda 0.9 (paper: 0.3); far
+    smaller batches; rewards scaled and advantages normalised; learning rate and entropy bonus fall to 0.
+    All worlds (one for each task) begin an episode together: where one ended early, its world waits; the
+    network does not see the wait.
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -168,7 +167,7 @@ def recurrent(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playing_
     return feature_NSH, new
 
 
-# By the names of --encoder, as in rl2_transformer_ppo.py.
+# By the names of --encoder; in rl2_transformer_ppo.py each has functions of its own.
 INITS = {"gru": init_recurrent, "lstm": init_recurrent}
 ENCODERS = {"gru": recurrent, "lstm": recurrent}
 
@@ -219,6 +218,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     N = len(tasks_NP)
     A = len(theta["b_policy"])
     draw = gumbel_noise if is_choice else torch.randn
+    # All noise at once and from this generator, so that a seed means the same actions on every device.
     noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
@@ -226,18 +226,22 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     playing_N = obs_NO.new_ones(N)  # 0: its episode has ended; it waits for the others, without any effect
     return_NE = obs_NO.new_zeros(N, envs.episodes)
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NA in noise_SNA:
             x_NI = torch.cat([obs_NO, previous_NJ], 1)
             feature_N1H, memory = ENCODERS[args.encoder](theta, x_NI[:, None], memory, args, playing_N)
             output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
             action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA
+            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So `obs` is
+            # its first observation then; info: `done`, the world's episode ended in this step, early or at
+            # the horizon; `waits`, until the next one begins; `episode`, the number of this step's episode.
             obs_NO, reward_N, _, _, info = envs.step(action)
-            return_NE[:, info["episode"]] += reward_N
+            return_NE[:, info["episode"]] += reward_N  # 0 from worlds that wait
             step = {"x": x_NI, "action": action, "output": output_NA, "value": value_N}
             steps.append(step | {"reward": reward_N, "mask": playing_N})
             action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
             latest_NJ = torch.cat([action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)], 1)
+            # Of a world that waits, the step with done = 1 stays the previous one until the next episode.
             previous_NJ = torch.where(playing_N[:, None] > 0, latest_NJ, previous_NJ)
             playing_N = 1 - info["waits"].to(obs_NO)
             if envs.is_over:
@@ -257,7 +261,7 @@ def without_waiting(played: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
-    """Sums of the rewards [.., T] from each step on, discounted."""
+    """Discounted sums of the rewards from each step on; the last axis is that of steps."""
     tail = torch.zeros_like(reward[..., 0])
     tails = []
     for reward_now in reversed(reward.unbind(-1)):
@@ -267,7 +271,7 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    """Generalised advantage estimation (1506.02438) along the last axis; after its last step V is 0."""
     next_value = functional.pad(value[..., 1:], (0, 1))
     delta = reward + gamma * next_value - value
     return discounted_returns(delta, gamma * gae_lambda)
@@ -279,7 +283,8 @@ def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
     reward_NS = played["reward"] * mask_NS
     value_NS = played["value"] * mask_NS  # so V is 0 after a trial's last step
     unit = discounted_returns(reward_NS, args.gamma)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # so the size of V is about 1 in all tasks
+    # V learns to predict scaled rewards, so that its size is about 1 in every family of tasks.
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)
     advantage_NS = gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
     advantage = advantage_NS[mask_NS > 0]
     normalised_NS = (advantage_NS - advantage.mean()) / (advantage.std(correction=0) + 1e-8) * mask_NS
@@ -288,7 +293,7 @@ def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
 
 def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tuple[Tensor, dict]:
     """L of a minibatch of trials, and its parts: means over steps."""
-    feature_NSH, _ = ENCODERS[args.encoder](theta, steps.x, {}, args)
+    feature_NSH, _ = ENCODERS[args.encoder](theta, steps.x, {}, args)  # from an empty memory
     output_NSA, value_NS = actor_critic(theta, feature_NSH)
     policy = distribution(theta, output_NSA)
     log_ratio_NS = (policy.log_prob(steps.action) - steps.log_prob) * steps.mask
@@ -309,10 +314,13 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
     """Epochs of PPO on theta, in place; `remaining` falls from 1 to 0. Statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
+        # The trials in random order, cut into minibatches; under torchrun this process's part of each.
         for rows in envs.unwrapped.minibatches(len(steps.x), args.minibatches, generator):  # [5]
             minibatch = Steps(*(x[rows] for x in steps))
+            # Leaves of their own: gradients are averaged before theta and its optimizer see them.
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
+            # Processes have different numbers of steps: weighted so, their mean is the mean over all steps.
             portion = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # 1 in a single process
             gradients = average(*torch.autograd.grad(portion * loss, list(weights.values())))
             for value, gradient in zip(theta.values(), gradients, strict=True):
@@ -324,7 +332,10 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation."""
+    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation.
+
+    run.log writes the means of these tensors, and under names in ci95 the interval of that mean.
+    """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
@@ -333,7 +344,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
     return stats | {"test/gain_ci95": return_NE[:, -1] - return_NE[:, 0]}
 
 
-def train(envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
@@ -361,7 +372,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -371,51 +382,16 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, Trials, join, make, records
+    from envs import Trials, join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
+    # torchrun's other processes, if any: each moves a part of the worlds, and is told of all (sees_all).
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
-    options = {"discrete": True, "physics": args.physics}
+    options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
@@ -424,10 +400,9 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     records.check_shapes(args.resume, saved=state["theta"], made=theta)
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":

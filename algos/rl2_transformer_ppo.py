@@ -23,9 +23,7 @@ Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned po
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -280,6 +278,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     N = len(tasks_NP)
     A = len(theta["b_policy"])
     draw = gumbel_noise if is_choice else torch.randn
+    # All noise at once and from this generator, so that a seed means the same actions on every device.
     noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
@@ -287,18 +286,22 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     playing_N = obs_NO.new_ones(N)  # 0: its episode has ended; it waits for the others, without any effect
     return_NE = obs_NO.new_zeros(N, envs.episodes)
     steps = []
-    with envs.unwrapped.playing():
+    with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NA in noise_SNA:
             x_NI = torch.cat([obs_NO, previous_NJ], 1)
             feature_N1H, memory = ENCODERS[args.encoder](theta, x_NI[:, None], memory, args, playing_N)
             output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
             action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA
+            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So `obs` is
+            # its first observation then; info: `done`, the world's episode ended in this step, early or at
+            # the horizon; `waits`, until the next one begins; `episode`, the number of this step's episode.
             obs_NO, reward_N, _, _, info = envs.step(action)
-            return_NE[:, info["episode"]] += reward_N
+            return_NE[:, info["episode"]] += reward_N  # 0 from worlds that wait
             step = {"x": x_NI, "action": action, "output": output_NA, "value": value_N}
             steps.append(step | {"reward": reward_N, "mask": playing_N})
             action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
             latest_NJ = torch.cat([action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)], 1)
+            # Of a world that waits, the step with done = 1 stays the previous one until the next episode.
             previous_NJ = torch.where(playing_N[:, None] > 0, latest_NJ, previous_NJ)
             playing_N = 1 - info["waits"].to(obs_NO)
             if envs.is_over:
@@ -318,7 +321,7 @@ def without_waiting(played: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
-    """Sums of the rewards [.., T] from each step on, discounted."""
+    """Discounted sums of the rewards from each step on; the last axis is that of steps."""
     tail = torch.zeros_like(reward[..., 0])
     tails = []
     for reward_now in reversed(reward.unbind(-1)):
@@ -328,7 +331,7 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (1506.02438), [.., T]; the value after the last step is 0."""
+    """Generalised advantage estimation (1506.02438) along the last axis; after its last step V is 0."""
     next_value = functional.pad(value[..., 1:], (0, 1))
     delta = reward + gamma * next_value - value
     return discounted_returns(delta, gamma * gae_lambda)
@@ -340,7 +343,8 @@ def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
     reward_NS = played["reward"] * mask_NS
     value_NS = played["value"] * mask_NS  # so V is 0 after a trial's last step
     unit = discounted_returns(reward_NS, args.gamma)[mask_NS > 0].std(correction=0)
-    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)  # so the size of V is about 1 in all tasks
+    # V learns to predict scaled rewards, so that its size is about 1 in every family of tasks.
+    reward_NS = reward_NS / torch.where(unit > 1e-6, unit, 1.0)
     advantage_NS = gae(reward_NS, value_NS, args.gamma, args.gae_lambda)  # [4]
     advantage = advantage_NS[mask_NS > 0]
     normalised_NS = (advantage_NS - advantage.mean()) / (advantage.std(correction=0) + 1e-8) * mask_NS
@@ -349,7 +353,7 @@ def advantages(played: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
 
 def ppo_loss(theta: Params, steps: Steps, args: Args, entropy_coef: float) -> tuple[Tensor, dict]:
     """L of a minibatch of trials, and its parts: means over steps."""
-    feature_NSH, _ = ENCODERS[args.encoder](theta, steps.x, {}, args)
+    feature_NSH, _ = ENCODERS[args.encoder](theta, steps.x, {}, args)  # from an empty memory
     output_NSA, value_NS = actor_critic(theta, feature_NSH)
     policy = distribution(theta, output_NSA)
     log_ratio_NS = (policy.log_prob(steps.action) - steps.log_prob) * steps.mask
@@ -370,10 +374,13 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
     """Epochs of PPO on theta, in place; `remaining` falls from 1 to 0. Statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
+        # The trials in random order, cut into minibatches; under torchrun this process's part of each.
         for rows in envs.unwrapped.minibatches(len(steps.x), args.minibatches, generator):  # [5]
             minibatch = Steps(*(x[rows] for x in steps))
+            # Leaves of their own: gradients are averaged before theta and its optimizer see them.
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             loss, parts = ppo_loss(weights, minibatch, args, remaining * args.entropy_coef)
+            # Processes have different numbers of steps: weighted so, their mean is the mean over all steps.
             portion = minibatch.mask.sum() / average(minibatch.mask.sum())[0]  # 1 in a single process
             gradients = average(*torch.autograd.grad(portion * loss, list(weights.values())))
             for value, gradient in zip(theta.values(), gradients, strict=True):
@@ -385,7 +392,10 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation."""
+    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation.
+
+    run.log writes the means of these tensors, and under names in ci95 the interval of that mean.
+    """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
@@ -394,7 +404,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
     return stats | {"test/gain_ci95": return_NE[:, -1] - return_NE[:, 0]}
 
 
-def train(envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
@@ -422,7 +432,7 @@ def train(envs, args: Args, run: "Run", state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, which share the tasks; in one process the values themselves."""
+    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -432,51 +442,16 @@ def average(*values: Tensor) -> list[Tensor]:
     return values
 
 
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Follower, Trials, join, make, records
+    from envs import Trials, join, make, records
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
+    # torchrun's other processes, if any: each moves a part of the worlds, and is told of all (sees_all).
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
-    options = {"discrete": True, "physics": args.physics}
+    options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
@@ -485,10 +460,9 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
     records.check_shapes(args.resume, saved=state["theta"], made=theta)
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"]) if leads else Follower()
+        run = records.start(args, algorithm, state["iteration"], leads)
         train(envs, args, run, state)
-        if leads:
-            run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from algos import maml_trpo, mbmpo  # noqa: E402
 from benchmark.curves import common, interval  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
-from envs import make  # noqa: E402
+from envs import make, records  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/mbmpo"
 PAPER = {"HalfCheetahForward": (100_000, 550)}  # the authors' real steps and return, as RLlib's README quotes them
@@ -68,7 +68,8 @@ def trpo(options: Options) -> None:
     envs, generator = make(args.env_id, 20, 200, False, args.action_scale), Generator().manual_seed(args.seed)
     theta = maml_trpo.init_policy(envs, args.hidden_size, generator)
     state = {"algorithm": "trpo", "env_steps": 0, "seconds": 0.0, "args": vars(args)}
-    task_1P, run = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)), mbmpo.Run(args, "trpo", 0)
+    task_1P = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
+    run = records.Run(args, "trpo", 0)
     for iteration in range(1, args.iterations + 1):
         batch = maml_trpo.collect(envs, task_1P, theta, args, generator)
         theta, stats = maml_trpo.trpo_step(theta, maml_trpo.surrogate, [], batch, args)

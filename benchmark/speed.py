@@ -130,6 +130,9 @@ class Stopwatch:
     def should_stop(self) -> bool:
         return False
 
+    def finish(self) -> None:
+        pass
+
     def median(self, name: str) -> float:
         return median(self.times[name][1:])
 

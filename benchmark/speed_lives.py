@@ -1,14 +1,18 @@
 """How fast worlds with a clock each learn; `python benchmark/speed.py meta_critic|lirpg|lifetime_rewards` comes here.
 
-Runs the algorithm file's own `main()`, with the stopwatch in place of its `Run` and no evaluation. No peer is written
-for these three. Figures are medians.
+Runs the algorithm file's own `main()`, with the stopwatch in place of `records.Run`, no evaluation. No peer is written for
+these three. Figures are medians.
 
 sampling_steps_per_s: steps of the worlds, over the time in the function that plays them; end_to_end_steps_per_s: over
 the whole iteration. cpu_s_per_iteration: processor time, of all threads together; on a busy machine that is the measure
 to trust.
 """
 
+from unittest import mock
+
 import torch
+
+from envs import records
 
 PLAYS = {"meta_critic": "play_window", "lirpg": "play_steps", "lifetime_rewards": "play"}
 
@@ -26,8 +30,8 @@ def measure(name: str, algorithm, args, watch) -> None:
     """main() of algos/<name>.py, until the stopwatch ends it."""
     setattr(algorithm, PLAYS[name], watch.around(getattr(algorithm, PLAYS[name])))
     algorithm.evaluate = lambda *_, **__: torch.zeros(1) if name == "lirpg" else {}
-    algorithm.Run = lambda *_: watch
-    algorithm.main(flags_of(args))
+    with mock.patch.object(records, "start", return_value=watch):
+        algorithm.main(flags_of(args))
 
 
 def report(watch) -> dict:

@@ -248,7 +248,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return int(self.gather(x.sum().reshape(1)).sum())
 
     @contextmanager
-    def playing(self) -> Iterator[None]:
+    def one_thread(self) -> Iterator[None]:
         """One thread of torch while worlds play: a single step's small matrices gain nothing from more, and waiting
         threads that spin would take the cores from the physics. Afterwards, also after an error, as many as before."""
         threads = torch.get_num_threads()

@@ -155,7 +155,7 @@ def all_worlds(envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
 
 
 class Follower:
-    """Stands in for an algorithm's `Run` where another process leads: saves nothing, stops on the same signals."""
+    """Stands in for `records.Run` where another process leads: saves nothing, stops on the same signals."""
 
     def __init__(self):
         self.stopping = False
@@ -176,3 +176,6 @@ class Follower:
 
     def save(self, state: dict) -> None:
         """Nothing: the leader's checkpoint holds the same."""
+
+    def finish(self) -> None:
+        """Nothing: the leader draws the curve."""

@@ -1,12 +1,10 @@
-"""What runs need to keep records: flags, folders, checkpoints, the progress line and Weights & Biases.
-
-The class `Run` at the end of every algorithm writes a run's folder with these functions.
-"""
+"""What runs need to keep records: flags, folders, checkpoints, the progress line and Weights & Biases."""
 
 import io
 import json
 import math
 import os
+import signal
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,10 +14,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from envs.processes import in_any_process, summarise
+from envs.processes import Follower, in_any_process, summarise
 from envs.render import adaptation_gif, learning_curve
 
-__all__ = ["in_any_process", "learning_curve"]
+
+class Run:
+    """What `train` of an algorithm writes to: a run's folder, its progress line, Weights & Biases with --track.
+
+    The folder holds args.json, metrics.jsonl, checkpoint.pt and at the end curve.png. SIGINT and SIGTERM ask the run to
+    stop; the second one aborts at once.
+    """
+
+    def __init__(self, args, algorithm: str, iteration: int):
+        self.folder, self.tracker = open_run(args, algorithm, iteration)
+        self.bar = progress_line(args, algorithm, iteration)
+        self.since = time.time()
+        self.stopping = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame):
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+        self.bar.write("stopping after this iteration; the same signal again aborts at once")
+
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return in_any_process(self.stopping)
+
+    def log(self, state: dict, stats: dict[str, float | Tensor]) -> None:
+        """Write a line of metrics; FloatingPointError if one of the numbers is not finite.
+
+        A tensor stands for its mean over all tasks, under a name that ends in ci95 for half the width of that mean's
+        95 % confidence interval.
+        """
+        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
+        self.since = time.time()
+        line = write_metrics(self.folder, state, stats)
+        self.bar.show(line)
+        if self.tracker:
+            self.tracker.log(line, step=line["iteration"])
+
+    def save(self, state: dict) -> None:
+        """Replace checkpoint.pt."""
+        save_checkpoint(self.folder, state)
+
+    def finish(self) -> None:
+        """Draw curve.png, and say in a line what adaptation changed."""
+        self.bar.write(learning_curve(self.folder))
 
 
 def parse(Args: type, argv: list[str] | None, description: str, algorithm: str) -> tuple:
@@ -97,6 +139,11 @@ def start_tracking(args, name: str):
     return wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
 
 
+def start(args, algorithm: str, iteration: int, leads: bool = True):
+    """A `Run` in the process that leads, a `Follower` in torchrun's others."""
+    return Run(args, algorithm, iteration) if leads else Follower()
+
+
 @contextmanager
 def errors_in_one_line(state: dict) -> Iterator[None]:
     """Numbers that are not finite, and what the system refuses, as one line on standard error, without a trace."""
@@ -107,10 +154,7 @@ def errors_in_one_line(state: dict) -> Iterator[None]:
 
 
 def write_metrics(folder: Path, state: dict, stats: dict) -> dict[str, float]:
-    """Append an iteration's line to metrics.jsonl; FloatingPointError if one of the numbers is not finite.
-
-    A tensor stands for its mean, under a name that ends in ci95 for half the width of that mean's 95 % interval.
-    """
+    """Append an iteration's line to metrics.jsonl and return it; `Run.log` says what is in it."""
     line = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | summarise(stats)
     wrong = {name: value for name, value in line.items() if not math.isfinite(value)}
     if wrong:
@@ -136,11 +180,15 @@ def progress_line(args, algorithm: str, iteration: int):
     return ProgressLine(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
 
 
-def film(folder: Path, envs, policy, params: dict[str, dict[str, Tensor]], seed: int) -> None:
-    """adaptation.gif: one held-out task, with a policy's means under several parameters, by their captions."""
+def film(run, envs, policy, params: dict[str, dict[str, Tensor]], seed: int) -> None:
+    """adaptation.gif: one held-out task, with a policy's means under several parameters, by their captions.
+
+    Nothing in a process that does not lead.
+    """
 
     def actor(weights: dict[str, Tensor]):
         return lambda obs: policy(weights, obs)[0]
 
     actors = {caption: actor(weights) for caption, weights in params.items()}
-    adaptation_gif(folder / "adaptation.gif", envs, actors, seed)
+    if isinstance(run, Run):
+        adaptation_gif(run.folder / "adaptation.gif", envs, actors, seed)

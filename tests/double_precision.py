@@ -33,7 +33,7 @@ class Alone:
     minibatches = TaskVectorEnv.minibatches
     choose = TaskVectorEnv.choose
     total = TaskVectorEnv.total
-    playing = TaskVectorEnv.playing
+    one_thread = TaskVectorEnv.one_thread
 
     @property
     def unwrapped(self):

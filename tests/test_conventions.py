@@ -22,9 +22,8 @@ FILES = sorted((ROOT / "algos").glob("*.py"))
 SUPERVISED = ("maml", "fomaml", "reptile")
 LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 450 for those that are not named here
 LONGEST |= {"maml_trpo": 495}  # four inner estimators, TRPO
-LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 495}  # two encoders, each with a cache; models beside TRPO
+LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 527}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 495, "lirpg": 495}  # three networks and their losses; an update that is differentiated
-LONGEST |= {"meta_critic": 495, "lifetime_rewards": 495}  # Adam for N networks, meta-testing; three networks
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -68,8 +67,6 @@ def test_sizes(path):
         if hasattr(node, "args") and hasattr(node, "name")
     }
     assert max(longest.values()) <= 50, longest
-    (run,) = (node for node in parse(path).body if getattr(node, "name", None) == "Run")
-    assert run.end_lineno - run.lineno + 1 < 50
 
 
 def too_long(text: str, columns: int, allowed: str = "") -> list[str]:
@@ -124,7 +121,7 @@ def test_the_algorithm_does_not_speak_of_processes(path):
     assert averaging(text) == set()
     order = [node.name for node in parse(path).body if hasattr(node, "name")]
     assert order[-1] == "main"
-    assert set(order[order.index("train") + 1 :]) <= {"average", "whole", "Run", "main"}
+    assert set(order[order.index("train") + 1 :]) <= {"average", "main"}
 
 
 def test_words_of_processes_are_found():

@@ -396,8 +396,7 @@ def test_a_policy_that_is_given_the_task_sees_it():
 @pytest.mark.parametrize("given", [False, True])
 def test_main_gives_the_task_if_asked(given, monkeypatch):
     seen = []
-    monkeypatch.setattr(multitask_ppo, "Run", lambda *_: SimpleNamespace(bar=SimpleNamespace(write=print), folder=None))
-    monkeypatch.setattr(records, "learning_curve", lambda folder: "")
+    monkeypatch.setattr(records, "start", lambda *_: SimpleNamespace(finish=lambda: None))
     monkeypatch.setattr(multitask_ppo, "train", lambda envs, args, run, state: seen.append((envs, state)))
     flags = ["--env-id", "Navigation2D-v0", "--meta-batch-size", "2", "--episodes-per-task", "2", "--action-scale", "3"]
     multitask_ppo.main([*flags, *(["--task-given"] if given else [])])

@@ -66,15 +66,15 @@ def test_worlds_take_their_part_of_all_tasks(parts):
     assert torch.equal(torch.cat([third.tasks for third in thirds]), tasks)
 
 
-def test_total_counts_and_playing_takes_one_thread_back(parts):
+def test_total_counts_and_one_thread_is_taken_back(parts):
     whole, _ = parts
     assert whole.total(torch.tensor([[1.0, 0.0], [1.0, 1.0]])) == 3
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with whole.playing():
+        with whole.one_thread():
             assert torch.get_num_threads() == 1
-        with pytest.raises(KeyError), whole.playing():
+        with pytest.raises(KeyError), whole.one_thread():
             raise KeyError
         assert torch.get_num_threads() == 2
     finally:
