@@ -1,7 +1,7 @@
 """How fast worlds with a clock each learn; `python benchmark/speed.py meta_critic|lirpg|lifetime_rewards` comes here.
 
-Runs the algorithm file's own `main()`, with the stopwatch in place of `records.Run`, no evaluation. No peer is written for
-these three. Figures are medians.
+Runs the algorithm file's own `main()`, with the stopwatch in place of `records.Run` and no evaluation. These three
+have no peers. Figures are medians.
 
 sampling_steps_per_s: steps of the worlds, over the time in the function that plays them; end_to_end_steps_per_s: over
 the whole iteration. cpu_s_per_iteration: processor time, of all threads together; on a busy machine that is the measure
