@@ -4,7 +4,7 @@ Paper: Zheng et al. 2020, "What can learned intrinsic rewards capture?", arXiv:1
 Run: python algos/lifetime_rewards.py --env-id SymABC-v0      (--help explains every flag; --cuda: on the GPU)
 Result: SymABC, episodes 41 to 50: 0.36, 0.35 (by r itself: 0.23; best possible 0.5); docs/lifetime_rewards.md
 Algorithm: a lifetime is many episodes of one task; its policy pi_theta is born random and learns from r_eta.
-    [1] repeat, in N lifetimes of different ages: U times, each going on where the lifetimes are,
+    [1] repeat, with N lifetimes of different ages that go on from iteration to iteration: U times,
     [2]     T steps with pi_theta, through the ends of episodes
     [3]     r_eta of each step: a function of the lifetime's history of observations, extrinsic rewards r and
             ends of episodes
@@ -26,9 +26,7 @@ Differs from the paper: r_eta = r + tanh(LSTM), near r at first (without "r +" i
 """
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -107,7 +105,7 @@ class Trajectory(NamedTuple):
     x: Tensor  # [N, T, I] what it led to: observation (before any restart), extrinsic reward, episode's end
     reward: Tensor  # [N, T] extrinsic
     over: Tensor  # [N, T] 1 where the episode ended
-    died: Tensor  # [N, T] 1 where the lifetime ended (once at most: the next one's end is not marked)
+    died: Tensor  # [N, T] 1 where the lifetime ended; at most once, an end of the next one is not marked
     mask: Tensor  # [N, T] 1 until then, that step included; 0 after it
     episode: Tensor  # [N, T] number of the episode in its lifetime
     obs_after: Tensor  # [N, O] after the T steps
@@ -157,12 +155,12 @@ def empty_memory(obs_NO: Tensor, args: Args) -> Memory:
 
 
 def read_history(weights: Params, data: Trajectory, memory: Memory) -> tuple[Tensor, Memory]:
-    """What the network says before the first and after each of T steps [N, K]; its memory then."""
+    """The network's number before the first and after each of T steps [N, K], and its memory after them."""
     lstm = [weights[name] for name in ("w_x", "w_h", "b_x", "b_h")]
     options = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "bidirectional": False}
     options |= {"batch_first": True, "train": True}  # train: without it, cuDNN has no gradient
     feature_NTH, h_1NH, c_1NH = torch.lstm(data.x, memory, lstm, **options)
-    before_N1H = memory[0].transpose(0, 1)
+    before_N1H = memory[0].transpose(0, 1)  # of an LSTM's two states, the first is its last feature
     feature_NKH = torch.cat([before_N1H, feature_NTH], 1)
     number_NK = feature_NKH @ weights["w_out"] + weights["b_out"]
     goes_on_N1 = 1 - data.died.sum(1, keepdim=True)
@@ -202,7 +200,7 @@ def play(envs, obs_NO: Tensor, theta: Params, args: Args, generator: Generator) 
 
 
 def learned_reward(eta: Params, data: Trajectory, memory: Memory) -> tuple[Tensor, Memory]:
-    """r_eta [N, T] of a trajectory's steps, each by all up to what it led to; the network's memory then."""
+    """r_eta [N, T] of a trajectory's steps, which sees what they led to; the network's memory after them."""
     number_NK, memory = read_history(eta, data, memory)
     return data.reward + torch.tanh(number_NK[:, 1:]), memory  # [3]
 
@@ -218,15 +216,15 @@ def bootstrapped_returns(reward_NT: Tensor, end_NT: Tensor, after_N: Tensor, gam
 
 
 def per_network(x: Tensor, weights: Tensor) -> Tensor:
-    """A number of each network, x [N], as [N, 1, ..]: so it meets all of the network's `weights` [N, ..]."""
+    """x [N], a number of each network, in the shape [N, 1, ..] that meets these weights [N, ..]."""
     return x.view(-1, *[1] * (weights.ndim - 1))
 
 
 def update_policies(theta: Params, data: Trajectory, reward_NT: Tensor, args: Args) -> Params:
     """A step of each policy on its trajectory, as a function of theta and the rewards.
 
-    The step takes G and the baseline v as constants. But they depend on eta, by the rewards and by theta, and
-    so the result does: nothing here is detached.
+    The policy's own gradient takes G and the baseline v for numbers. But both depend on eta, by the rewards
+    and by theta, and the meta-gradient passes through them: nothing here is detached.
     """
     _, baseline_NT = policies(theta, data.obs)
     _, after_N1 = policies(theta, data.obs_after[:, None])
@@ -260,19 +258,19 @@ def value_loss(phi: Params, window: list[Trajectory], memory: Memory, args: Args
         value_NK, memory = read_history(phi, data, memory)
         values.append(value_NK[:, :-1])  # V before each step
     value_NS = torch.cat(values, 1)
-    after_N1 = value_NK[:, -1:]
-    known_NS = value_NS.detach()
-    next_NS = torch.cat([known_NS[:, 1:], after_N1.detach()], 1)
+    known_NS = value_NS.detach()  # V as a number, not as a function of phi
+    last_N1 = value_NK[:, -1:].detach()
+    next_NS = torch.cat([known_NS[:, 1:], last_N1], 1)
     delta_NS = reward_NS + args.gamma * (1 - died_NS) * next_NS - known_NS
-    nothing_N = torch.zeros_like(delta_NS[:, 0])
-    gae_NS = bootstrapped_returns(delta_NS, died_NS, nothing_N, args.gamma * args.gae_lambda)  # [6]
+    zero_N = torch.zeros_like(delta_NS[:, 0])  # GAE's sum ends with the window; V after it is in delta
+    gae_NS = bootstrapped_returns(delta_NS, died_NS, zero_N, args.gamma * args.gae_lambda)  # [6]
     advantage_NS = mask_NS * gae_NS
     loss = (mask_NS * (advantage_NS + known_NS - value_NS)).square().mean()
     return loss, advantage_NS / (advantage_NS.std() + 1e-6), memory
 
 
 def meta_loss(eta: Params, theta: Params, window: list, memory: Memory, advantage_NS: Tensor, args) -> Tensor:
-    """-mean log pi_theta(a|s) A_life, as a function of eta. theta and memory: as the window begins.
+    """-mean log pi_theta(a|s) A_life as a function of eta; theta and memory are those before the window.
 
     The window has been played. Here its updates are made once more, now as functions of eta: theta_k played
     trajectory k, and theta_k+1 = theta_k + alpha grad(theta_k, r_eta). So log pi_theta_k(a|s) depends on eta
@@ -289,7 +287,7 @@ def meta_loss(eta: Params, theta: Params, window: list, memory: Memory, advantag
 
 
 def meta_step(eta: Params, phi: Params, optimizer, theta: Params, memory: dict, window: list, args) -> tuple:
-    """A step of Adam on eta and phi, in place; theta and memory: as the window begins.
+    """A step of Adam on eta and phi, in place; theta and memory are those before the window.
 
     Returns statistics, and V's memory after the window.
     """
@@ -357,7 +355,7 @@ def init_lifetimes(envs, args: Args, generator: Generator) -> dict:
     }
 
 
-def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, test_envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     device = envs.unwrapped.device
     eta = {name: x.to(device, copy=True) for name, x in state["eta"].items()}
@@ -378,7 +376,7 @@ def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
         theta_before = theta
         memory_before = dict(memory)
         window = []
-        for _ in range(args.unroll):  # [1]
+        for _ in range(args.unroll):  # [1]; meta_step will make these updates again, as functions of eta
             data = play(envs, obs_NO, theta, args, generator)
             reward_NT, memory["eta"] = learned_reward(eta, data, memory["eta"])
             theta = update_policies(theta, data, reward_NT, args)
@@ -397,42 +395,6 @@ def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
             run.save(state)
         if stopping:
             break
-
-
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, and its end on a signal."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from envs import records
-
-        self.records = records
-        self.folder, self.tracker = records.open_run(args, algorithm, iteration)
-        self.bar = records.progress_line(args, algorithm, iteration)
-        self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return self.records.in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """Write a line of metrics; a tensor stands for its mean, "..ci95" for that mean's 95 % interval."""
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
-        line = self.records.write_metrics(self.folder, state, stats)
-        self.bar.show(line)
-        if self.tracker:
-            self.tracker.log(line, step=line["iteration"])
-
-    def save(self, state: dict) -> None:
-        self.records.save_checkpoint(self.folder, state)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -456,9 +418,9 @@ def main(argv: list[str] | None = None) -> None:
     if wrong:
         raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
     with records.errors_in_one_line(state):
-        run = Run(args, algorithm, state["iteration"])
+        run = records.start(args, algorithm, state["iteration"])
         train(envs, test_envs, args, run, state)
-        run.bar.write(records.learning_curve(run.folder))
+        run.finish()
 
 
 if __name__ == "__main__":
