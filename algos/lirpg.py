@@ -1,34 +1,30 @@
 """LIRPG: learn an intrinsic reward by the gradient of the extrinsic return through the policy's own update.
 
-Paper: Zheng, Oh, Singh 2018, arXiv:1804.06459, Algorithm 1, with PPO (1707.06347) as in its section on MuJoCo.
-Run: python algos/lirpg.py --env-id HalfCheetahForward-v0     (--help explains every flag; --cuda uses the GPU)
-Result: delay 20: a pole 200 (4 of 5 seeds), HalfCheetah 1020 (PPO: 618), Hopper 1271 (1308), 3 seeds; docs/lirpg.md
+Paper: Zheng, Oh, Singh 2018, arXiv:1804.06459, Algorithm 1, with PPO (1707.06347) as on MuJoCo.
+Run: python algos/lirpg.py --env-id HalfCheetahForward-v0   (--help explains every flag; --cuda uses the GPU)
+Result: rewards paid every 20 steps, the learned reward alone: a pole 200 (4 of 5 seeds; 193); docs/lirpg.md
 Algorithm:
     [1] repeat: T more steps of each of N worlds with pi_theta; their rewards r_ex are summed up and paid late
     [2]     advantages A_ex of r_ex by GAE over V_ex
-    [3]     some epochs over minibatches: r_mix = c_ex r_ex + lambda r_in, r_in = tanh(net_eta(s, a)) at every step
+    [3]     some epochs over minibatches: r_mix = c_ex r_ex + lambda r_in, r_in = tanh(net_eta(s, a))
     [4]         advantages A_mix of r_mix by GAE over V_mix, linear in r_in: functions of eta
     [5]         L_mix = -mean min(r A_mix, clip(r, 1 - c, 1 + c) A_mix) + (V_mix - target)^2 / 2 - c_H entropy
     [6]         theta' = theta + a step of Adam on L_mix, a function of eta through A_mix and target
     [7]         L_ex = the same loss of A_ex and V_ex at theta', on the same minibatch, without the entropy
     [8]         eta <- eta + a step of Adam on the exact grad_eta L_ex(theta'(eta)); then theta <- theta'
-    [9]     now and then: undelayed returns of the first policy (k0), of the present one (k1), from new start states
-One epoch of one minibatch makes r = 1 and [5] an actor-critic's loss (A2C); lambda = 0 and c_ex = 1 leave PPO.
-Symbols: lambda = intrinsic_coef, c_ex = extrinsic_coef, c = clip, c_H = entropy_coef, r = pi_theta(a|s) / pi_old(a|s);
-    steps of size alpha = lr in [6], beta = reward_lr in [8]; theta holds pi and V_mix, eta holds r_in and V_ex.
-Shapes: a suffix names a tensor's axes (obs_NTO): N worlds, T steps, O observation, A action (choices, or dimensions),
-    B samples of a minibatch, P task vector, F features, W all of theta or eta.
-Differs from the paper: several worlds, fewer minibatches; behind a time limit V goes on; values are not clipped.
+    [9]     now and then: undelayed returns of the first policy (k0) and of the present one (k1)
+One epoch of one minibatch makes r = 1 and [5] an actor-critic's loss (A2C); lambda = 0, c_ex = 1 leave PPO.
+Symbols: lambda = intrinsic_coef, c_ex = extrinsic_coef, c = clip, c_H = entropy_coef; Adam's step size is
+    alpha = lr in [6], beta = reward_lr in [8]; r = pi_theta(a|s) / pi_old(a|s), pi_old the policy that acted.
+    theta holds pi and V_mix, eta holds r_in and V_ex.
+Shapes: a suffix names a tensor's axes (obs_NTO): N worlds, T steps, O observation, A action (choices, or
+    dimensions), S = N T steps, B of them in a minibatch, P task vector, F features, W all of theta or eta.
+Differs from the paper: several worlds, fewer minibatches; V_mix has a level that follows r_in at once; values
+    are not clipped; last layers begin near 0. As in the authors' code, V ends at a time limit.
 """
 
-import io
-import json
 import math
-import os
-import signal
 import sys
-import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,7 +36,7 @@ from torch.func import grad
 from torch.nn.functional import linear, one_hot
 
 Params = dict[str, Tensor]
-CARRIED = "theta", "theta_adam", "eta", "eta_adam", "obs_moments", "return_moments", "sums"  # on the run's device
+CARRIED = "theta", "theta_adam", "eta", "eta_adam", "obs_moments", "return_moments", "sums"  # on the device
 
 
 @dataclass
@@ -58,7 +54,7 @@ class Args:
     horizon: int = 1000
     """steps of an episode at most; 1000 in the paper"""
     delay: int = 20
-    """rewards are summed over so many steps of an episode, or to its end, and paid at once; 10, 20, 40 in the paper"""
+    """rewards of so many steps are paid in one sum, the rest at an episode's end; 10, 20, 40 in the paper"""
     intrinsic_coef: float = 1.0
     """weight of the learned reward (lambda); 1 for the paper's MuJoCo; 0 leaves PPO"""
     extrinsic_coef: float = 0.0
@@ -80,7 +76,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of GAE; 0.95 in the paper; 1 in its A2C"""
     entropy_coef: float = 0.0
-    """weight of the entropy (c_H); 0 in the paper, 0.01 in its A2C; without it, choices may become certain too early"""
+    """weight of the entropy (c_H); 0 in the paper, 0.01 in its A2C; keeps choices from certainty"""
     normalize: bool = True
     """observations and rewards by their running moments; no good for one-hot observations"""
     normalize_advantages: bool = True
@@ -90,7 +86,7 @@ class Args:
     cuda: bool = False
     """networks and updates on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
-    """mujoco: on the CPU's threads; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
     track: bool = False
@@ -122,14 +118,15 @@ class Stream(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a stream is worth to the two losses; the learned reward is missing, because it changes while we learn."""
+    """What an update learns from: all that stays fixed while theta and eta change, so r_in is not in it."""
 
     obs: Tensor  # [N, T, O] normalised
     action: Tensor  # [N, T] or [N, T, A]
     log_prob: Tensor  # [N, T] log pi_old(a|s)
     gae_weight: Tensor  # [N, T, T] of a step's TD error (last axis) in the advantage of another step
-    mixed_delta: Tensor  # [N, T] TD error of V_mix without the learned reward
-    mixed_value: Tensor  # [N, T] V_mix
+    mixed_delta: Tensor  # [N, T] TD error of V_mix's network without the learned reward
+    mixed_value: Tensor  # [N, T] V_mix's network
+    level_weight: Tensor  # [N, T] of the mean learned reward in a step's TD error; its mean is 1
     extrinsic_advantage: Tensor  # [N, T] A_ex
     extrinsic_target: Tensor  # [N, T] what V_ex should have been
 
@@ -141,9 +138,19 @@ def init_mlp(name: str, inputs: int, outputs: int, generator: Generator) -> Para
     weights, biases = {}, {}
     for i, scale in enumerate(scales):
         fan_in, fan_out = sizes[i], sizes[i + 1]
-        weights[f"{name}_w{i}"] = scale / math.sqrt(fan_in) * torch.randn(fan_out, fan_in, generator=generator)
+        normal = torch.randn(fan_out, fan_in, generator=generator)
+        weights[f"{name}_w{i}"] = scale / math.sqrt(fan_in) * normal
         biases[f"{name}_b{i}"] = torch.zeros(fan_out)
     return weights | biases
+
+
+def init_adam(params: Params) -> Params:
+    zeros_W = torch.zeros(sum(x.numel() for x in params.values()))
+    return {"mean": zeros_W, "square": zeros_W, "steps": torch.zeros((), dtype=torch.float64)}
+
+
+def init_moments(size: int) -> Params:
+    return {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.tensor(1e-4)}
 
 
 def first_state(envs, args: Args, generator: Generator) -> dict:
@@ -155,7 +162,6 @@ def first_state(envs, args: Args, generator: Generator) -> dict:
     if space.shape:
         theta["log_std"] = torch.zeros(action_size)
     eta = init_mlp("reward", obs_size + action_size, 1, generator) | init_mlp("value", obs_size, 1, generator)
-    sums = {name: torch.zeros(args.num_worlds) for name in ("return", "discounted", "step", "due")}
     return {
         "theta": theta,  # pi and V_mix
         "eta": eta,  # r_in and V_ex
@@ -163,7 +169,7 @@ def first_state(envs, args: Args, generator: Generator) -> dict:
         "eta_adam": init_adam(eta),
         "obs_moments": init_moments(obs_size),
         "return_moments": init_moments(1),
-        "sums": sums,  # of the present episode's rewards in each world
+        "sums": {name: torch.zeros(args.num_worlds) for name in ("return", "discounted", "step", "due")},
     }
 
 
@@ -221,7 +227,7 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
         policy = policy_of(state["theta"], seen_NO)
         action = draw_action(policy, noise_NA)
         next_NO, reward_N, fell_N, late_N, info = envs.step(action)
-        final_NO = info.get("final_obs", next_NO)  # where an episode ended, next_NO already belongs to another
+        final_NO = info.get("final_obs", next_NO)  # where an episode ended, next_NO is already in another
         step = Stream(
             raw_obs=obs_NO, obs=seen_NO, action=action, log_prob=policy.log_prob(action), reward=reward_N,
             next_obs=normalized(final_NO, moments), fell=fell_N, done=fell_N | late_N,
@@ -231,10 +237,10 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
     return obs_NO, Stream._make(torch.stack(field, 1) for field in zip(*records, strict=True))
 
 
-def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple[Tensor, Tensor, Tensor, Params]:
-    """[N, T] each: returns and discounted returns so far, payments; and the sums that the next steps go on with.
+def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple:
+    """Pay rewards every `delay` steps of an episode and at its end.
 
-    Rewards are paid every `delay` steps of an episode and at its end.
+    Returns of the episodes so far, discounted ones, and payments, [N, T] each; and the sums to go on with.
     """
     returns, discounted, paid = [], [], []
     for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
@@ -255,19 +261,21 @@ def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tu
 def update_moments(moments: Params, x_SF: Tensor) -> Params:
     """Running mean and variance [F] of all rows so far, these included."""
     count = moments["count"] + len(x_SF)
-    share = len(x_SF) / count
+    part = len(x_SF) / count
     shift_F = x_SF.mean(0) - moments["mean"]
-    var_F = (1 - share) * moments["var"] + share * x_SF.var(0, correction=0) + share * (1 - share) * shift_F**2
-    return {"mean": moments["mean"] + share * shift_F, "var": var_F, "count": count}
+    within_F = (1 - part) * moments["var"] + part * x_SF.var(0, correction=0)
+    var_F = within_F + part * (1 - part) * shift_F**2
+    return {"mean": moments["mean"] + part * shift_F, "var": var_F, "count": count}
 
 
 @torch.no_grad()
 def receive(stream: Stream, state: dict, args: Args) -> tuple[Tensor, dict]:
-    """The delayed rewards r_ex [N, T], and statistics. Updates the sums and the running moments in `state`."""
-    return_NT, discounted_NT, paid_NT, state["sums"] = pay_late(stream.reward, stream.done, state["sums"], args)
+    """The delayed rewards r_ex [N, T], and statistics. Updates the sums and running moments in `state`."""
+    return_NT, discounted_NT, paid_NT, sums = pay_late(stream.reward, stream.done, state["sums"], args)
+    state["sums"] = sums
     stats = {}
     if stream.done.any():
-        stats["train/return_post"] = float(return_NT[stream.done].mean())
+        stats["train/return_post"] = return_NT[stream.done]
     if args.normalize:
         state["obs_moments"] = update_moments(state["obs_moments"], stream.raw_obs.flatten(0, 1))
         state["return_moments"] = update_moments(state["return_moments"], discounted_NT.reshape(-1, 1))
@@ -276,10 +284,7 @@ def receive(stream: Stream, state: dict, args: Args) -> tuple[Tensor, dict]:
 
 
 def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
-    """[N, T, T]: decay^(j - i), the weight of step j's TD error in the advantage of step i.
-
-    0 where j comes before i, or after the end of i's episode. GAE as a matrix keeps advantages linear in the rewards.
-    """
+    """[N, T, T], GAE as a matrix: decay^(j - i) for steps j from i to the end of its episode, else 0."""
     episode_NT = done_NT.cumsum(1) - done_NT.long()  # how many episodes of the world ended before the step
     t_T = torch.arange(done_NT.shape[1], device=done_NT.device)
     weight_TT = (decay ** (t_T - t_T[:, None]).clamp_min(0)).triu()
@@ -289,26 +294,28 @@ def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
 
 @torch.no_grad()
 def prepare(stream: Stream, reward_NT: Tensor, state: dict, args: Args) -> Batch:
-    """What an update learns from: all that stays fixed while theta and eta change."""
+    """The batch of a stream that was played and paid."""
     gae_weight_NTT = gae_weights(stream.done, args.gamma * args.gae_lambda)
-    discount_NT = args.gamma * ~stream.fell  # after a fall there is nothing; after a time limit V goes on
+    # A time limit is an end, too: no step begins in a state after it, so nothing would correct its value.
+    discount_NT = args.gamma * ~stream.done
+    drop_NT = 1 - args.gamma * ~stream.fell + 1e-8  # share of the level that is lost in a step: all in a fall
     extrinsic_NT = value_of(state["eta"], stream.obs)
     next_extrinsic_NT = value_of(state["eta"], stream.next_obs)
     mixed_NT = value_of(state["theta"], stream.obs)
     next_mixed_NT = value_of(state["theta"], stream.next_obs)
-
     delta_NT = reward_NT + discount_NT * next_extrinsic_NT - extrinsic_NT
     advantage_NT = (gae_weight_NTT @ delta_NT[..., None]).squeeze(-1)  # [2]
     known_NT = args.extrinsic_coef * reward_NT + args.live_bonus  # r_mix without r_in
     return Batch(
         obs=stream.obs, action=stream.action, log_prob=stream.log_prob, gae_weight=gae_weight_NTT,
         mixed_delta=known_NT + discount_NT * next_mixed_NT - mixed_NT, mixed_value=mixed_NT,
+        level_weight=drop_NT / drop_NT.mean(),
         extrinsic_advantage=advantage_NT, extrinsic_target=advantage_NT + extrinsic_NT,
     )  # fmt: skip
 
 
-def clipped_loss(theta: Params, critic: Params, batch: Batch, rows_B: Tensor, advantage_NT: Tensor, target_NT: Tensor,
-                 entropy_coef: float, args: Args) -> Tensor:  # fmt: skip
+def clipped_loss(theta: Params, critic: Params, batch: Batch, rows_B: Tensor, advantage_NT: Tensor,
+                 target_NT: Tensor, entropy_coef: float, args: Args) -> Tensor:  # fmt: skip
     """PPO's loss on a minibatch, of pi_theta and of the value in `critic` (theta: V_mix, eta: V_ex)."""
     obs_BO = batch.obs.flatten(0, 1)[rows_B]
     action = batch.action.flatten(0, 1)[rows_B]
@@ -326,28 +333,23 @@ def clipped_loss(theta: Params, critic: Params, batch: Batch, rows_B: Tensor, ad
 
 
 def mixed_loss(theta: Params, eta: Params, batch: Batch, rows_B: Tensor, args: Args) -> Tensor:
-    """L_mix of a minibatch. A step's advantage depends on r_in of all later steps of its episode."""
+    """L_mix of a minibatch. A step's advantage depends on r_in of all later steps of its episode.
+
+    V_mix is a network plus a level: what the mean r_in would be worth in any state, mean r_in / (1 - gamma p)
+    with p the share of steps without a fall. Eta often moves r_in everywhere at once; the level follows, but
+    a network, which has to learn it, would take many updates, and A_mix would be its error.
+    """
     reward_NT = args.intrinsic_coef * intrinsic_reward(eta, batch.obs, batch.action)  # [3]
-    delta_NT = batch.mixed_delta + reward_NT
+    delta_NT = batch.mixed_delta + reward_NT - batch.level_weight * reward_NT.mean()
     advantage_NT = (batch.gae_weight @ delta_NT[..., None]).squeeze(-1)  # [4]
-    target_NT = advantage_NT + batch.mixed_value
+    target_NT = advantage_NT + batch.mixed_value  # of the network
     return clipped_loss(theta, theta, batch, rows_B, advantage_NT, target_NT, args.entropy_coef, args)
 
 
-def init_adam(params: Params) -> Params:
-    zeros_W = torch.zeros(sum(x.numel() for x in params.values()))
-    return {"mean": zeros_W, "square": zeros_W, "steps": torch.zeros((), dtype=torch.float64)}
-
-
-def init_moments(size: int) -> Params:
-    return {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.tensor(1e-4)}
-
-
 def adam_step(params: Params, gradient: Params, adam: Params, lr: float) -> tuple[Params, Params]:
-    """Parameters and moments after a step of Adam on the gradient, shortened to a norm of 0.5.
+    """Parameters and moments after a step of Adam on the gradient, which is shortened to a norm of 0.5.
 
-    theta' = theta - lr m / (sqrt(v) + 1e-5), m and v the bias-corrected moments. Differentiable in the gradient through
-    m; v is a constant, as in the authors' code.
+    params - lr m / (sqrt(v) + 1e-5), the moments corrected. Differentiable in m; v counts as a constant.
     """
     gradient_W = torch.cat([gradient[name].flatten() for name in params])
     norm = (gradient_W.square().sum() + 1e-20).sqrt()
@@ -370,7 +372,7 @@ def extrinsic_loss(eta: Params, theta: Params, theta_adam: Params, batch: Batch,
     gradient = grad(mixed_loss)(theta, eta, batch, rows_B, args)
     new_theta, new_adam = adam_step(theta, gradient, theta_adam, args.lr)  # [6]
     advantage_NT, target_NT = batch.extrinsic_advantage, batch.extrinsic_target
-    loss = clipped_loss(new_theta, eta, batch, rows_B, advantage_NT, target_NT, 0.0, args)  # [7]
+    loss = clipped_loss(new_theta, eta, batch, rows_B, advantage_NT, target_NT, 0.0, args)  # [7]: no entropy
     return loss, (new_theta, new_adam)
 
 
@@ -382,22 +384,21 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
             inputs = state["theta"], state["theta_adam"], batch, rows_B.to(batch.obs.device), args
             if args.intrinsic_coef:
                 gradient, policy_update = grad(extrinsic_loss, has_aux=True)(state["eta"], *inputs)  # [8]
-                eta_update = adam_step(state["eta"], gradient, state["eta_adam"], args.reward_lr)
-                state["eta"], state["eta_adam"] = eta_update
+                eta_adam = state["eta_adam"]
+                state["eta"], state["eta_adam"] = adam_step(state["eta"], gradient, eta_adam, args.reward_lr)
             else:  # PPO: eta has no effect
                 _, policy_update = extrinsic_loss(state["eta"], *inputs)
-            state["theta"], state["theta_adam"] = policy_update  # after eta's gradient: both are of the old theta
+            state["theta"], state["theta_adam"] = policy_update  # last: eta's step is of the old theta
 
 
 def evaluate(envs, tasks_NP: Tensor, state: dict, args: Args) -> Tensor:
-    """Returns [N] of an episode in each world: the same start states and the same noise in every evaluation."""
+    """Returns [N] of an episode in each world; start states and noise are the same in every evaluation."""
     obs_NO, _ = envs.reset(seed=args.seed + 1, options={"tasks": tasks_NP})
-    generator = Generator().manual_seed(args.seed + 1)
-    _, stream = play_steps(envs, obs_NO, state, args.horizon, generator)
+    _, stream = play_steps(envs, obs_NO, state, args.horizon, Generator().manual_seed(args.seed + 1))
     return stream.reward.sum(1).cpu()
 
 
-def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
+def train(envs, test_envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on; `test_envs` are worlds of their own."""
     for part in CARRIED:
         state[part] = {name: x.to(envs.unwrapped.device) for name, x in state[part].items()}
@@ -417,108 +418,43 @@ def train(envs, test_envs, args: Args, run: "Run", state: dict) -> None:
         reward_NT, stats = receive(stream, state, args)  # [1]
         stats["train/intrinsic_std"] = float(intrinsic_NT.std(correction=0))
         learn_from(prepare(stream, reward_NT, state, args), state, args, generator)
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or run.stopping
+        stopping = run.should_stop()
+        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
         if save or iteration == 1:
-            before_N = state["first_returns"]
-            now_N = evaluate(test_envs, tasks_NP, state, args)  # [9]
-            stats["test/return_k0"] = float(before_N.mean())
-            stats["test/return_k1"] = float(now_N.mean())
-            stats["test/gain_ci95"] = 1.96 * float((now_N - before_N).std(correction=0)) / math.sqrt(args.num_worlds)
+            stats["test/return_k0"] = state["first_returns"]
+            stats["test/return_k1"] = evaluate(test_envs, tasks_NP, state, args)  # [9]
+            stats["test/gain_ci95"] = stats["test/return_k1"] - stats["test/return_k0"]
         run.log(state, stats)
         if save:
             run.save(state | {"generator": generator.get_state(), "worlds": envs.save_worlds()})
-            if run.stopping:
-                break
-
-
-class Run:
-    """A run's folder (args.json, metrics.jsonl, checkpoint.pt), progress line, W&B, and an orderly end on signals."""
-
-    def __init__(self, args, algorithm: str, iteration: int):
-        from tqdm import tqdm
-
-        name = f"{args.env_id.replace('/', '-')}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder, self.args, self.since = Path(args.resume or f"runs/{name}"), args, time.time()
-        self.stopping, self.shown = False, {}
-        if args.track:
-            import wandb
-
-            if args.wandb_mode == "online" and not wandb.api.api_key:  # W&B itself would prompt for it
-                raise SystemExit("--track: no W&B login; run `wandb login`, or pass --wandb-mode offline")
-            settings = wandb.Settings(init_timeout=30, mode=args.wandb_mode)  # an error, not a hang, without a network
-            self.wandb = wandb.init(project="cleanmeta", name=name, config=vars(args), settings=settings)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
-        (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"  # one line an iteration; those behind the checkpoint are redone
-        self.metrics.write_text("".join(self.metrics.read_text().splitlines(True)[:iteration]) if iteration else "")
-        self.bar = tqdm(total=args.iterations, initial=iteration, unit="it", dynamic_ncols=True, desc=algorithm)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def log(self, state: dict, stats: dict) -> None:
-        state["seconds"], self.since = round(state["seconds"] + time.time() - self.since, 3), time.time()
-        record = {name: state[name] for name in ("iteration", "env_steps", "seconds")} | stats
-        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
-            raise FloatingPointError(f"not finite: {bad}")
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.args.track:
-            self.wandb.log(record, step=record["iteration"])
-        names = [name for name in stats if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
-        self.shown |= {name: f"{stats[name]:.3g}" for name in names[:3] + names[-1:]}
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
-
-    def save(self, state: dict) -> None:
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, buffer := io.BytesIO())
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")  # at every moment there is a complete one
-
-
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The state saved in a run's folder, or one line that says what is wrong. Only testzip notices a flipped bit."""
-    try:
-        if damaged := zipfile.ZipFile(path := Path(folder) / "checkpoint.pt").testzip():
-            raise ValueError(f"damaged in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != algorithm:
-            raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
-    except Exception as error:
-        raise SystemExit(f"--resume {folder}: no usable checkpoint.pt there: {error!r}") from None
+        if stopping:
+            break
 
 
 def main(argv: list[str] | None = None) -> None:
-    here, algorithm = Path(__file__).resolve().parent, Path(__file__).stem
-    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # envs/ lies beside this file or algos/
-    import tyro
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
+    from envs import Lifetimes, make, records
 
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    saved = load_checkpoint(args.resume, algorithm) if args.resume else {}
-    args = tyro.cli(Args, args=argv, default=saved["args"]) if saved else args
-    from envs import Lifetimes, learning_curve, make
-
-    options = args.env_id, args.num_worlds, args.horizon, args.cuda, 1.0, True, args.physics  # actions +-1, or choices
-    envs, test_envs, generator = Lifetimes(make(*options), 10**9), make(*options), Generator().manual_seed(args.seed)
+    algorithm = Path(__file__).stem
+    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    size = args.num_worlds, args.horizon, args.cuda
+    envs = make(args.env_id, *size, discrete=True, physics=args.physics)
+    envs = Lifetimes(envs, episodes=10**9)  # one episode after the other
+    test_envs = make(args.env_id, *size, discrete=True, physics=args.physics)
+    generator = Generator().manual_seed(args.seed)
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
     state |= first_state(envs, args, generator)
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
+    state |= {"generator": generator.get_state()}
+    state |= saved | {"args": vars(args)}  # a resumed run's values in place of the fresh ones
     fixed = "env_id", "seed", "horizon", "num_worlds"
-    if saved and (wrong := [name for name in fixed if getattr(args, name) != getattr(saved["args"], name)]):
+    wrong = [name for name in fixed if saved and getattr(args, name) != getattr(saved["args"], name)]
+    if wrong:
         raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
-    try:
-        run = Run(args, algorithm, state["iteration"])
+    with records.errors_in_one_line(state):
+        run = records.start(args, algorithm, state["iteration"])
         train(envs, test_envs, args, run, state)
-        run.bar.write(learning_curve(run.folder))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; the last whole checkpoint is kept") from None
+        run.finish()
 
 
 if __name__ == "__main__":

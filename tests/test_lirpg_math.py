@@ -55,10 +55,15 @@ def example(kind, seed=0, long=True, **flags):
     done = torch.rand(N, T, generator=generator) < 0.25
     weight = lirpg.gae_weights(done, args.gamma * args.gae_lambda)
     delta, value, advantage, target = (draw(N, T) for _ in range(4))
+    level_weight = torch.rand(N, T, generator=generator)
     if not long:
         delta, value = 0.01 * delta, slow_output(state["theta"], "value", obs)[..., 0]
     log_prob = slow_log_prob(old, obs, action)[0]
-    return args, state, Batch(obs, action, log_prob, weight, delta, value, advantage, target), done
+    batch = Batch(
+        obs=obs, action=action, log_prob=log_prob, gae_weight=weight, mixed_delta=delta, mixed_value=value,
+        level_weight=level_weight / level_weight.mean(), extrinsic_advantage=advantage, extrinsic_target=target,
+    )  # fmt: skip
+    return args, state, batch, done
 
 
 def slow_output(params, name, x):
@@ -99,6 +104,12 @@ def slow_advantages(delta, done, decay):
     return torch.stack(rows)
 
 
+def slow_delta(eta, batch, args):
+    """TD errors of the mixed reward; the mean learned reward is V_mix's level, which is lost bit by bit."""
+    reward = args.intrinsic_coef * slow_reward(eta, batch.obs, batch.action)
+    return batch.mixed_delta + reward - batch.level_weight * (reward.sum() / reward.numel())
+
+
 def slow_loss(theta, value, batch, rows, advantage, target, args, entropy_coef):
     total, normal = 0, [advantage.flatten()[row] for row in rows]
     if args.normalize_advantages:
@@ -118,7 +129,7 @@ def slow_loss(theta, value, batch, rows, advantage, target, args, entropy_coef):
 def slow_step(eta, state, batch, done, rows, args, denominator=None):
     """theta'(eta) as one vector, by torch.autograd and Adam's formulas; and Adam's denominator, which may be given."""
     theta = {name: x.clone().requires_grad_() for name, x in state["theta"].items()}
-    delta = batch.mixed_delta + args.intrinsic_coef * slow_reward(eta, batch.obs, batch.action)
+    delta = slow_delta(eta, batch, args)
     advantage = slow_advantages(delta, done, args.gamma * args.gae_lambda)
     loss = slow_loss(theta, theta, batch, rows, advantage, advantage + batch.mixed_value, args, args.entropy_coef)
     gradient = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(theta.values()))])
@@ -159,8 +170,10 @@ def test_the_bandit_of_the_closed_form():
     adam = state["theta_adam"] | {"square": torch.full_like(state["theta_adam"]["square"], big**2 / 999)}
     zeros, arms = torch.zeros(3, 1), torch.arange(3)[:, None]
     batch = Batch(
-        torch.zeros(3, 1, 1), arms, zeros - math.log(3), torch.ones(3, 1, 1), zeros, zeros, paid[:, None], zeros
-    )
+        obs=torch.zeros(3, 1, 1), action=arms, log_prob=zeros - math.log(3), gae_weight=torch.ones(3, 1, 1),
+        mixed_delta=zeros, mixed_value=zeros, level_weight=torch.ones(3, 1),  # a baseline: it changes no expectation
+        extrinsic_advantage=paid[:, None], extrinsic_target=zeros,
+    )  # fmt: skip
     close(intrinsic_of_arms := lirpg.intrinsic_reward(state["eta"], batch.obs, arms)[:, 0], learned, 1e-12)
     inputs = state["eta"], state["theta"], adam, batch, torch.arange(3), args
     gradient, (stepped, _) = grad(lirpg.extrinsic_loss, has_aux=True)(*inputs)
@@ -220,8 +233,7 @@ def test_one_minibatch_at_the_old_policy_is_the_actor_critic_gradient(kind):
     theta = {name: x.clone().requires_grad_() for name, x in state["theta"].items()}
     log_prob, entropy = slow_log_prob(theta, batch.obs, batch.action)
     batch = batch._replace(log_prob=log_prob.detach())
-    reward = slow_reward(state["eta"], batch.obs, batch.action)
-    advantage = slow_advantages(batch.mixed_delta + reward, done, args.gamma * args.gae_lambda)
+    advantage = slow_advantages(slow_delta(state["eta"], batch, args), done, args.gamma * args.gae_lambda)
     error = slow_output(theta, "value", batch.obs)[..., 0] - advantage - batch.mixed_value
     loss = (error**2 / 2 - advantage * log_prob - args.entropy_coef * entropy).mean()
     expected = torch.autograd.grad(loss, list(theta.values()))
@@ -374,7 +386,7 @@ def worlds(kind, **flags):
 @each_kind
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_batch_is_what_was_played(kind, normalize):
-    """Played again by hand: observations, log-probabilities, V's TD errors, on through time limits and not falls."""
+    """Played again by hand: observations, log-probabilities, TD errors of both values, to the end of each episode."""
     envs, args, state, first, tasks = worlds(kind, normalize=normalize, live_bonus=0.3, extrinsic_coef=0.7)
     before = {name: dict(x) for name, x in state.items()}
     after, stream = lirpg.play_steps(envs, first, state, args.rollout_steps, seeded(4))
@@ -401,7 +413,7 @@ def test_a_batch_is_what_was_played(kind, normalize):
     assert fell.any() == (kind == "choices")
     assert (done & ~fell).any()
     returns, discounted, late, _ = lirpg.pay_late(reward, done, before["sums"], args)
-    assert stats["train/return_post"] == pytest.approx(float(returns[done].mean()))
+    assert float(stats["train/return_post"].mean()) == pytest.approx(float(returns[done].mean()))
     if normalize:
         moments = lirpg.update_moments(before["return_moments"], discounted.reshape(-1, 1))
         late = (late / (moments["var"] + 1e-8).sqrt()).clamp(-10, 10)
@@ -410,7 +422,7 @@ def test_a_batch_is_what_was_played(kind, normalize):
         assert state["obs_moments"] == before["obs_moments"]
     for name, earned in (("theta", 0.7 * late + 0.3), ("eta", late)):
         value, following = (slow_output(state[name], "value", torch.stack(x, 1))[..., 0] for x in (seen, nexts))
-        delta = earned + args.gamma * following * torch.where(fell, 0.0, 1.0) - value
+        delta = earned + args.gamma * following * torch.where(done, 0.0, 1.0) - value
         if name == "theta":
             close(batch.mixed_delta, delta)
             close(batch.mixed_value, value)
@@ -418,6 +430,37 @@ def test_a_batch_is_what_was_played(kind, normalize):
             close(batch.extrinsic_advantage, slow_advantages(delta, done, args.gamma * args.gae_lambda))
             close(batch.extrinsic_target, batch.extrinsic_advantage + value)
     close(batch.gae_weight, lirpg.gae_weights(done, args.gamma * args.gae_lambda))
+    # A level b of V that the batch's mean reward 1 keeps up: 0 = mean(1 + gamma (b or, after a fall, 0) - b).
+    going = float((~fell).double().mean())
+    level = 1 / (1 - args.gamma * going)
+    error = 1 + args.gamma * level * torch.where(fell, 0.0, 1.0) - level
+    close(1 - batch.level_weight, error, 1e-5)  # 1e-8 is added, for a discount of 1
+
+
+@each_kind
+def test_a_constant_in_the_learned_reward_says_nothing_where_nobody_falls(kind):
+    """And where somebody does, a higher one makes falls worse than before."""
+    args, state, batch, done = example(kind)
+    fell = torch.zeros(N, T, dtype=torch.bool)
+    for _ in range(2):
+        drop = 1 - args.gamma * ~fell
+        batch = batch._replace(level_weight=drop / drop.mean())
+        deltas = []
+        for constant in (0.0, 0.5):
+            eta = {name: 0 * x for name, x in state["eta"].items()}
+            eta["reward_b2"] = torch.tensor([math.atanh(constant)])
+            deltas.append(slow_delta(eta, batch, args))
+            inputs = state["theta"], eta, batch, ROWS, args
+            advantage = slow_advantages(deltas[-1], done, args.gamma * args.gae_lambda)
+            target = advantage + batch.mixed_value
+            expected = slow_loss(
+                state["theta"], state["theta"], batch, ROWS, advantage, target, args, args.entropy_coef
+            )
+            close(lirpg.mixed_loss(*inputs), expected)
+        gain = deltas[1] - deltas[0]
+        assert ((gain < -0.1) == fell).all()
+        assert gain.mean().abs() < 1e-9
+        fell[0, 2] = fell[1, 5] = True
 
 
 def test_choices_are_draws_from_the_policy():
