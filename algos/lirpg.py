@@ -118,7 +118,7 @@ class Stream(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What an update learns from: all that stays fixed while theta and eta change, so r_in is not in it."""
+    """What an update learns from: all that stays as it is while theta and eta change; r_in changes with eta."""
 
     obs: Tensor  # [N, T, O] normalised
     action: Tensor  # [N, T] or [N, T, A]
@@ -217,7 +217,7 @@ def normalized(obs: Tensor, moments: Params) -> Tensor:
 
 @torch.no_grad()
 def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generator) -> tuple[Tensor, Stream]:
-    """The observation after so many further steps of all worlds, and these steps. Nothing is learned."""
+    """Play so many further steps of all worlds, without learning: the observation after them, and the steps."""
     num_scores = len(state["theta"]["policy_b2"])
     noise_TNA = torch.randn(steps, len(obs_NO), num_scores, generator=generator).to(obs_NO)
     moments = state["obs_moments"]
@@ -226,11 +226,11 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
         seen_NO = normalized(obs_NO, moments)
         policy = policy_of(state["theta"], seen_NO)
         action = draw_action(policy, noise_NA)
-        next_NO, reward_N, fell_N, late_N, info = envs.step(action)
+        next_NO, reward_N, fell_N, timeout_N, info = envs.step(action)
         final_NO = info.get("final_obs", next_NO)  # where an episode ended, next_NO is already in another
         step = Stream(
             raw_obs=obs_NO, obs=seen_NO, action=action, log_prob=policy.log_prob(action), reward=reward_N,
-            next_obs=normalized(final_NO, moments), fell=fell_N, done=fell_N | late_N,
+            next_obs=normalized(final_NO, moments), fell=fell_N, done=fell_N | timeout_N,
         )  # fmt: skip
         records.append(step)
         obs_NO = next_NO
@@ -240,7 +240,8 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
 def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple:
     """Pay rewards every `delay` steps of an episode and at its end.
 
-    Returns of the episodes so far, discounted ones, and payments, [N, T] each; and the sums to go on with.
+    Gives back [N, T] of each episode's return so far, of the discounted one, and of the payments; and the sums that
+    the next steps go on with.
     """
     returns, discounted, paid = [], [], []
     for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
@@ -388,7 +389,7 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
                 state["eta"], state["eta_adam"] = adam_step(state["eta"], gradient, eta_adam, args.reward_lr)
             else:  # PPO: eta has no effect
                 _, policy_update = extrinsic_loss(state["eta"], *inputs)
-            state["theta"], state["theta_adam"] = policy_update  # last: eta's step is of the old theta
+            state["theta"], state["theta_adam"] = policy_update  # last, since eta's step needs the old theta
 
 
 def evaluate(envs, tasks_NP: Tensor, state: dict, args: Args) -> Tensor:
