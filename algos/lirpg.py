@@ -118,7 +118,7 @@ class Stream(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What an update learns from: all that stays as it is while theta and eta change; r_in changes with eta."""
+    """What an update learns from: all that stays the same while theta and eta change, so all but r_in."""
 
     obs: Tensor  # [N, T, O] normalised
     action: Tensor  # [N, T] or [N, T, A]
@@ -217,7 +217,7 @@ def normalized(obs: Tensor, moments: Params) -> Tensor:
 
 @torch.no_grad()
 def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generator) -> tuple[Tensor, Stream]:
-    """Play so many further steps of all worlds, without learning: the observation after them, and the steps."""
+    """Play so many further steps of all worlds, without learning: the next observation, and the steps."""
     num_scores = len(state["theta"]["policy_b2"])
     noise_TNA = torch.randn(steps, len(obs_NO), num_scores, generator=generator).to(obs_NO)
     moments = state["obs_moments"]
@@ -240,8 +240,8 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
 def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple:
     """Pay rewards every `delay` steps of an episode and at its end.
 
-    Gives back [N, T] of each episode's return so far, of the discounted one, and of the payments; and the sums that
-    the next steps go on with.
+    Gives back, [N, T] each: the episodes' returns so far, discounted ones, the payments; and the sums with which
+    the next steps go on.
     """
     returns, discounted, paid = [], [], []
     for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
