@@ -189,7 +189,10 @@ def critics(theta: Params, obs: Tensor, action: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scale: float) -> Transitions:
-    """An episode of each task, all at once; noise_scale 1 explores, 0 plays the policy's means."""
+    """An episode of each task, all at once, with one z from its first step to its last.
+
+    The policy's noise is multiplied by noise_scale: 1 explores, 0 plays the policy's means.
+    """
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), *envs.single_action_space.shape
     noise_TNA = noise_scale * torch.randn(size, generator=generator).to(z_NZ)
@@ -211,8 +214,10 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
 
 def init_buffer(envs, tasks: int, size: int) -> Buffer:
     """Room for the last `size` transitions (R) of each of M tasks; count [M]: all that were ever stored."""
-    shapes = dict.fromkeys(Transitions._fields, ()) | {"action": envs.single_action_space.shape}
-    shapes |= dict.fromkeys(("obs", "next_obs"), envs.single_observation_space.shape)
+    obs = envs.single_observation_space.shape
+    action = envs.single_action_space.shape
+    shapes = {"obs": obs, "action": action, "reward": (), "next_obs": obs, "training_reward": ()}
+    shapes |= {"ended": (), "mask": ()}
     buffer = {name: torch.zeros(tasks, size, *shape) for name, shape in shapes.items()}
     return buffer | {"count": torch.zeros(tasks, dtype=torch.int64)}
 
@@ -296,7 +301,10 @@ def policy_loss(theta, batch: Transitions, z_NBZ, noise: dict, alpha) -> tuple[T
 
 
 def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: dict, args: Args) -> tuple:
-    """L_Q + L_pi + beta KL, and statistics. In L the KL is summed over the N tasks, all else is a mean."""
+    """L_Q + L_pi + beta KL, and statistics.
+
+    `noise` holds standard normal numbers: z [N, Z], next_action for a' and action for a [N, B, A].
+    """
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
     mean_NZ, variance_NZ = posterior(theta, context, args)  # [5]
     kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
@@ -304,6 +312,7 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
     z_NBZ = z_NZ[:, None].expand(*batch.mask.shape, -1)  # all transitions of a task with the same z
     q_loss = critics_loss(theta, target, batch, z_NBZ, noise, alpha, args)
     pi_loss, value, entropy = policy_loss(theta, batch, z_NBZ, noise, alpha)
+    # kl is a mean over tasks; the loss has their sum, while its other terms are means over all transitions.
     loss = q_loss + pi_loss + args.kl_weight * args.meta_batch_size * kl
     if args.auto_entropy:  # alpha rises while the entropy is below -A
         loss = loss + theta["log_alpha"] * (entropy + batch.action.shape[-1])
@@ -376,9 +385,16 @@ def init_state(envs, args: Args, generator: Generator) -> dict:
     }
 
 
+def fill_buffers(envs, state: dict, args: Args, generator: Generator) -> None:
+    """The initial episodes: all training tasks in turn, as many at a time as there are worlds."""
+    worlds_N = torch.arange(args.tasks_per_iteration, device=state["tasks"].device)
+    for k in range(math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))):
+        index_N = (k * len(worlds_N) + worlds_N) % args.train_tasks
+        collect_episodes(envs, index_N, state, args, generator, from_prior=True)
+
+
 def train(envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes."""
-    worlds = args.tasks_per_iteration
     device = envs.unwrapped.device
     for part in PARTS:
         state[part] = {name: x.to(device, copy=True) for name, x in state[part].items()}
@@ -391,11 +407,9 @@ def train(envs, args: Args, run, state: dict) -> None:
     generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
-        rounds = math.ceil(args.initial_episodes * args.train_tasks / worlds) if iteration == 1 else 0
-        for k in range(rounds):  # all tasks in turn, as many at a time as there are worlds
-            index_N = (k * worlds + torch.arange(worlds, device=device)) % args.train_tasks
-            collect_episodes(envs, index_N, state, args, generator, from_prior=True)  # [1]
-        index_N = torch.randperm(args.train_tasks, generator=generator)[:worlds].to(device)
+        if iteration == 1:
+            fill_buffers(envs, state, args, generator)  # [1]
+        index_N = torch.randperm(args.train_tasks, generator=generator)[: args.tasks_per_iteration].to(device)
         state["recent"]["count"][index_N] = 0  # [2]
         returns = []
         for k in range(args.prior_episodes + args.posterior_episodes):
