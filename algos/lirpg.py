@@ -240,8 +240,8 @@ def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generat
 def pay_late(reward_NT: Tensor, done_NT: Tensor, sums: Params, args: Args) -> tuple:
     """Pay rewards every `delay` steps of an episode and at its end.
 
-    Gives back, [N, T] each: the episodes' returns so far, discounted ones, the payments; and the sums with which
-    the next steps go on.
+    Gives back the episodes' returns so far, discounted ones, and the payments, [N, T] each; and the sums with
+    which the next steps go on.
     """
     returns, discounted, paid = [], [], []
     for reward_N, done_N in zip(reward_NT.unbind(1), done_NT.unbind(1), strict=True):
