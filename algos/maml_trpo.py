@@ -20,7 +20,7 @@ Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, l
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
     O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time, W all of
     theta in one vector. Entries of parameter dicts gain N by adaptation. (Under torchrun each process holds
-    its share of the N tasks; the worlds draw and count for all, and gradients are averaged.)
+    its part of the N tasks: `envs` draws tasks and noise and counts steps for all, gradients are averaged.)
 Differs from the paper: the inner step climbs `lvc`, not the plain score function (`--estimator score`); two
     tanh layers of 64 (ReLU, 100); `--action-scale`; exact Fisher products (its code: finite differences) on a
     share of the episodes. As there, the horizon is part of the task: the baseline sees t, and V is 0 at T.
@@ -118,8 +118,8 @@ class Episodes(NamedTuple):
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
     advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
-    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
-    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
+    value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -160,7 +160,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -239,8 +239,8 @@ def inner_objective(log_prob_ET: Tensor, batch: Episodes, args: Args) -> Tensor:
     All have the policy gradient, sum_t grad l_t A_t (dice: terms times gamma^t, and lambda 1). They differ
     in the second derivative, that is in what MAML's meta-gradient knows of theta's influence on which
     trajectories are sampled. box(x) = exp(x - x of the policy that sampled), which is 1 at that policy:
-        score, e_maml   sum_t l_t A_t                             nothing of it
-        lvc             sum_t box(l_t) A_t                        the part of it that has low variance
+        score, e_maml   sum_t l_t A_t                             nothing of it (e_maml: see `surrogate`)
+        lvc             sum_t box(l_t) A_t                        each step's own part, which has low variance
         dice            sum_t box(c_t) gamma^t r_t + (1 - box(l_t)) gamma^t V_t           all of it
         loaded          sum_t (box(c_t) - box(c_t - l_t)) A_t     all of it, with less variance than dice
     """
@@ -334,8 +334,9 @@ def first_episodes(batch: Episodes, count: int) -> Episodes:
 def fisher_product(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args):
     """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
 
-    There the KL is 0, its minimum, so that F = Jac^T M Jac: Jac is the derivative by theta of the policies'
-    outputs, M their Fisher matrix, for a Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std.
+    The KL is from the adapted policies at theta to those at theta + v, so that v = 0 is its minimum and
+    F = Jac^T M Jac: Jac is the derivative by theta of the policies' outputs, M their Fisher matrix, for a
+    Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std. (Inner steps, too, see only the share.)
     """
     count = max(1, round(args.fisher_fraction * args.episodes_per_task))
     supports = [first_episodes(batch, count) for batch in supports]
@@ -363,7 +364,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives` is a function like `surrogate`: it gives J_i [N] and the outputs of the adapted policies.
+    `objectives` gives, for theta and these batches, J_i [N] and the outputs of the adapted policies [6].
     """
     theta_W = parameters_to_vector(theta.values())
 
@@ -394,7 +395,8 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters.
 
-    Metrics are tensors over tasks: run.log writes their means, and under names in ci95 the mean's interval.
+    Metrics are tensors over tasks. run.log writes their means; of names that end in ci95, half the width of
+    that mean's 95 % interval.
     """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
@@ -457,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)  # torchrun's other processes
+    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)  # torchrun's processes; one keeps records
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     generator = Generator().manual_seed(args.seed)

@@ -3,7 +3,7 @@
 Paper: Clavera, Rothfuss, Schulman, Fujita, Asfour, Abbeel 2018, arXiv:1809.05214, Algorithm 1.
     TRPO: 1502.05477. The inner step's gradient, LVC: 1810.06784.
 Run: python algos/mbmpo.py --env-id HalfCheetahForward-v0     (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahForward, 100,000 real steps: 608, 510 (the authors: 550; TRPO: 13, at a million 483)
+Result: HalfCheetahForward, 100,000 real steps, two seeds: 608, 510 (authors: 550; TRPO: 13, at a million 483)
 Algorithm:
     [1] repeat: play real episodes with the policy adapted to each model (at first with pi_theta), into D
     [2]     fit each model f_k(s, a) to its own random part of D, until its error on the rest stops falling
@@ -116,8 +116,8 @@ class Episodes(NamedTuple):
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
     advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
-    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
-    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
+    value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -177,7 +177,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -298,22 +298,19 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
         is_fitting_N = is_fitting_N & (smoothed_N < before_N)
         if envs.unwrapped.total(is_fitting_N) == 0:
             break
-    error_N = vmap(error)(fitted, valid_NV)
-    return fitted, {"train/model_error": error_N, "train/model_epochs": epoch}
+    return fitted, {"train/model_error": vmap(error)(fitted, valid_NV), "train/model_epochs": epoch}
 
 
 def predict(models: Params, scales: dict[str, Tensor], obs: Tensor, action: Tensor) -> Tensor:
-    """f_k(s, a) [N * E, O] of obs [N * E, O] and action [N * E, A], the first E by the first model."""
+    """f_k(s, a) [N * E, O] of obs [N * E, O] and actions as executed [N * E, A]; the first E: model 1."""
     x = (torch.cat([obs, action], -1) - scales["x_mean"]) / scales["x_std"]
     change = normalised_change(models, x.unflatten(0, (len(models["w0"]), -1))).flatten(0, 1)
     return obs + change * scales["y_std"] + scales["y_mean"]
 
 
 def follow_models(imagined, models: Params, data: dict[str, Tensor]) -> None:
-    """Let imagined worlds move as the models predict; all else is as in real ones.
-
-    An imagined episode also ends where the next observation is outside the trusted range: it has diverged.
-    """
+    """Let imagined worlds move as the models predict. Start states, rewards and early ends are not learned:
+    they are the real family's, as functions of (s, a, s'). An episode that leaves the trusted range ends."""
     scales = measure(data)
     imagined.follow(partial(predict, models, scales), scales["low"], scales["high"])
 
@@ -327,8 +324,9 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
     """One inner step of all tasks at once, from the same parameters for all or from one set per task.
 
-    At the parameters that drew the support, ratios are 1 and their gradient is that of log pi: the step is
-    the policy gradient. Its own derivative, unlike log pi's, knows that other parameters draw other actions.
+    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. But the
+    second derivative of r has grad log pi grad log pi^T on top, by which theta changes what is sampled: of
+    single steps, not of pairs of steps, which is its part of low variance (LVC).
     """
 
     def objective(params: Params, batch: Episodes) -> Tensor:
@@ -376,8 +374,9 @@ def first_episodes(batch: Episodes, count: int) -> Episodes:
 def fisher_product(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args):
     """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
 
-    There the KL is 0, its minimum, so that F = Jac^T M Jac: Jac is the derivative by theta of the policies'
-    outputs, M their Fisher matrix, for a Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std.
+    The KL is from the adapted policies at theta to those at theta + v, so that v = 0 is its minimum and
+    F = Jac^T M Jac: Jac is the derivative by theta of the policies' outputs, M their Fisher matrix, for a
+    Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std. (Inner steps, too, see only the share.)
     """
     count = max(1, round(args.fisher_fraction * args.episodes_per_task))
     supports = [first_episodes(batch, count) for batch in supports]
@@ -405,7 +404,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives` is a function like `surrogate`: it gives J_i [N] and the outputs of the adapted policies.
+    `objectives` gives, for theta and these batches, J_i [N] and the outputs of the adapted policies [6].
     """
     theta_W = parameters_to_vector(theta.values())
 
@@ -434,7 +433,8 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 
 
 def evaluate(envs, imagined, tasks_NP: Tensor, theta: Params, args: Args) -> dict:
-    """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise."""
+    """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise.
+    run.log writes these tensors' means; of names that end in ci95, half the width of a 95 % interval."""
     real = replace(args, episodes_per_task=args.real_episodes)
     support = collect(imagined, tasks_NP, theta, args, Generator().manual_seed(args.seed + 1))
     returns = []
@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    leads = join(args.cuda, num_models=args.num_models)
+    leads = join(args.cuda, num_models=args.num_models)  # torchrun's processes; one keeps records
     worlds = args.num_models * args.real_episodes
     envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     imagined = imagine(envs, args.num_models * args.episodes_per_task)

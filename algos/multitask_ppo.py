@@ -113,8 +113,8 @@ class Episodes(NamedTuple):
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
     advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
-    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
-    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
+    value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -155,7 +155,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -272,7 +272,11 @@ def learn_all(
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Fine-tune to held-out tasks, the same tasks and noise in every evaluation: metrics, parameters."""
+    """Fine-tune to held-out tasks, the same tasks and noise in every evaluation: metrics, parameters.
+
+    Metrics are tensors over tasks. run.log writes their means; of names that end in ci95, half the width of
+    that mean's 95 % interval.
+    """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     params = theta

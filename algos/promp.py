@@ -15,14 +15,15 @@ Algorithm:
     [7]     J = J_clip - eta mean_i KL(pi_theta_o || pi_theta) on D_i: theta must stay near the policy of [2]
     [8]     several times on the same data: theta <- one step of Adam on J, through the inner steps
     [9]     --target-kl: eta doubles if the KL came out above 1.5 times the target, halves if below 1 / 1.5
-    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha halves after the first)
+    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, eps = clip, eta = kl_coef, lambda of [3] =
     gae_lambda; pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
-    O observation, A action, P task vector, F features of the baseline, Y of time. The entries of parameter
-    dicts gain N by adaptation.
-Differs from the paper: nothing known; `--action-scale` is as in the authors' code. As there, the horizon is
-    part of the task: the baseline sees t, and V is 0 at T.
+    O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time. Entries of
+    parameter dicts gain N by adaptation. (Under torchrun each process holds its part of the N tasks: `envs`
+    draws tasks and noise and counts steps for all, gradients are averaged.)
+Differs from the paper's code: one eta for all inner steps (there one for each). As there: `--action-scale`;
+    the horizon is part of the task, the baseline sees t, and V is 0 at T.
 """
 
 import math
@@ -113,8 +114,8 @@ class Episodes(NamedTuple):
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
     advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
-    value: Tensor  # [N, E, T] the baseline plus that mean: advantages are (discounted return - value) / std
-    std: Tensor  # [N, E] that standard deviation, for each episode; both are for estimators with rewards
+    value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
+    std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
 
 def init_policy(envs, hidden_size: int, generator: Generator) -> Params:
@@ -155,7 +156,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; dim: the axis of tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -231,8 +232,9 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
     """One inner step of all tasks at once, from the same parameters for all or from one set per task.
 
-    At the parameters that drew the support, ratios are 1 and their gradient is that of log pi: the step is
-    the policy gradient. Its own derivative, unlike log pi's, knows that other parameters draw other actions.
+    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. But the
+    second derivative of r has grad log pi grad log pi^T on top, by which theta changes what is sampled: of
+    single steps, not of pairs of steps, which is its part of low variance (LVC).
     """
 
     def objective(params: Params, batch: Episodes) -> Tensor:
@@ -315,7 +317,11 @@ def next_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters."""
+    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters.
+
+    Metrics are tensors over tasks. run.log writes their means; of names that end in ci95, half the width of
+    that mean's 95 % interval.
+    """
     generator = Generator().manual_seed(args.seed + 1)
     tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
     params = theta
@@ -387,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)
+    leads = join(args.cuda, meta_batch_size=args.meta_batch_size)  # torchrun's processes; one keeps records
     worlds = args.meta_batch_size * args.episodes_per_task
     envs = make(args.env_id, worlds, args.horizon, args.cuda, args.action_scale, physics=args.physics)
     generator = Generator().manual_seed(args.seed)

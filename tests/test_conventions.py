@@ -525,7 +525,7 @@ def test_every_suffix_is_true(path, tmp_path):
     else:
         assert {"mask_NET", "tasks_NP", "obs_NETO"} <= checked
     if path.stem == "mbmpo":
-        assert {"x_MI", "y_MO", "order_NM", "train_NR", "valid_NV", "error_N", "return_NE", "J_N"} <= checked
+        assert {"x_MI", "y_MO", "order_NM", "train_NR", "valid_NV", "smoothed_N", "return_NE", "J_N"} <= checked
     if path.stem == "maml_trpo":
         assert {"noise_NEA", "std_N1A", "log_prob_ET", "gram_NFF", "x_NBF", "time_NETY", "vector_W", "J_N"} <= checked
 
