@@ -2,7 +2,7 @@
 
 Paper: Zheng et al. 2020, "What can learned intrinsic rewards capture?", arXiv:1912.05500, Algorithm 1.
 Run: python algos/lifetime_rewards.py --env-id SymABC-v0      (--help explains every flag; --cuda: on the GPU)
-Result: SymABC, episodes 41 to 50: 0.36, 0.35 (by r itself: 0.23; best possible 0.5); docs/lifetime_rewards.md
+Result: SymABC, return of episodes 41 to 50, two seeds: 0.36, 0.35 (by r itself: 0.23; best possible 0.5)
 Algorithm: a lifetime is many episodes of one task; its policy pi_theta is born random and learns from r_eta.
     [1] repeat, with N lifetimes of different ages that go on from iteration to iteration: U times,
     [2]     T steps with pi_theta, through the ends of episodes
@@ -20,9 +20,11 @@ Symbols: gamma (A_life) = gamma, gamma bar (G) = inner_gamma, U = unroll (the pa
 Shapes: a suffix names a tensor's axes (obs_NTO): N lifetimes, T steps, S = U T steps of a window, K = T + 1
     moments before and after T steps, O observation, A choices, C = A + 1 outputs of a policy, H units,
     I = O + 2 inputs of a history, E episodes, P task vector.
-Differs from the paper: r_eta = r + tanh(LSTM), near r at first (without "r +" it learns "always C": see the
-    docs), and sees no actions, so that it suits every body; GAE, the paper's lambda is 1; policies have one
-    tanh layer, gradients shortened to norm 1; no convolutions; A_life is divided by its standard deviation.
+In SymABC a policy may touch one of three objects in an episode, A, B or C, each worth -1 to 1 in this task:
+    a lifetime pays if the first episodes try all. In the paper's RandomABC, C is always worth something.
+Differs from the paper: r_eta = r + tanh(LSTM), near r at first (without "r +" it only learns to touch C
+    there); r_eta sees no actions, so that it suits other sets of actions; GAE, the paper's lambda is 1; no
+    convolutions; one tanh layer, gradients of norm 1 at most; A_life is divided by its standard deviation.
 """
 
 import math
@@ -164,7 +166,7 @@ def read_history(weights: Params, data: Trajectory, memory: Memory) -> tuple[Ten
     feature_NKH = torch.cat([before_N1H, feature_NTH], 1)
     number_NK = feature_NKH @ weights["w_out"] + weights["b_out"]
     goes_on_N1 = 1 - data.died.sum(1, keepdim=True)
-    return number_NK, [h_1NH * goes_on_N1, c_1NH * goes_on_N1]  # [5]
+    return number_NK, [h_1NH * goes_on_N1, c_1NH * goes_on_N1]  # [5] an empty history
 
 
 def gumbel_noise(*size: int, generator: Generator) -> Tensor:
@@ -337,7 +339,7 @@ def evaluate(envs, eta: Params, args: Args) -> dict[str, Tensor]:
         returns = [part.mean(1) for part in parts]
         stats |= {f"{name}/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [8]
         stats[f"{name}/return_lifetime"] = return_NE
-    stats["test/gain_ci95"] = returns[-1] - returns[0]
+    stats["test/gain_ci95"] = returns[-1] - returns[0]  # run.log: means; for ..ci95 the interval
     return stats
 
 
@@ -345,7 +347,7 @@ def init_lifetimes(envs, args: Args, generator: Generator) -> dict:
     """The two networks, and N lifetimes of all ages: worlds, newborn policies, empty memories."""
     age_N = torch.randint(args.episodes_per_lifetime, (envs.num_envs,), generator=generator)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    obs_NO, _ = envs.reset(seed=seed, options={"episode": age_N})
+    obs_NO, _ = envs.reset(seed=seed, options={"episode": age_N})  # with training tasks, as at every birth
     return {
         "eta": init_history(envs, args, generator),
         "phi": init_history(envs, args, generator),
@@ -407,6 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     size = args.meta_batch_size, args.horizon, args.cuda
     envs = Lifetimes(make(args.env_id, *size, discrete=True), args.episodes_per_lifetime)
     test_envs = Lifetimes(make(args.env_id, *size, discrete=True), args.episodes_per_lifetime)
+    # Without a world_state worlds can only start all together, and not at births of their own.
     if not envs.unwrapped.is_discrete or envs.unwrapped.world_state is None:
         raise SystemExit(f"--env-id {args.env_id}: actions must be choices, and worlds able to start singly")
     generator = Generator().manual_seed(args.seed)

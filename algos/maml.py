@@ -122,7 +122,7 @@ def init_params(tasks, args: Args, generator: Generator) -> Params:
 def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Normalise each channel (axis 1) over this very batch, in evaluation, too: no running statistics.
 
-    Written out, because the second derivative of torch's own is wrong under vmap.
+    Written out, because the second derivative of torch's own, which MAML takes, is wrong under vmap.
     """
     axes = (0, *range(2, x.ndim))
     channels = (-1, *(1,) * (x.ndim - 2))

@@ -62,7 +62,7 @@ class Args:
     hidden_size: int = 64
     """units of each of the two tanh layers; 100 in the paper, 64 in ProMP and pytorch-maml-rl"""
     action_scale: float = 10.0
-    """policy outputs of +-s span the action bounds; 1 in the paper (clips 32 % of torques), 10 in ProMP"""
+    """worlds divide actions by it, then clip; 1 in the paper (clips 32 % of first torques), 10 in ProMP"""
     inner_lr: float = 0.1
     """step size of adaptation (alpha); 0.1 in the paper (A.2)"""
     inner_steps: int = 1
@@ -160,7 +160,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []

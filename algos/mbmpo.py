@@ -74,7 +74,7 @@ class Args:
     hidden_size: int = 32
     """units of each of the policy's two tanh layers; 32 in the paper"""
     action_scale: float = 10.0
-    """a policy output of +-s spans the action bounds; 1 in the paper"""
+    """worlds divide actions by it, then clip: at first noise spans a tenth of the bounds; 1 in the paper"""
     inner_lr: float = 0.03
     """step size of adaptation (alpha); 0.001 in the paper; 0: no meta-learning, one policy for all models"""
     gamma: float = 0.99
@@ -177,7 +177,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []

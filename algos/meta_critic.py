@@ -2,7 +2,7 @@
 
 Paper: Sung, Zhang, Xiang, Hospedales, Yang 2017, arXiv:1706.09529; code: floodsung/meta-critic-networks
 Run: python algos/meta_critic.py     (--help explains every flag; --cuda: on the GPU)
-Result: poles of unseen length: return 150 in 26 episodes, with an own critic 195 or more; docs/meta_critic.md
+Result: poles of unseen length: return 150 after 26 episodes; with a critic of its own, 195 or more episodes
 Algorithm:
     [1] repeat: each of N worlds has a task and an actor theta_i of its own, which plays a window of T steps
     [2]     z_i = C_omega(trace_i), an LSTM; the trace: all (s, a, r) of the actor's window before, 0 at birth
@@ -376,7 +376,7 @@ def evaluate(envs, exam_envs, args: Args, phi: Params | None, name: str) -> dict
     """What newborn actors achieve on held-out tasks, and in how many episodes, as metrics [N]."""
     returns, episodes = meta_test(envs, exam_envs, args, phi)
     stats = {f"{name}/return_k{k}": return_N for k, return_N in enumerate(returns)}
-    stats[f"{name}/gain_ci95"] = returns[-1] - returns[0]
+    stats[f"{name}/gain_ci95"] = returns[-1] - returns[0]  # run.log: means; for ..ci95 the interval
     stats[f"{name}/episodes"] = episodes[-1]
     return stats
 

@@ -5,7 +5,7 @@ Paper: Schulman et al. 2017, arXiv:1707.06347 (PPO). The yardsticks are those of
 Run: python algos/multitask_ppo.py --env-id HalfCheetahDir-v0      (domain randomisation: the task is hidden)
     python algos/multitask_ppo.py --env-id HalfCheetahDir-v0 --task-given                         (the oracle)
 Result: HalfCheetahVel after 0, 1, 3 steps of fine-tuning: -57, -43, -29 (MAML: -58, -45, -39), the oracle
-    -16; HalfCheetahDir: 0, 0, 0 (MAML: -1, 102, 109), the oracle 220
+    -16; HalfCheetahDir: 0, 0, 0, for it learns to stand still (MAML: -1, 102, 109), the oracle 220
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta, which sees the task if it is given
@@ -57,7 +57,7 @@ class Args:
     hidden_size: int = 64
     """units of each of the two tanh layers"""
     action_scale: float = 10.0
-    """a policy output of +-s spans the action bounds; as in maml_trpo.py, 1 for navigation"""
+    """worlds divide actions by it, then clip: at first noise spans a tenth of the bounds; navigation: 1"""
     task_given: bool = False
     """the oracle: the policy sees the task vector beside the observation"""
     lr: float = 1e-3
@@ -155,7 +155,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -262,6 +262,7 @@ def learn_all(
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     episodes = Episodes(*(x.flatten(0, 1) for x in batch))  # [N * E, ..]: their task no longer matters
     for _ in range(args.epochs):
+        # Numbers of episodes: a new random order, cut into parts.
         for rows in envs.unwrapped.minibatches(len(episodes.mask), args.minibatches, generator):
             minibatch = Episodes(*(x[rows] for x in episodes))
             gradient, stats = grad(gain_and_entropy, has_aux=True)(theta, minibatch, args)

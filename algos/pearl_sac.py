@@ -22,8 +22,8 @@ Shapes: a suffix names a tensor's axes (obs_NBO): N tasks at once (those played,
     training tasks, R transitions stored of each, B those of a batch, S of a context, T steps, O observation,
     A action, P task vector, Z latent, I what the encoder sees of a transition, C the two critics.
 Differs from the paper: many tasks collect at once, an episode each; all recent episodes are context (its code
-    leaves out those of the posterior in some environments). From its code: SAC without a value network, one
-    step on the sum of all losses, one size of layers, no penalty on the policy's outputs.
+    leaves out those of the posterior in some environments). Differs from its code: SAC without a value
+    network, one step on the sum of all losses, one size of layers, no penalty on the policy's outputs.
 """
 
 import math
@@ -208,7 +208,7 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
             step |= {"reward": reward_N, "next_obs": obs_NO, "ended": ended_N}
             step["training_reward"] = info["dense_reward"] if args.dense_training else reward_N
             steps.append(step)
-            playing_N = 1 - ended_N  # once a world has ended, it says so in every step
+            playing_N = 1 - ended_N  # once a world has ended, it says so in every step, and pays 0
     return Transitions(**{name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})
 
 
@@ -278,7 +278,7 @@ def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_pri
     store(state["replay"], index_N, episodes)
     store(state["recent"], index_N, episodes)
     state["env_steps"] += int(episodes.mask.sum())
-    return sum(episodes.reward.unbind(1))
+    return sum(episodes.reward.unbind(1))  # over the steps
 
 
 def critics_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, args: Args) -> Tensor:
@@ -340,6 +340,7 @@ def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tens
     if args.compile:
         take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
     for _ in range(args.updates):
+        # N different tasks, below random numbers for them; under torchrun this process's part of both.
         index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
         batch = draw(state["replay"], index_N, random(generator, N, args.batch_size, uniform=True))
         context = draw(state["recent"], index_N, random(generator, N, args.context_size, uniform=True))
@@ -369,7 +370,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
         seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0))
     returns = [sum(episodes.reward.unbind(1)) for episodes in seen]
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [10]
-    return stats | {"test/gain_ci95": returns[-1] - returns[0]}
+    return stats | {"test/gain_ci95": returns[-1] - returns[0]}  # run.log: means; for ..ci95 the interval
 
 
 def init_state(envs, args: Args, generator: Generator) -> dict:

@@ -60,7 +60,7 @@ class Args:
     hidden_size: int = 64
     """units of each of the two tanh layers; 64 in the authors' code, 128 for the humanoid"""
     action_scale: float = 10.0
-    """a policy output of +-s spans the action bounds; 10 in the authors' code"""
+    """worlds divide actions by it, then clip: first noise spans a tenth of the bounds; 10 in authors' code"""
     inner_lr: float = 0.1
     """step size of adaptation (alpha); 0.1 in the authors' code, 0.05 for random parameters"""
     inner_steps: int = 1
@@ -156,7 +156,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []

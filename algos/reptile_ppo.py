@@ -13,15 +13,15 @@ Algorithm:
     [5]         phi_i <- phi_i + alpha grad J_i, several times on the same batch
     [6]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
     [7]     now and then: return on held-out tasks after 0, 1, .. inner steps ([2] to [5])
-With k = 1 theta climbs the mean return of all tasks, which is joint training; whatever prepares theta for
-    adaptation is of second order in alpha and grows with k (1803.02999, section 5).
+With one step of [5] and k = 1 theta climbs the mean return of all tasks, which is joint training; whatever
+    prepares theta for adaptation is of second order in alpha and grows with more steps (section 5).
 Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, eps = clip, epsilon = outer_lr at the start,
     lambda of [3] = gae_lambda.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
     O observation, A action, P task vector, F features of the baseline, Y of time. The entries of parameter
     dicts gain N by adaptation.
 Differs from the paper: it does not say how RL was tried. The inner optimiser is plain SGD, so that with one
-    epoch an inner step is maml_trpo.py's, and k = 1 is joint training by the policy gradient.
+    epoch an inner step is MAML's policy gradient.
 """
 
 import math
@@ -57,7 +57,7 @@ class Args:
     hidden_size: int = 64
     """units of each of the two tanh layers"""
     action_scale: float = 10.0
-    """a policy output of +-s spans the action bounds; as in maml_trpo.py, 1 for navigation"""
+    """worlds divide actions by it, then clip: at first noise spans a tenth of the bounds; navigation: 1"""
     inner_lr: float = 0.1
     """step size of SGD on a task (alpha)"""
     inner_steps: int = 4
@@ -148,7 +148,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; under torchrun this process's tasks
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []

@@ -66,7 +66,7 @@ class Args:
     hidden_size: int = 64
     """units of the cell; the paper: 256"""
     action_scale: float = 1.0
-    """a policy output of +-s spans the bounds of continuous actions"""
+    """worlds divide continuous actions by it, then clip them to their bounds"""
     lr: float = 3e-3
     """Adam's step size at the start; falls linearly to 0; smaller for larger networks"""
     epochs: int = 3
@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    # torchrun's other processes, if any: each moves a part of the worlds, and is told of all (sees_all).
+    # torchrun's processes, if any: each moves a part of the worlds and, by sees_all, has the steps of all.
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
     options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)

@@ -19,7 +19,9 @@ Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S ste
     H features, A actions (choices, or dimensions), J = A + 2 inputs about the previous step, O observation,
     E episodes, P task vector; C columns of a cache, F and U features in layers, G heads of width D.
 Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial
-    (Melo: 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, .. (2, 4, ..); else as rl2_ppo.py.
+    (Melo: 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, .. (2, 4, ..). Both, like rl2_ppo.py:
+    far smaller batches, rewards scaled, A normalised, learning rate and entropy bonus fall to 0. All worlds
+    (one for each task) begin an episode together; the network does not see a world's wait for the others.
 """
 
 import math
@@ -61,7 +63,7 @@ class Args:
     hidden_size: int = 64
     """width of the transformer, a multiple of 16; filters, keys and values of SNAIL (32 in its paper)"""
     action_scale: float = 1.0
-    """a policy output of +-s spans the bounds of continuous actions"""
+    """worlds divide continuous actions by it, then clip them to their bounds"""
     lr: float = 1e-3
     """Adam's step size at the start; falls linearly to 0; smaller for larger networks"""
     epochs: int = 3
@@ -449,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    # torchrun's other processes, if any: each moves a part of the worlds, and is told of all (sees_all).
+    # torchrun's processes, if any: each moves a part of the worlds and, by sees_all, has the steps of all.
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
     options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)
