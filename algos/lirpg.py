@@ -2,7 +2,7 @@
 
 Paper: Zheng, Oh, Singh 2018, arXiv:1804.06459, Algorithm 1, with PPO (1707.06347) as on MuJoCo.
 Run: python algos/lirpg.py --env-id HalfCheetahForward-v0   (--help explains every flag; --cuda uses the GPU)
-Result: delay 20, 3 seeds: HalfCheetah 1114 (PPO 764), Hopper 810 (PPO 1381); a pole 184 of 200, 5 seeds; docs/lirpg.md
+Result: delay 20, 3 seeds: HalfCheetah 1114 (PPO 764), Hopper 810 (1381); a pole 184 of 200; docs/lirpg.md
 Algorithm:
     [1] repeat: T more steps of each of N worlds with pi_theta; their rewards r_ex are summed up and paid late
     [2]     advantages A_ex of r_ex by GAE over V_ex
