@@ -365,7 +365,7 @@ def test_a_whole_rollout_waits_no_longer_for_more_steps():
         theta = init_policy(worlds, 5, seeded(0))
         tasks = worlds.unwrapped.sample_tasks(2, seeded(0))
         with Waits() as waits:
-            obs, *_ = rollout(worlds, tasks, theta, args, seeded(0))
+            obs = rollout(worlds, tasks, theta, args, seeded(0))["obs"]
         assert obs.shape[:3] == (2, 3, horizon)
         seen.append(waits.seen)
     assert seen[0] == seen[1]
