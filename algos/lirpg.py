@@ -11,7 +11,8 @@ Algorithm:
     [5]         L_mix = -mean min(r A_mix, clip(r, 1 - c, 1 + c) A_mix) + (V_mix - target)^2 / 2 - c_H entropy
     [6]         theta' = theta + a step of Adam on L_mix, a function of eta through A_mix and target
     [7]         L_ex = the same loss of A_ex and V_ex at theta', on the same minibatch, without the entropy
-    [8]         eta <- eta + a step of Adam on the exact grad_eta L_ex(theta'(eta)); then theta <- theta'
+    [8]         eta <- eta + a step of Adam on grad_eta L_ex(theta'(eta)), through all of [6] but Adam's
+                second moment; then theta <- theta'
     [9]     now and then: undelayed returns of the first policy (k0) and of the present one (k1)
 One epoch of one minibatch makes r = 1 and [5] an actor-critic's loss (A2C); lambda = 0, c_ex = 1 leave PPO.
 Symbols: lambda = intrinsic_coef, c_ex = extrinsic_coef, c = clip, c_H = entropy_coef; Adam's step size is
@@ -299,7 +300,9 @@ def prepare(stream: Stream, reward_NT: Tensor, state: dict, args: Args) -> Batch
     gae_weight_NTT = gae_weights(stream.done, args.gamma * args.gae_lambda)
     # A time limit is an end, too: no step begins in a state after it, so nothing would correct its value.
     discount_NT = args.gamma * ~stream.done
-    drop_NT = 1 - args.gamma * ~stream.fell + 1e-8  # share of the level that is lost in a step: all in a fall
+    # V_mix has a level, the same in all states (see mixed_loss), of which a step loses this share: all in a
+    # fall. It needs no step to correct it, and so goes on after a time limit.
+    drop_NT = 1 - args.gamma * ~stream.fell + 1e-8
     extrinsic_NT = value_of(state["eta"], stream.obs)
     next_extrinsic_NT = value_of(state["eta"], stream.next_obs)
     mixed_NT = value_of(state["theta"], stream.obs)
@@ -389,14 +392,14 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
                 state["eta"], state["eta_adam"] = adam_step(state["eta"], gradient, eta_adam, args.reward_lr)
             else:  # PPO: eta has no effect
                 _, policy_update = extrinsic_loss(state["eta"], *inputs)
-            state["theta"], state["theta_adam"] = policy_update  # last, since eta's step needs the old theta
+            state["theta"], state["theta_adam"] = policy_update  # theta <- theta'
 
 
 def evaluate(envs, tasks_NP: Tensor, state: dict, args: Args) -> Tensor:
     """Returns [N] of an episode in each world; start states and noise are the same in every evaluation."""
     obs_NO, _ = envs.reset(seed=args.seed + 1, options={"tasks": tasks_NP})
     _, stream = play_steps(envs, obs_NO, state, args.horizon, Generator().manual_seed(args.seed + 1))
-    return stream.reward.sum(1).cpu()
+    return stream.reward.sum(1).cpu()  # a world whose episode has ended pays 0
 
 
 def train(envs, test_envs, args: Args, run, state: dict) -> None:
@@ -424,7 +427,7 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         if save or iteration == 1:
             stats["test/return_k0"] = state["first_returns"]
             stats["test/return_k1"] = evaluate(test_envs, tasks_NP, state, args)  # [9]
-            stats["test/gain_ci95"] = stats["test/return_k1"] - stats["test/return_k0"]
+            stats["test/gain_ci95"] = stats["test/return_k1"] - stats["test/return_k0"]  # log: interval
         run.log(state, stats)
         if save:
             run.save(state | {"generator": generator.get_state(), "worlds": envs.save_worlds()})
@@ -440,6 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     size = args.num_worlds, args.horizon, args.cuda
+    # discrete: choices are accepted, too; continuous actions stay what they are
     envs = make(args.env_id, *size, discrete=True, physics=args.physics)
     envs = Lifetimes(envs, episodes=10**9)  # one episode after the other
     test_envs = make(args.env_id, *size, discrete=True, physics=args.physics)
