@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import envs
-from envs import SupervisedTasks
+from envs import SupervisedTasks, fewshot
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 POINT = "--env-id Navigation2D-v0 --action-scale 1 --meta-batch-size 3 --horizon 5 --hidden-size 8 --eval-steps 2 "
@@ -104,6 +104,12 @@ RUNS = {
 }
 
 
+@cache
+def glyphs(classes: int, instances: int, seed: int, dtype: torch.dtype, draw=fewshot.draw_glyphs) -> torch.Tensor:
+    """The drawn characters. To draw them takes ten seconds in double precision."""
+    return draw(classes, instances, torch.Generator().manual_seed(seed))
+
+
 def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
     """The lines of metrics.jsonl of two iterations, each with an evaluation; the clock's seconds left out."""
     home, handlers = Path.cwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -113,12 +119,16 @@ def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
     def supervised(self, device="cpu", _=None):
         init(self, device, dtype)
 
+    def drawn(classes, instances, generator, device):
+        return glyphs(classes, instances, generator.initial_seed(), dtype)
+
     every = [] if name == "mbmpo" else ["--eval-every", "1"]
     threads = torch.get_num_threads()
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(envs.gym, "make_vec", make_vec),
         mock.patch.object(SupervisedTasks, "__init__", supervised),
+        mock.patch.object(fewshot, "draw_glyphs", drawn),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -143,7 +153,12 @@ def test_every_file_is_guarded():
     assert names == set(RUNS) == {path.stem for path in GOLDEN.glob("*.json")}
 
 
-@pytest.mark.parametrize("name", RUNS)
+DRAWN = [name for name, runs in RUNS.items() if any("Glyphs" in flags for flags in runs)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.xdist_group("glyphs")) if x in DRAWN else x for x in RUNS]
+)
 def test_the_first_iterations_are_as_recorded(name):
     recorded = json.loads((GOLDEN / f"{name}.json").read_text())
     assert [run["flags"] for run in recorded] == [flags.strip() for flags in RUNS[name]]
