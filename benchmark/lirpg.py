@@ -3,6 +3,8 @@
 python benchmark/lirpg.py cartpole --seeds 1 2 3 4 5         delayed CartPole, into runs/, and kept
 python benchmark/lirpg.py mujoco --seeds 1 2 3               delayed HalfCheetah and Hopper: LIRPG, PPO, PPO and bonus
 python benchmark/lirpg.py grid --seeds 4                     four rooms with one goal; and its learned reward drawn
+python benchmark/lirpg.py ablate --seeds 1 2 3               what each half of V_mix's mend does, on a point mass
+python benchmark/lirpg.py ablate --env-id HopperForward-v0 --iterations 200 --variants both neither    ... on Hopper
 python benchmark/lirpg.py keep runs/A runs/B ..              args and metrics of runs made by hand, into results/
 python benchmark/lirpg.py table                              kept runs: mean returns at their ends
 python benchmark/lirpg.py curves --env-id HopperForward-v0   kept runs: return over steps
@@ -15,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +37,9 @@ CHOICES = ["--entropy-coef", "0.01"]
 POLE = ["--env-id", "CartPoleFixed-v0", "--horizon", "200", *CHOICES, "--iterations", "60", "--eval-every", "10"]
 GRID = ["--env-id", "EmptyRooms-v0", "--horizon", "100", "--delay", "1", "--no-normalize", *CHOICES]
 GRID += ["--iterations", "80", "--eval-every", "20"]
+POINT = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40", "--lr", "1e-3"]
+POINT += ["--iterations", "40", "--eval-every", "2"]
+VARIANTS = ("both", "level", "ends", "neither")  # what V_mix has: a level; ends at time limits (V_ex, too)
 WAYS = {"lirpg": [], "ppo": PPO, "bonus": [*PPO, "--live-bonus", "0.02"]}  # on MuJoCo
 LABELS = {
     "lirpg": "LIRPG: the learned reward alone",
@@ -45,16 +51,20 @@ LABELS = {
 
 @dataclass
 class Options:
-    what: tyro.conf.Positional[Literal["cartpole", "mujoco", "grid", "keep", "table", "curves", "reward"]]
+    what: tyro.conf.Positional[Literal["cartpole", "mujoco", "grid", "ablate", "keep", "table", "curves", "reward"]]
     """what to make"""
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """folders of runs"""
     seeds: tuple[int, ...] = (1,)
-    """of the runs of `cartpole`, `mujoco` and `grid`"""
-    env_id: str = "HalfCheetahForward-v0"
-    """environment of `curves`"""
+    """of the runs of `cartpole`, `mujoco`, `grid` and `ablate`"""
+    env_id: str = ""
+    """environment of `curves` (default HalfCheetahForward-v0) and `ablate` (default: a point mass)"""
     iterations: int = 150
-    """of the runs of `mujoco`, 2,048 steps each"""
+    """of the runs of `mujoco`, and of `ablate` on MuJoCo, 2,048 steps each"""
+    variants: tuple[Literal["both", "level", "ends", "neither"], ...] = VARIANTS
+    """of `ablate`: which halves of the mend the value has"""
+    reward_lr: float = 1e-3
+    """of the runs of `ablate`"""
 
 
 def make_run(flags: list[str]) -> Path:
@@ -81,6 +91,47 @@ def grid(options: Options) -> None:
     folders = tuple(make_run([*GRID, "--seed", str(seed)]) for seed in options.seeds)
     keep(Options("keep", folders))
     reward(Options("reward", folders))
+
+
+def prepare_as(variant: str):
+    """lirpg's `prepare` without a level of V_mix, or with values that go on after a time limit, or both."""
+    original = lirpg.prepare
+
+    def prepare(stream, reward_NT, state, args):
+        batch = original(stream, reward_NT, state, args)
+        if variant in ("ends", "neither"):
+            batch = batch._replace(level_weight=torch.zeros_like(batch.level_weight))
+        if variant in ("level", "neither"):
+            limit_NT = args.gamma * (stream.done & ~stream.fell)
+            with torch.no_grad():
+                mixed_NT = limit_NT * lirpg.value_of(state["theta"], stream.next_obs)
+                extrinsic_NT = limit_NT * lirpg.value_of(state["eta"], stream.next_obs)
+            more_NT = (batch.gae_weight @ extrinsic_NT[..., None]).squeeze(-1)
+            batch = batch._replace(
+                mixed_delta=batch.mixed_delta + mixed_NT,
+                extrinsic_advantage=batch.extrinsic_advantage + more_NT,
+                extrinsic_target=batch.extrinsic_target + more_NT,
+            )
+        return batch
+
+    return prepare
+
+
+def ablate(options: Options) -> None:
+    """A line for each seed and variant into results/lirpg/ablation.jsonl: how a run ended, and its worst setback."""
+    flags = ["--env-id", options.env_id, "--iterations", str(options.iterations)] if options.env_id else POINT
+    for seed in options.seeds:
+        for variant in options.variants:
+            with mock.patch.object(lirpg, "prepare", prepare_as(variant)):
+                folder = make_run([*flags, "--reward-lr", str(options.reward_lr), "--seed", str(seed)])
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            run = [(row["env_steps"], row["train/return_post"]) for row in rows if "train/return_post" in row]
+            tests = [row["test/return_k1"] for row in rows if "test/return_k1" in row]
+            line = {"env": options.env_id or "point mass", "variant": variant, "reward_lr": options.reward_lr}
+            line |= {"seed": seed, "last_fifth": last(run), "first": rows[0]["test/return_k0"], "end": tests[-1]}
+            line["setback"] = max(max(tests[:i]) - x for i, x in enumerate(tests) if i)
+            with open(RESULTS / "ablation.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def label(args: dict) -> str:
@@ -133,10 +184,10 @@ def table(options: Options) -> dict:
 
 def curves(options: Options) -> None:
     """docs/images/lirpg_ENV.png: return over steps, each seed, and their mean and 95 % interval."""
-    env = options.env_id.removesuffix("-v0")
+    env = (options.env_id or "HalfCheetahForward-v0").removesuffix("-v0")
     found = {which: runs for which, runs in kept().get(env, {}).items() if which in LABELS}
     if not found:
-        raise SystemExit(f"--env-id {options.env_id}: nothing of that is kept in {RESULTS}; `keep` puts it there")
+        raise SystemExit(f"--env-id {env}-v0: nothing of that is kept in {RESULTS}; `keep` puts it there")
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
     for i, (which, runs) in enumerate(found.items()):
         smooth = [smoothed(run) for run in runs]

@@ -39,7 +39,7 @@ from envs.locomotion import (
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
-from envs.processes import Follower, all_worlds, join, shard, summarise
+from envs.processes import all_worlds, join, shard, summarise
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif, learning_curve
@@ -91,7 +91,6 @@ SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
 __all__ = [
     "HORIZONS",
     "SUPERVISED",
-    "Follower",
     "Imagined",
     "Lifetimes",
     "ScaleActions",

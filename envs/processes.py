@@ -12,7 +12,6 @@ with `sees_all`: `envs.make` then shows every process all worlds (`AllWorlds`), 
 import atexit
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -152,30 +151,3 @@ class AllWorlds(gym.vector.VectorWrapper):
 def all_worlds(envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
     """The worlds of all processes, where these have joined so; the same worlds in a single process."""
     return AllWorlds(envs) if _sees_all else envs
-
-
-class Follower:
-    """Stands in for `records.Run` where another process leads: saves nothing, stops on the same signals."""
-
-    def __init__(self):
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def should_stop(self) -> bool:
-        """Whether this process, or another one, was asked to stop."""
-        return in_any_process(self.stopping)
-
-    def log(self, state: dict, stats: dict) -> None:
-        """This process's part of the means; the leader checks and writes them."""
-        summarise(stats)
-
-    def save(self, state: dict) -> None:
-        """Nothing: the leader's checkpoint holds the same."""
-
-    def finish(self) -> None:
-        """Nothing: the leader draws the curve."""

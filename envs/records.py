@@ -14,33 +14,55 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from envs.processes import Follower, in_any_process, summarise
+from envs.processes import in_any_process, summarise
 from envs.render import adaptation_gif, learning_curve
 
 
-class Run:
+class Follower:
+    """A run as those of torchrun's processes have it that do not lead: it stops on signals, and records nothing.
+
+    SIGINT and SIGTERM ask it to stop; the second one aborts at once.
+    """
+
+    def __init__(self):
+        self.stopping = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame) -> None:
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def should_stop(self) -> bool:
+        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
+        return in_any_process(self.stopping)
+
+    def log(self, state: dict, stats: dict[str, float | Tensor]) -> None:
+        """This process's part of the means."""
+        summarise(stats)
+
+    def save(self, state: dict) -> None:
+        """Nothing: the leader's checkpoint holds the same."""
+
+    def finish(self) -> None:
+        """Nothing: the leader draws the curve."""
+
+
+class Run(Follower):
     """What `train` of an algorithm writes to: a run's folder, its progress line, Weights & Biases with --track.
 
-    The folder holds args.json, metrics.jsonl, checkpoint.pt and at the end curve.png. SIGINT and SIGTERM ask the run to
-    stop; the second one aborts at once.
+    The folder holds args.json, metrics.jsonl, checkpoint.pt and at the end curve.png.
     """
 
     def __init__(self, args, algorithm: str, iteration: int):
         self.folder, self.tracker = open_run(args, algorithm, iteration)
         self.bar = progress_line(args, algorithm, iteration)
         self.since = time.time()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        super().__init__()
 
-    def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
+    def stop(self, number, frame) -> None:
+        super().stop(number, frame)
         self.bar.write("stopping after this iteration; the same signal again aborts at once")
-
-    def should_stop(self) -> bool:
-        """Whether a signal has asked for it; all processes of torchrun must ask, and get the same answer."""
-        return in_any_process(self.stopping)
 
     def log(self, state: dict, stats: dict[str, float | Tensor]) -> None:
         """Write a line of metrics; FloatingPointError if one of the numbers is not finite.

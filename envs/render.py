@@ -1,6 +1,6 @@
 """Pictures of learning and of adaptation.
 
-Without a display set MUJOCO_GL=egl before `envs` (which imports mujoco) is imported.
+Without a display MuJoCo draws by EGL (`make_renderer` in envs/locomotion.py).
 """
 
 import json

@@ -906,7 +906,8 @@ def test_rendering(tmp_path):
 
     if not egl_works(tmp_path):
         pytest.skip("EGL cannot be initialised here: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri")
-    environment = {**os.environ, "MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
+    unset = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")  # as on a server: envs/locomotion.py then chooses EGL
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRAWS.format(root=str(ROOT), unpictured=RANDOM)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

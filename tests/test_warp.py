@@ -381,6 +381,8 @@ def test_no_step_waits_for_the_gpu(family):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError):  # what waits is an error here
+            actions.sum().item()
         for action in actions[1:]:
             venv.step(action)
     finally:
