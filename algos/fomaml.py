@@ -77,6 +77,8 @@ class Args:
     """everything on the GPU"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -94,7 +96,9 @@ class Args:
                 low, high = 0, 2**31
             for x in value if isinstance(value, tuple) else (value,):
                 if not isinstance(x, bool | str) and not low <= x <= high:
-                    raise ValueError(f"--{name.replace('_', '-')} {x}: allowed is {low:g} to {high:g}")
+                    least = "above 0," if low == 1e-12 else f"{low:,}"
+                    allowed = f"{least} up to {high:,.10g}"
+                    raise ValueError(f"--{name.replace('_', '-')} {x}: allowed is {allowed}")
 
 
 def init_params(tasks, args: Args, generator: Generator) -> Params:
@@ -189,10 +193,9 @@ def accuracy_or_error(params: Params, support: Examples, query: Examples, args: 
 
 @torch.no_grad()
 def evaluate(tasks, theta: Params, args: Args) -> dict:
-    """Accuracy or error on held-out tasks after 0, 1, .. inner steps, the same tasks in every evaluation."""
-    generator = Generator().manual_seed(args.seed + 1)
-    held_out = tasks.sample_tasks(args.eval_tasks, generator, "test")
-    support, query = tasks.sample(held_out, (args.shots, args.shots), generator)
+    """Accuracy or error on the test tasks after 0, 1, .. inner steps, the same tasks in every run."""
+    test_tasks, generator = tasks.test_set(args.eval_tasks)
+    support, query = tasks.sample(test_tasks, (args.shots, args.shots), generator)
 
     def learn_one_task(support: Examples, query: Examples) -> Tensor:
         params = theta
@@ -204,10 +207,10 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
 
     result_NK = vmap(learn_one_task, chunk_size=50)(support, query)  # [6]
     name = "accuracy" if tasks.is_classification else "loss"
-    stats = {f"test/{name}_k{k}": float(x) for k, x in enumerate(result_NK.mean(0))}
-    width = 1.96 / math.sqrt(args.eval_tasks)  # of a 95 % interval, to either side, in standard deviations
-    stats["test/ci95"] = width * float(result_NK[:, -1].std(correction=0))
-    stats["test/gain_ci95"] = width * float((result_NK[:, -1] - result_NK[:, 0]).std(correction=0))
+    stats = {f"test/{name}_k{k}": result_N for k, result_N in enumerate(result_NK.unbind(1))}
+    # A run logs means, and of names that end in ci95 half the width of a 95 % interval over different tasks.
+    stats["test/ci95"] = result_NK[:, -1], test_tasks
+    stats["test/gain_ci95"] = result_NK[:, -1] - result_NK[:, 0], test_tasks
     return stats
 
 
@@ -229,17 +232,9 @@ def train(tasks, args: Args, run, state: dict) -> None:
         optimizer.step()  # [5]
         x_NBX, _ = support
         state["env_steps"] += 2 * x_NBX.shape[0] * x_NBX.shape[1]  # examples seen
-        state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
         stats = {"train/loss_post": meta_loss}
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save:
-            stats |= evaluate(tasks, theta, args)
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(tasks, state["theta"], args))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -250,17 +245,22 @@ def main(argv: list[str] | None = None) -> None:
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
-    if not tasks.is_classification:
-        torch.set_num_threads(1)  # on small nets more threads only cost
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    records.check_shapes(args.resume, saved=state["theta"], made=theta)
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"])
-        train(tasks, args, run, state)
-        run.finish()
+    fresh = {"theta": theta, "generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, tasks.device)
+    with (
+        tasks.threads(),
+        records.open_run(
+            args,
+            state,
+            tasks,
+            evaluate=lambda: evaluate(tasks, state["theta"], args),
+            unit="inner steps",
+        ) as run,
+    ):
+        if not args.evaluate:
+            train(tasks, args, run, state)
 
 
 if __name__ == "__main__":

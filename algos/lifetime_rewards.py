@@ -85,6 +85,8 @@ class Args:
     """worlds and all else on the GPU"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -96,7 +98,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Trajectory(NamedTuple):
@@ -332,14 +336,13 @@ def evaluate(envs, eta: Params, args: Args) -> dict[str, Tensor]:
     """Returns in tenths of held-out lifetimes, by the learned reward and by r; births and noise are equal."""
     stats = {}
     for name, weights in (("extrinsic", None), ("test", eta)):
-        generator = Generator().manual_seed(args.seed + 1)
-        tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
+        tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
         return_NE = whole_lifetimes(envs, tasks_NP, weights, args, generator)
         parts = return_NE.tensor_split(min(10, args.episodes_per_lifetime), 1)
         returns = [part.mean(1) for part in parts]
         stats |= {f"{name}/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [8]
         stats[f"{name}/return_lifetime"] = return_NE
-    stats["test/gain_ci95"] = returns[-1] - returns[0]  # run.log: means; for ..ci95 the interval
+    stats["test/gain_ci95"] = returns[-1] - returns[0], tasks_NP  # logged: a 95 % interval over tasks
     return stats
 
 
@@ -378,25 +381,19 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         theta_before = theta
         memory_before = dict(memory)
         window = []
+        run.doing("collecting")
         for _ in range(args.unroll):  # [1]; meta_step will make these updates again, as functions of eta
             data = play(envs, obs_NO, theta, args, generator)
             reward_NT, memory["eta"] = learned_reward(eta, data, memory["eta"])
             theta = update_policies(theta, data, reward_NT, args)
             obs_NO = data.obs_after
             window.append(data)
+        run.doing("updating")
         stats, memory["phi"] = meta_step(eta, phi, optimizer, theta_before, memory_before, window, args)
         state["env_steps"] += args.unroll * args.steps * len(obs_NO)
-        state |= {"eta": eta, "phi": phi, "optimizer": optimizer.state_dict(), "theta": theta}
-        state |= {"memory": memory, "worlds": envs.save_worlds(), "generator": generator.get_state()}
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats |= evaluate(test_envs, eta, args)
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+        state.update(eta=eta, phi=phi, optimizer=optimizer.state_dict(), theta=theta)
+        state.update(memory=memory, worlds=envs.save_worlds(), generator=generator.get_state())
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(test_envs, state["eta"], args))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -405,25 +402,25 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Lifetimes, make, records
 
     algorithm = Path(__file__).stem
-    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    fixed = "meta_batch_size", "episodes_per_lifetime"  # worlds of a resumed run go on in the midst of lifetimes
+    args, saved = records.parse(Args, argv, __doc__, algorithm, fixed)
     size = args.meta_batch_size, args.horizon, args.cuda
-    envs = Lifetimes(make(args.env_id, *size, discrete=True), args.episodes_per_lifetime)
-    test_envs = Lifetimes(make(args.env_id, *size, discrete=True), args.episodes_per_lifetime)
-    # Without a world_state worlds can only start all together, and not at births of their own.
-    if not envs.unwrapped.is_discrete or envs.unwrapped.world_state is None:
-        raise SystemExit(f"--env-id {args.env_id}: actions must be choices, and worlds able to start singly")
+    envs = Lifetimes(make(args.env_id, *size, discrete=True, singly=True), args.episodes_per_lifetime)
+    test_envs = Lifetimes(make(args.env_id, *size, discrete=True, singly=True), args.episodes_per_lifetime)
+    if not envs.unwrapped.is_discrete:
+        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous; this algorithm's are choices")
     generator = Generator().manual_seed(args.seed)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
-    state |= init_lifetimes(envs, args, generator)
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    fixed = "env_id", "horizon", "meta_batch_size", "episodes_per_lifetime", "policy_size", "hidden_size"
-    wrong = [name for name in fixed if saved and getattr(args, name) != getattr(saved["args"], name)]
-    if wrong:
-        raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"])
-        train(envs, test_envs, args, run, state)
-        run.finish()
+    fresh = init_lifetimes(envs, args, generator) | {"generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=("eta",))
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(test_envs, state["eta"], args),
+        unit="tenths of a lifetime",
+    ) as run:
+        if not args.evaluate:
+            train(envs, test_envs, args, run, state)
 
 
 if __name__ == "__main__":

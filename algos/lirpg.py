@@ -90,6 +90,8 @@ class Args:
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -102,7 +104,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Stream(NamedTuple):
@@ -395,11 +399,25 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
             state["theta"], state["theta_adam"] = policy_update  # theta <- theta'
 
 
-def evaluate(envs, tasks_NP: Tensor, state: dict, args: Args) -> Tensor:
-    """Returns [N] of an episode in each world; start states and noise are the same in every evaluation."""
-    obs_NO, _ = envs.reset(seed=args.seed + 1, options={"tasks": tasks_NP})
-    _, stream = play_steps(envs, obs_NO, state, args.horizon, Generator().manual_seed(args.seed + 1))
+def task_of_run(envs, args: Args) -> Tensor:
+    """The one task [N, P] of all the run, in every world."""
+    return envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).repeat(args.num_worlds, 1)
+
+
+def test_returns(envs, state: dict, args: Args) -> Tensor:
+    """Returns [N] of an episode in each world; start states and noise are the same in every run."""
+    _, generator = envs.unwrapped.test_set(args.num_worlds)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": task_of_run(envs, args)})
+    _, stream = play_steps(envs, obs_NO, state, args.horizon, generator)
     return stream.reward.sum(1).cpu()  # a world whose episode has ended pays 0
+
+
+def evaluate(envs, state: dict, args: Args) -> dict[str, Tensor]:
+    """Returns before and after learning, as metrics [N]; a run logs means, and for ..ci95 the interval."""
+    returns = test_returns(envs, state, args)  # [9]
+    stats = {"test/return_k0": state["first_returns"], "test/return_k1": returns}
+    return stats | {"test/gain_ci95": returns - state["first_returns"]}
 
 
 def train(envs, test_envs, args: Args, run, state: dict) -> None:
@@ -408,12 +426,11 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         state[part] = {name: x.to(envs.unwrapped.device) for name, x in state[part].items()}
     generator = Generator()
     generator.set_state(state["generator"])
-    tasks_NP = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).repeat(args.num_worlds, 1)
-    obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": tasks_NP})
+    obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": task_of_run(envs, args)})
     if "worlds" in state:  # a resumed run: in the midst of episodes
         obs_NO = envs.load_worlds(state["worlds"])
     if "first_returns" not in state:
-        state["first_returns"] = evaluate(test_envs, tasks_NP, state, args)
+        state["first_returns"] = test_returns(test_envs, state, args)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         state["env_steps"] += args.num_worlds * args.rollout_steps
@@ -422,17 +439,8 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         reward_NT, stats = receive(stream, state, args)  # [1]
         stats["train/intrinsic_std"] = float(intrinsic_NT.std(correction=0))
         learn_from(prepare(stream, reward_NT, state, args), state, args, generator)
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats["test/return_k0"] = state["first_returns"]
-            stats["test/return_k1"] = evaluate(test_envs, tasks_NP, state, args)  # [9]
-            stats["test/gain_ci95"] = stats["test/return_k1"] - stats["test/return_k0"]  # log: interval
-        run.log(state, stats)
-        if save:
-            run.save(state | {"generator": generator.get_state(), "worlds": envs.save_worlds()})
-        if stopping:
-            break
+        state.update(generator=generator.get_state(), worlds=envs.save_worlds())
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(test_envs, state, args))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -444,22 +452,25 @@ def main(argv: list[str] | None = None) -> None:
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     size = args.num_worlds, args.horizon, args.cuda
     # discrete: choices are accepted, too; continuous actions stay what they are
-    envs = make(args.env_id, *size, discrete=True, physics=args.physics)
+    envs = make(args.env_id, *size, discrete=True, physics=args.physics, singly=True)
     envs = Lifetimes(envs, episodes=10**9)  # one episode after the other
     test_envs = make(args.env_id, *size, discrete=True, physics=args.physics)
     generator = Generator().manual_seed(args.seed)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
-    state |= first_state(envs, args, generator)
-    state |= {"generator": generator.get_state()}
-    state |= saved | {"args": vars(args)}  # a resumed run's values in place of the fresh ones
-    fixed = "env_id", "seed", "horizon", "num_worlds"
-    wrong = [name for name in fixed if saved and getattr(args, name) != getattr(saved["args"], name)]
-    if wrong:
-        raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"])
-        train(envs, test_envs, args, run, state)
-        run.finish()
+    fresh = records.to(first_state(envs, args, generator), envs.unwrapped.device)
+    fresh |= {"first_returns": test_returns(test_envs, fresh, args), "generator": generator.get_state()}
+    parts = "theta", "obs_moments"
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=parts)
+    if args.evaluate:
+        state["first_returns"] = fresh["first_returns"]  # flags beside --evaluate count for them, too
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(test_envs, state, args),
+        unit="0: before, 1: after learning",
+    ) as run:
+        if not args.evaluate:
+            train(envs, test_envs, args, run, state)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ class Args:
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     capture_video: bool = False
     """at the end, a gif of one held-out task before and after adaptation"""
     track: bool = False
@@ -106,7 +108,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Episodes(NamedTuple):
@@ -393,13 +397,12 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 
 
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
-    """Adapt to held-out tasks, the same tasks and noise in every evaluation: metrics, adapted parameters.
+    """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Metrics are tensors over tasks. run.log writes their means; of names that end in ci95, half the width of
-    that mean's 95 % interval.
+    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
+    stands for half the width of that mean's 95 % interval, taken over different tasks.
     """
-    generator = Generator().manual_seed(args.seed + 1)
-    tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
+    tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta
     returns = []
     for k in range(args.eval_steps + 1):
@@ -408,7 +411,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
         if k < args.eval_steps:
             params = adapt(params, batch, args, scale=1.0 if k == 0 else 0.5)
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}
-    return stats | {"test/gain_ci95": returns[-1] - returns[0]}, params
+    return stats | {"test/gain_ci95": (returns[-1] - returns[0], tasks_NP)}, params
 
 
 def train(envs, args: Args, run, state: dict) -> None:
@@ -419,26 +422,20 @@ def train(envs, args: Args, run, state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
+        run.doing("collecting")
         params = theta
         supports = []
         for _ in range(args.inner_steps):
             supports.append(collect(envs, tasks_NP, params, args, generator))  # [2]
             params = adapt(params, supports[-1], args)
         query = collect(envs, tasks_NP, params, args, generator)  # [5]
+        run.doing("updating")
         theta, stats = trpo_step(theta, surrogate, supports, query, args)
         state["env_steps"] += sum(envs.unwrapped.total(batch.mask) for batch in (*supports, query))
-        state |= {"theta": theta, "generator": generator.get_state()}
+        state.update(theta=theta, generator=generator.get_state())
         stats["train/return_pre"] = supports[0].reward.sum(-1)
         stats["train/return_post"] = query.reward.sum(-1)
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats |= evaluate(envs, theta, args)[0]
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args)[0])
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -466,17 +463,21 @@ def main(argv: list[str] | None = None) -> None:
     theta = init_policy(envs, args.hidden_size, generator)
     if args.learn_inner_lr:
         theta |= {f"alpha.{name}": torch.full_like(value, args.inner_lr) for name, value in theta.items()}
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
-    state |= {"generator": generator.get_state()}
-    state |= saved | {"args": vars(args)}  # a resumed run's values in place of the fresh ones
-    records.check_shapes(args.resume, saved=state["theta"], made=theta)
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"], leads)
-        train(envs, args, run, state)
-        run.finish()
-    if args.capture_video:
-        params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
-        records.film(run, envs, policy, {"before": state["theta"], "after": params}, args.seed)
+    fresh = {"theta": theta, "generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(envs, state["theta"], args)[0],
+        unit="inner steps",
+        leads=leads,
+    ) as run:
+        if not args.evaluate:
+            train(envs, args, run, state)
+        if args.capture_video:
+            params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
+            run.film(envs, policy, {"before": state["theta"], "after": params})
 
 
 if __name__ == "__main__":

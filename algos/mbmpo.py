@@ -93,6 +93,8 @@ class Args:
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -104,7 +106,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Episodes(NamedTuple):
@@ -432,17 +436,30 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 
 
-def evaluate(envs, imagined, tasks_NP: Tensor, theta: Params, args: Args) -> dict:
+def evaluate(envs, imagined, state: dict, args: Args) -> dict:
     """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise.
-    run.log writes these tensors' means; of names that end in ci95, half the width of a 95 % interval."""
+
+    A run logs these tensors' means; of names that end in ci95, half the width of a 95 % interval.
+    """
+    theta = state["theta"]
+    models = {name: envs.unwrapped.share(x) for name, x in state["models"].items()}
+    follow_models(imagined, models, state["data"])
     real = replace(args, episodes_per_task=args.real_episodes)
-    support = collect(imagined, tasks_NP, theta, args, Generator().manual_seed(args.seed + 1))
+    tasks_NP = real_task(envs, args)
+    _, generator = envs.unwrapped.test_set(args.num_models)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    support = collect(imagined, tasks_NP, theta, args, generator)
     returns = []
     for params in (theta, lvc_step(theta, support, args)):
-        played = rollout(envs, tasks_NP, params, real, Generator().manual_seed(args.seed + 2))
+        played = rollout(envs, tasks_NP, params, real, Generator().manual_seed(seed))
         returns.append(played["reward"].sum(-1))  # [10]
     stats = {f"test/return_k{k}": return_NE for k, return_NE in enumerate(returns)}
     return stats | {"test/gain_ci95": returns[1] - returns[0]}
+
+
+def real_task(envs, args: Args) -> Tensor:
+    """The task [N, P] of all the run, the same for all models."""
+    return envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed)).expand(args.num_models, -1)
 
 
 def train(envs, imagined, args: Args, run, state: dict) -> None:
@@ -454,21 +471,23 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
     generator = Generator()
     generator.set_state(state["generator"])
     real = replace(args, episodes_per_task=args.real_episodes)
-    task_1P = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
-    tasks_NP = task_1P.expand(args.num_models, -1)  # the real task, which is the same in all models
+    tasks_NP = real_task(envs, args)
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         params = theta
         if data:  # before the first data there is no model to adapt to
             follow_models(imagined, models, data)
             params = lvc_step(theta, collect(imagined, tasks_NP, theta, args, generator), args)
+        run.doing("collecting")
         played = rollout(envs, tasks_NP, params, real, generator)  # [1]
         new = transitions(envs, {name: envs.unwrapped.gather(x) for name, x in played.items()})
         joined = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
         data = {name: x[-args.data_size :] for name, x in joined.items()}
+        run.doing("fitting models")
         models, stats = fit_models(envs, models, data, args, generator)  # [2]
         follow_models(imagined, models, data)
-        for _ in range(args.meta_steps):
+        for step in range(args.meta_steps):
+            run.doing("updating in imagination", step, args.meta_steps)
             support = collect(imagined, tasks_NP, theta, args, generator)
             params = lvc_step(theta, support, args)
             query = collect(imagined, tasks_NP, params, args, generator)  # [5]
@@ -477,14 +496,10 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
         stats["train/imagined_pre"] = support.reward.sum(-1)
         stats["train/imagined_post"] = query.reward.sum(-1)
         stats["train/return_post"] = played["reward"].sum(-1)
-        stats |= evaluate(envs, imagined, tasks_NP, theta, args)
         state["env_steps"] += envs.unwrapped.total(played["mask"])
-        state |= {"theta": theta, "data": data, "generator": generator.get_state()}
+        state.update(theta=theta, data=data, generator=generator.get_state())
         state["models"] = {name: envs.unwrapped.gather(x) for name, x in models.items()}
-        run.log(state, stats)
-        run.save(state)
-        if run.should_stop():
-            break
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, imagined, state, args))
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -512,15 +527,19 @@ def main(argv: list[str] | None = None) -> None:
     generator = Generator().manual_seed(args.seed)
     theta = init_policy(envs, args.hidden_size, generator)
     models = init_models(envs, args, generator)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "data": {}}
-    state |= {"theta": theta, "models": models, "generator": generator.get_state()}
-    state |= saved | {"args": vars(args)}
-    records.check_shapes(args.resume, saved=state["theta"], made=theta, part="theta.")
-    records.check_shapes(args.resume, saved=state["models"], made=models, part="models.")
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"], leads)
-        train(envs, imagined, args, run, state)
-        run.finish()
+    fresh = {"theta": theta, "models": models, "data": {}, "generator": generator.get_state()}
+    parts = "theta", "models"
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=parts)
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(envs, imagined, state, args),
+        unit="inner steps",
+        leads=leads,
+    ) as run:
+        if not args.evaluate:
+            train(envs, imagined, args, run, state)
 
 
 if __name__ == "__main__":

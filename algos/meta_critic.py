@@ -86,6 +86,8 @@ class Args:
     """networks and worlds on the GPU"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -96,7 +98,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Window(NamedTuple):
@@ -343,14 +347,14 @@ def examine(exam_envs, tasks_NP: Tensor, theta: Params, args: Args, generator: G
 
 
 def meta_test(envs, exam_envs, args: Args, phi: Params | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Newborn actors learn held-out tasks: by the meta-critic phi, or (None) each by a critic of its own.
+    """Newborn actors learn the test tasks: by the meta-critic phi, or (None) each by a critic of its own.
 
     Before and after each of K units of learning: the actors' returns, and the episodes that they have played
     to learn, K + 1 times [N] each. Tasks, actors and noise are the same in every call.
     """
-    generator = Generator().manual_seed(args.seed + 1)
-    tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
-    obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": tasks_NP})
+    tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     # Own critics are drawn in either case: so the actors, which are drawn after them, are the same.
     own_phi = init_critics(envs, count=len(tasks_NP), latent_size=0, args=args, generator=generator)
     if phi is None:
@@ -373,10 +377,11 @@ def meta_test(envs, exam_envs, args: Args, phi: Params | None) -> tuple[list[Ten
 
 
 def evaluate(envs, exam_envs, args: Args, phi: Params | None, name: str) -> dict[str, Tensor]:
-    """What newborn actors achieve on held-out tasks, and in how many episodes, as metrics [N]."""
+    """What newborn actors achieve on the test tasks, and in how many episodes, as metrics [N]."""
+    tasks_NP, _ = envs.unwrapped.test_set(args.meta_batch_size)
     returns, episodes = meta_test(envs, exam_envs, args, phi)
     stats = {f"{name}/return_k{k}": return_N for k, return_N in enumerate(returns)}
-    stats[f"{name}/gain_ci95"] = returns[-1] - returns[0]  # run.log: means; for ..ci95 the interval
+    stats[f"{name}/gain_ci95"] = returns[-1] - returns[0], tasks_NP  # logged: a 95 % interval over tasks
     stats[f"{name}/episodes"] = episodes[-1]
     return stats
 
@@ -396,20 +401,15 @@ def train(envs, test_envs, exam_envs, args: Args, run, state: dict) -> None:
         loss = teach(state, window, args, is_choice=envs.unwrapped.is_discrete, **rates)
         replace_actors(state, born_N, fresh=init_actors(envs, args, generator))  # [7]
         state["env_steps"] += window.mask.numel()
-        state |= {"generator": generator.get_state(), "worlds": envs.save_worlds()}
+        state.update(generator=generator.get_state(), worlds=envs.save_worlds())
         episodes = window.over.sum().clamp_min(1)
         stats = {"train/loss": loss, "train/return_post": window.reward.sum() / episodes}
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats |= evaluate(test_envs, exam_envs, args, state["phi"], name="test")
         if iteration == 1:  # training does not change them
+            run.doing("evaluating actors with critics of their own")
             stats |= evaluate(test_envs, exam_envs, args, phi=None, name="own")
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+        run.end_iteration(
+            state, stats, evaluate=lambda: evaluate(test_envs, exam_envs, args, state["phi"], name="test")
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -418,32 +418,33 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Lifetimes, make, records
 
     algorithm = Path(__file__).stem
-    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    fixed = "meta_batch_size", "lifetime"  # worlds of a resumed run go on in the midst of lifetimes
+    args, saved = records.parse(Args, argv, __doc__, algorithm, fixed)
     N = args.meta_batch_size
-    options = {"horizon": args.horizon, "cuda": args.cuda, "discrete": True}
+    options = {"horizon": args.horizon, "cuda": args.cuda, "discrete": True, "singly": True}
     envs = Lifetimes(make(args.env_id, N, **options), args.lifetime)
     # Newborn actors of an evaluation learn in test_envs, without end, and are examined in exam_envs.
     test_envs = Lifetimes(make(args.env_id, N, **options), episodes=10**9)
     exam_envs = Lifetimes(make(args.env_id, N * args.eval_episodes, **options), episodes=1)
     if not envs.unwrapped.is_discrete:
-        raise SystemExit(f"--env-id {args.env_id}: its actions are continuous; this algorithm's are choices")
+        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous; this algorithm's are choices")
     generator = Generator().manual_seed(args.seed)
     phi = init_critics(envs, count=1, latent_size=args.latent_size, args=args, generator=generator)
     made = init_learners(envs, phi, args, generator)
     tasks_NP = envs.unwrapped.sample_tasks(N, generator, "train")
     births_N = torch.arange(N) * args.lifetime // N  # the first lifetimes begin in different episodes
     envs.reset(seed=args.seed, options={"tasks": tasks_NP, "episode": births_N})
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0}
-    state |= made | {"worlds": envs.save_worlds(), "generator": generator.get_state()}
-    state |= saved | {"args": vars(args)}
-    fixed = "env_id", "horizon", "meta_batch_size", "lifetime", "hidden_size", "critic_size", "latent_size"
-    wrong = [name for name in fixed if saved and getattr(args, name) != getattr(saved["args"], name)]
-    if wrong:
-        raise SystemExit(f"--resume {args.resume}: worlds go on in it, so these must be the run's: {wrong}")
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"])
-        train(envs, test_envs, exam_envs, args, run, state)
-        run.finish()
+    fresh = made | {"worlds": envs.save_worlds(), "generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=("phi",))
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(test_envs, exam_envs, args, state["phi"], name="test"),
+        unit=f"times {args.eval_windows} windows",
+    ) as run:
+        if not args.evaluate:
+            train(envs, test_envs, exam_envs, args, run, state)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ class Args:
     """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); takes a minute at first"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -121,7 +123,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Transitions(NamedTuple):
@@ -328,18 +332,22 @@ def loss_gradient(theta: Params, *data) -> tuple[Params, dict]:
     return dict(zip(weights, gradient, strict=True)), stats
 
 
-def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tensor]:
-    """An iteration's updates, which change theta and target in place; statistics of the last one."""
+def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause) -> dict[str, Tensor]:
+    """An iteration's updates, which change theta and target in place; statistics of the last one.
+
+    `generator` is of the worlds' device. `pause` is called before each update with the number of those done;
+    of a run that was stopped among them, state["updates"] are done already.
+    """
     theta = state["theta"]
     target = state["target"]
-    generator = Generator(state["tasks"].device).manual_seed(seed)  # the numbers are drawn on the device
     random = envs.unwrapped.noise  # standard normal, or uniform from 0 to 1
     N = args.meta_batch_size
     action_shape = N, args.batch_size, *envs.single_action_space.shape
     take_gradient = loss_gradient
     if args.compile:
         take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
-    for _ in range(args.updates):
+    for k in range(min(state["updates"], args.updates - 1), args.updates):
+        pause(k)
         # N different tasks, below random numbers for them; under torchrun this process's part of both.
         index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
         batch = draw(state["replay"], index_N, random(generator, N, args.batch_size, uniform=True))
@@ -357,9 +365,8 @@ def learn(envs, state: dict, optimizer, args: Args, seed: int) -> dict[str, Tens
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns of successive episodes of held-out tasks, with the policy's means; each time the same tasks."""
-    generator = Generator().manual_seed(args.seed + 1)
-    tasks_NP = envs.unwrapped.sample_tasks(args.tasks_per_iteration, generator, "test")
+    """Returns of successive episodes of the test tasks, with the policy's means; the same tasks in every run."""
+    tasks_NP, generator = envs.unwrapped.test_set(args.tasks_per_iteration)
     seen = []
     for k in range(args.eval_episodes):
         if k < args.eval_prior_episodes:
@@ -370,7 +377,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
         seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0))
     returns = [sum(episodes.reward.unbind(1)) for episodes in seen]
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [10]
-    return stats | {"test/gain_ci95": returns[-1] - returns[0]}  # run.log: means; for ..ci95 the interval
+    return stats | {"test/gain_ci95": (returns[-1] - returns[0], tasks_NP)}  # logged: an interval over tasks
 
 
 def init_state(envs, args: Args, generator: Generator) -> dict:
@@ -383,19 +390,46 @@ def init_state(envs, args: Args, generator: Generator) -> dict:
         "tasks": envs.unwrapped.sample_tasks(args.train_tasks, generator, "train"),
         "replay": init_buffer(envs, args.train_tasks, args.replay_size),
         "recent": init_buffer(envs, args.train_tasks, episodes * args.horizon),
+        # Of the iteration that is under way:
+        "unfinished": 0,
+        "initial": 0,
+        "returns": [],
+        "updates": 0,
+        "updates_generator": None,
     }
 
 
-def fill_buffers(envs, state: dict, args: Args, generator: Generator) -> None:
-    """The initial episodes: all training tasks in turn, as many at a time as there are worlds."""
+def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause) -> None:
+    """An iteration's episodes, and before the first iteration's the initial ones.
+
+    What is collected already stands in `state`: "initial" counts the initial rounds, "returns" [N] are those
+    of this iteration's episodes. `pause` is called before each round, with the numbers of those done and of all.
+    """
     worlds_N = torch.arange(args.tasks_per_iteration, device=state["tasks"].device)
-    for k in range(math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))):
-        index_N = (k * len(worlds_N) + worlds_N) % args.train_tasks
+    initial = math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))
+    while state["iteration"] == 1 and state["initial"] < initial:  # [1]
+        pause(state["initial"], initial)
+        index_N = (state["initial"] * len(worlds_N) + worlds_N) % args.train_tasks  # all tasks in turn
         collect_episodes(envs, index_N, state, args, generator, from_prior=True)
+        state["initial"] += 1
+    if not state["returns"]:
+        index_N = torch.randperm(args.train_tasks, generator=generator)[: len(worlds_N)].to(worlds_N.device)
+        state["index"] = index_N
+        state["recent"]["count"][index_N] = 0  # [2]
+    while len(state["returns"]) < args.prior_episodes + args.posterior_episodes:
+        if state["returns"]:
+            pause(len(state["returns"]), args.prior_episodes + args.posterior_episodes)
+        from_prior = len(state["returns"]) < args.prior_episodes
+        return_N = collect_episodes(envs, state["index"], state, args, generator, from_prior)
+        state["returns"].append(return_N)
 
 
 def train(envs, args: Args, run, state: dict) -> None:
-    """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes."""
+    """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes.
+
+    An iteration takes minutes, so a run may stop in its midst, in `pause`. "unfinished" in `state` is 1 while
+    an iteration is under way, whose number "iteration" is.
+    """
     device = envs.unwrapped.device
     for part in PARTS:
         state[part] = {name: x.to(device, copy=True) for name, x in state[part].items()}
@@ -406,29 +440,31 @@ def train(envs, args: Args, run, state: dict) -> None:
         optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
     generator = Generator()
     generator.set_state(state["generator"])
-    for iteration in range(state["iteration"] + 1, args.iterations + 1):
-        state["iteration"] = iteration
-        if iteration == 1:
-            fill_buffers(envs, state, args, generator)  # [1]
-        index_N = torch.randperm(args.train_tasks, generator=generator)[: args.tasks_per_iteration].to(device)
-        state["recent"]["count"][index_N] = 0  # [2]
-        returns = []
-        for k in range(args.prior_episodes + args.posterior_episodes):
-            from_prior = k < args.prior_episodes
-            returns.append(collect_episodes(envs, index_N, state, args, generator, from_prior))
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        stats = learn(envs, state, optimizer, args, seed)
-        state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-        stats |= {"train/return_pre": returns[0], "train/return_post": returns[-1]}
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats |= evaluate(envs, state["theta"], args)
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+    updates_generator = Generator(device)
+
+    def pause_collecting(done: int, of: int) -> None:
+        run.doing("collecting", done, of)
+        if run.should_stop():
+            run.stop(state | {"generator": generator.get_state()})
+
+    def pause_learning(done: int) -> None:
+        run.doing("updating", done, args.updates)
+        if run.should_stop():
+            now = {"optimizer": optimizer.state_dict(), "updates_generator": updates_generator.get_state()}
+            run.stop(state | now | {"updates": done})
+
+    for iteration in range(state["iteration"] + 1 - state["unfinished"], args.iterations + 1):
+        state.update(iteration=iteration, unfinished=1)
+        collect_iteration(envs, state, args, generator, pause_collecting)
+        if state["updates_generator"] is None:
+            updates_generator.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            state.update(generator=generator.get_state(), updates_generator=updates_generator.get_state())
+        updates_generator.set_state(state["updates_generator"])
+        stats = learn(envs, state, optimizer, args, updates_generator, pause_learning)
+        stats |= {"train/return_pre": state["returns"][0], "train/return_post": state["returns"][-1]}
+        state.update(optimizer=optimizer.state_dict(), unfinished=0)
+        state.update(returns=[], updates=0, updates_generator=None)
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -453,17 +489,20 @@ def main(argv: list[str] | None = None) -> None:
     leads = join(args.cuda, sees_all=True, **sizes)  # all processes' buffers hold what all worlds have shown
     envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
-        raise SystemExit(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
+        raise records.refusal(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
     generator = Generator().manual_seed(args.seed)
-    fresh = init_state(envs, args, generator)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0} | fresh
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    for part in PARTS:
-        records.check_shapes(args.resume, saved=state[part], made=fresh[part], part=f"{part}.")
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"], leads)
-        train(envs, args, run, state)
-        run.finish()
+    fresh = init_state(envs, args, generator) | {"generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(envs, state["theta"], args),
+        unit="episodes",
+        leads=leads,
+    ) as run:
+        if not args.evaluate:
+            train(envs, args, run, state)
 
 
 if __name__ == "__main__":

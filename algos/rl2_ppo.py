@@ -93,6 +93,8 @@ class Args:
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
     resume: str = ""
     """folder of a run to continue; flags beside it replace the saved ones"""
+    evaluate: str = ""
+    """folder of a run to evaluate again, without training; flags beside it count"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -107,7 +109,9 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {low:g} to {high:g}")
+                least = "above 0," if low == 1e-12 else f"{low:,}"
+                allowed = f"{least} up to {high:,.10g}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
 class Steps(NamedTuple):
@@ -332,16 +336,16 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with held-out tasks, the same tasks and noise in every evaluation.
+    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
 
-    run.log writes the means of these tensors, and under names in ci95 the interval of that mean.
+    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
+    that mean's 95 % interval, taken over different tasks.
     """
-    generator = Generator().manual_seed(args.seed + 1)
-    tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "test")
+    tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
-    stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": return_NE.sum(1)}
+    stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
     stats |= {f"test/return_k{k}": return_N for k, return_N in enumerate(return_NE.unbind(1))}  # [8]
-    return stats | {"test/gain_ci95": return_NE[:, -1] - return_NE[:, 0]}
+    return stats | {"test/gain_ci95": (return_NE[:, -1] - return_NE[:, 0], tasks_NP)}
 
 
 def train(envs, args: Args, run, state: dict) -> None:
@@ -354,21 +358,15 @@ def train(envs, args: Args, run, state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
+        run.doing("collecting")
         steps, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
+        run.doing("updating")
         stats = ppo(envs, theta, optimizer, steps, args, 1 - (iteration - 1) / args.iterations, generator)
         state["env_steps"] += int(steps.mask.sum())
-        state |= {"theta": theta, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
         stats["train/return_pre"] = return_NE[:, 0]
         stats["train/return_post"] = return_NE[:, -1]
-        stopping = run.should_stop()
-        save = iteration % args.eval_every == 0 or iteration == args.iterations or stopping
-        if save or iteration == 1:
-            stats |= evaluate(envs, theta, args)
-        run.log(state, stats)
-        if save:
-            run.save(state)
-        if stopping:
-            break
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -396,13 +394,18 @@ def main(argv: list[str] | None = None) -> None:
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
     theta = init_network(envs, args, generator)
-    state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta}
-    state |= {"generator": generator.get_state()} | saved | {"args": vars(args)}
-    records.check_shapes(args.resume, saved=state["theta"], made=theta)
-    with records.errors_in_one_line(state):
-        run = records.start(args, algorithm, state["iteration"], leads)
-        train(envs, args, run, state)
-        run.finish()
+    fresh = {"theta": theta, "generator": generator.get_state()}
+    state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
+    with records.open_run(
+        args,
+        state,
+        envs,
+        evaluate=lambda: evaluate(envs, state["theta"], args),
+        unit="episodes of a trial",
+        leads=leads,
+    ) as run:
+        if not args.evaluate:
+            train(envs, args, run, state)
 
 
 if __name__ == "__main__":

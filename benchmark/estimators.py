@@ -367,7 +367,9 @@ def tables(results: dict) -> dict[str, str]:
 
 
 def draw(results: dict) -> None:
-    """Cosine of single estimates and their spread over the number of episodes; dashed: cosine of the expectation."""
+    """Cosine of single estimates and their spread over the number of episodes; dashed: cosine of the expectation.
+
+    The later lines are thinner: where some coincide, each shows beside the next."""
     axes = (figure := Figure(figsize=(11, 7.5), layout="constrained")).subplots(2, 2, sharex="col")
     for (above, below), (what, key) in zip(axes.T, (("tabular", "exact"), ("cheetah", "loaded")), strict=True):
         rows = [row for row in results[f"{COMMAND} {what}"]["rows"] if row.get("setting") in (None, "exact value")]
@@ -376,8 +378,9 @@ def draw(results: dict) -> None:
             single = [row for row in own if f"cosine_{key}" in row]
             y, half = zip(*(row[f"cosine_{key}"] for row in single), strict=True)
             x = [row["episodes"] for row in single]
-            above.errorbar(x, y, half, fmt=f"C{i}.-", label=name, capsize=2)
-            below.plot(x, [row["spread"] for row in single], f"C{i}.-")
+            width = 4.5 - 0.6 * i
+            above.errorbar(x, y, half, fmt=f"C{i}-", label=name, capsize=2, linewidth=width, elinewidth=1)
+            below.plot(x, [row["spread"] for row in single], f"C{i}-", linewidth=width)
             for limit in [row[f"cosine_of_means_{key}"] for row in own if row not in single]:
                 above.axhline(limit[0], color=f"C{i}", linestyle="--", linewidth=0.8)
         above.set(ylabel="cosine of single estimates with the reference", ylim=(-0.2, 1.05))

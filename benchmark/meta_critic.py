@@ -512,7 +512,7 @@ def curves(_: Options) -> None:
             group = [line for line in lines if line["run"] == run]
             mean = np.mean([[line["played"], line["return"]] for line in group], 0)
             axes.plot(mean[0] + 1, mean[1], f"C{i}", label=label if run == min(line["run"] for line in lines) else None)
-    axes.axhline(LEVEL, color="0.7", linewidth=1)
+    axes.axhline(LEVEL, color="0.7", linewidth=1, label=f"{LEVEL}, the return that the table asks for")
     axes.set(xscale="log", xlabel="episodes that a new actor has played, and 1", ylabel="return of its next episodes")
     axes.set_title("CartPole with a pole of unseen length")
     figure.legend(loc="outside lower center", ncols=2)

@@ -6,7 +6,8 @@
     python benchmark/pearl.py latent runs/A            what the encoder makes of held-out tasks, one colour for each
     python benchmark/pearl.py curves runs/A runs/B ..  held-out return after adaptation over environment steps
 
-`table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` takes runs of other files, too.
+`table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` takes runs of other files, too, and
+what `keep` wrote: benchmark/results/pearl/HalfCheetahVel3_*.metrics.jsonl.gz.
 """
 
 import gzip
@@ -38,7 +39,7 @@ class Options:
     what: tyro.conf.Positional[Literal["table", "keep", "paths", "latent", "curves"]]
     """what to make"""
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of runs"""
+    """folders of runs; of `curves` kept metrics, too"""
     tasks: int = 300
     """held-out tasks, a world for each"""
     episodes: int = 3
@@ -179,21 +180,30 @@ def latent(folder: Path, options: Options) -> dict:
     return {"posterior_std": float(variance.sqrt().mean()), "spread_of_means": float(mean.std(0).mean())}
 
 
-def curves(folders: tuple[Path, ...]) -> dict:
+def of_run(path: Path) -> tuple[str, str, str]:
+    """Of a run's folder, or of a kept ENV_ALGORITHM_seedN.metrics.jsonl.gz: environment, algorithm, and metrics."""
+    if path.suffix == ".gz":
+        env, name = path.name.split(".")[0].rpartition("_seed")[0].split("_", 1)
+        return env, name, gzip.decompress(path.read_bytes()).decode()
+    module, args, _ = load(path)
+    name = module.__name__.removeprefix("algos.")
+    return args.env_id.removesuffix("-v0"), name, (path / "metrics.jsonl").read_text()
+
+
+def curves(runs: tuple[Path, ...]) -> dict:
     """Held-out return over environment steps (log scale) of runs of pearl_sac, rl2_ppo and maml_trpo side by side."""
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
-    for folder in folders:
-        module, args, _ = load(folder)
-        name = module.__name__.removeprefix("algos.")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_k0" in line]
+    for path in runs:
+        env, name, metrics = of_run(path)
+        rows = [json.loads(line) for line in metrics.splitlines() if "_k0" in line]
         unit = "inner step of 20 episodes" if name == "maml_trpo" else "episode"
         label = f"{name}, after {AFTER[name]} {unit}{'s' * (AFTER[name] > 1)}"
         known = label in axes.get_legend_handles_labels()[1]  # another seed of an algorithm has its colour
         x, y = zip(*((row["env_steps"], row[f"test/return_k{AFTER[name]}"]) for row in rows), strict=True)
         axes.plot(x, y, f"C{list(AFTER).index(name)}", label=None if known else label)
-    axes.set(xscale="log", xlabel="env_steps (training)", ylabel="return of held-out tasks", title=args.env_id)
-    axes.legend()
-    picture = IMAGES / f"pearl_curves_{args.env_id.removesuffix('-v0')}.png"
+    axes.set(xscale="log", xlabel="env_steps (training)", ylabel="return of held-out tasks", title=env)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    picture = IMAGES / f"pearl_curves_{env}.png"
     figure.savefig(picture, dpi=100)
     return {"picture": str(picture)}
 

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,7 +45,7 @@ from envs import join  # noqa: E402
 from envs.locomotion import available_cpus  # noqa: E402
 from envs.processes import gather  # noqa: E402
 
-RATES = {"end_to_end": "-", "sampling": "--", "physics": ":"}  # and how their lines are drawn
+RATES = {"end_to_end": "o-", "sampling": "s--", "physics": "^:"}  # and how their points and lines are drawn
 
 
 @dataclass
@@ -245,50 +246,70 @@ def table(options: Options) -> None:
             print("| " + " | ".join([*cells, memory]) + " |")
 
 
-def line(axes, points: dict, rate: str, **style) -> None:
-    """One rate of points {x: record}, with bars from the lowest to the highest."""
-    y = [record[f"{rate}_steps_per_s"] for record in points.values()]
-    ends = [[record[f"{rate}_steps_per_s{which}"] for record in points.values()] for which in ("_lowest", "_highest")]
-    bars = [[abs(value - end) for value, end in zip(y, side, strict=True)] for side in ends]
-    axes.errorbar([*points], y, bars, linestyle=RATES[rate], marker=".", capsize=2, **style)
+def is_busy(record: dict) -> bool:
+    """Whether other work than the point's own took cores while it was measured."""
+    return record["load_at_start"] > record["processes"] * record["cpus"]
+
+
+def draw_rates(axes, points: dict, color: str) -> None:
+    """The rates of points {x: record}, with bars from the lowest to the highest; busy ones hollow, without a line."""
+    for rate, (mark, *style) in RATES.items():
+        quiet = {x: record[f"{rate}_steps_per_s"] for x, record in points.items() if not is_busy(record)}
+        axes.plot([*quiet], [*quiet.values()], color=color, linestyle="".join(style))
+        for x, record in points.items():
+            lowest, y, highest = (record[f"{rate}_steps_per_s{which}"] for which in ("_lowest", "", "_highest"))
+            bars = [[abs(y - lowest)], [abs(highest - y)]]
+            fill = "none" if is_busy(record) else color
+            axes.errorbar(x, y, bars, fmt=mark, color=color, markerfacecolor=fill, markersize=5, capsize=2)
 
 
 def draw(options: Options) -> None:
+    """Colours are processes, threads and devices, in all panels; points of one x stand a little apart."""
     lines, (tasks, episodes) = read(options), options.at
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9.6), layout="constrained")
     by_tasks, by_episodes, by_processes, memory = figure.subplots(2, 2).flat
     at = defaultdict(dict)  # by threads, device and physics: {processes: record}
-    for number, (who, sizes) in enumerate(sorted(lines.items())):
-        slices = {by_tasks: {n: record for (n, e), record in sizes.items() if e == episodes}}
-        slices[by_episodes] = {e: record for (n, e), record in sizes.items() if n == tasks}
-        for axes, points in slices.items():
-            for rate in RATES:
-                line(axes, points, rate, color=f"C{number}", label=f"{who}: {rate.replace('_', ' ')}")
+    colors = {who: f"C{number}" for number, who in enumerate(sorted(lines))}
+    for number, (who, color) in enumerate(colors.items()):
+        sizes, apart = lines[who], 1.02 ** (number - (len(lines) - 1) / 2)
+        draw_rates(by_tasks, {n * apart: record for (n, e), record in sizes.items() if e == episodes}, color)
+        draw_rates(by_episodes, {e * apart: record for (n, e), record in sizes.items() if n == tasks}, color)
+        if (tasks, episodes) in sizes:
+            record = sizes[tasks, episodes]
+            at[who.partition(", ")[2]][record["processes"] * apart] = record
+            draw_rates(by_processes, {record["processes"] * apart: record}, color)
         largest = {}
         for (n, e), record in sizes.items():
             largest[n * e] = record["cuda_memory_mb" if record["args"]["cuda"] else "memory_mb"]
-            if (n, e) == (tasks, episodes):
-                at[who.partition(", ")[2]][record["processes"]] = record
         worlds = sorted(largest)
-        memory.plot(worlds, [largest[n] for n in worlds], ".-", color=f"C{number}", label=who)
-    for number, (who, points) in enumerate(sorted(at.items())):
-        for rate in RATES:
-            points = dict(sorted(points.items()))
-            line(by_processes, points, rate, color=f"C{number}", label=f"{who}: {rate.replace('_', ' ')}")
+        memory.plot(worlds, [largest[n] for n in worlds], "D-", color=color, markersize=4)
+    for points in at.values():
+        quiet = {number: record for number, record in sorted(points.items()) if not is_busy(record)}
+        for rate, (_, *style) in RATES.items():
+            y = [record[f"{rate}_steps_per_s"] for record in quiet.values()]
+            by_processes.plot([*quiet], y, color="0.6", linestyle="".join(style), zorder=1)
     by_tasks.set(xlabel=f"tasks, of {episodes} episodes", ylabel="steps per second", xscale="log")
     by_episodes.set(xlabel=f"episodes of each of {tasks} tasks", ylabel="steps per second", xscale="log")
     by_processes.set(xlabel=f"processes, {tasks} tasks of {episodes} episodes", ylabel="steps per second")
     memory.set(xlabel="worlds", ylabel="memory, MB (GPU: of torch's tensors)", xscale="log")
+    records = [record for sizes in lines.values() for record in sizes.values()]
     sizes = {size for points in lines.values() for size in points}
     ticks = {by_tasks: {n for n, e in sizes if e == episodes}, by_episodes: {e for n, e in sizes if n == tasks}}
-    ticks[by_processes] = {number for points in at.values() for number in points}
+    ticks |= {by_processes: {record["processes"] for record in records}, memory: {n * e for n, e in sizes}}
     for axes, values in ticks.items():
         axes.set_xticks(sorted(values), [str(value) for value in sorted(values)])
         axes.minorticks_off()
-    for axes in (by_tasks, by_episodes, by_processes, memory):
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
+    by_processes.margins(x=0.2)
+    handles = [Line2D([], [], color=color, linewidth=4, label=who) for who, color in colors.items()]
+    for rate, (mark, *style) in RATES.items():
+        look = {"marker": mark, "linestyle": "".join(style), "markersize": 5}
+        handles.append(Line2D([], [], color="0.3", label=rate.replace("_", " "), **look))
+    if any(map(is_busy, records)):
+        look = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "color": "0.3"}
+        handles.append(Line2D([], [], label="hollow: measured beside other work, too slow", **look))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     options.image.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.image, dpi=110)
     print(options.image)

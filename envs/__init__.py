@@ -2,13 +2,26 @@
 
 from importlib.util import find_spec
 
+from envs import installed  # noqa: F401, first: it says in one line which package is missing
+
+# isort: split
 import gymnasium as gym
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.vector import VectorEnv, VectorWrapper
 
 from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
 from envs.cartpole import CartPoleFixed, CartPoleLength
-from envs.core import ScaleActions, SingleTaskEnv, SupervisedTasks, TaskVectorEnv, held_out_uniform
+from envs.core import (
+    NotFinite,
+    ScaleActions,
+    SingleTaskEnv,
+    SupervisedTasks,
+    TaskVectorEnv,
+    Unsuitable,
+    held_out_uniform,
+    one_thread,
+)
 from envs.fewshot import Glyphs, Omniglot
 from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
 from envs.gridworlds import (
@@ -39,7 +52,7 @@ from envs.locomotion import (
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
-from envs.processes import all_worlds, join, shard, summarise
+from envs.processes import all_worlds, join, refusal, shard, summarise
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif, learning_curve
@@ -93,13 +106,14 @@ __all__ = [
     "SUPERVISED",
     "Imagined",
     "Lifetimes",
+    "NotFinite",
     "ScaleActions",
     "SingleTaskEnv",
     "SupervisedTasks",
     "TaskGiven",
 ]
-__all__ += ["TaskVectorEnv", "Trials", "adaptation_gif", "held_out_uniform", "imagine", "join", "learning_curve"]
-__all__ += ["make", "make_supervised", "summarise"]
+__all__ += ["TaskVectorEnv", "Trials", "Unsuitable", "adaptation_gif", "held_out_uniform", "imagine", "join"]
+__all__ += ["learning_curve", "make", "make_supervised", "one_thread", "summarise"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -117,23 +131,55 @@ for _family, _horizon in HORIZONS.items():
 
 def _device(cuda: bool) -> str:
     if cuda and not torch.cuda.is_available():
-        raise SystemExit("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
+        raise refusal("--cuda: torch sees no CUDA device on this machine; leave the flag out to run on the CPU")
     return "cuda" if cuda else "cpu"
 
 
 def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
     """What of `make`'s `physics` to tell the family: nothing, unless it is to move by warp."""
     if physics not in ("auto", "mujoco", "warp"):
-        raise SystemExit(f"--physics {physics}: allowed is auto, mujoco, warp")
+        raise refusal(f"--physics {physics}: allowed is auto, mujoco, warp")
     family = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
     is_mujoco = isinstance(family, type) and issubclass(family, MujocoTaskVectorEnv)
     is_installed = find_spec("mujoco_warp") is not None
     if physics == "warp" and not is_mujoco:
-        raise SystemExit(f"--physics warp: not for --env-id {env_id}, only for bodies of envs/ that MuJoCo moves")
+        raise refusal(f"--physics warp: not for --env-id {env_id}, only for bodies of envs/ that MuJoCo moves")
     if physics == "warp" and not is_installed:
-        raise SystemExit("--physics warp needs mujoco_warp: .venv/bin/pip install -r requirements-warp.txt")
+        raise refusal("--physics warp needs mujoco_warp: .venv/bin/pip install -r requirements-warp.txt")
     chosen = physics == "warp" or (physics == "auto" and cuda and is_mujoco and is_installed)
     return {"physics": "warp"} if chosen else {}
+
+
+def _is_batched(env_id: str) -> bool:
+    """Whether Gymnasium knows the id, and it may be that of a `TaskVectorEnv`; a function shows it only when called."""
+    maker = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
+    if isinstance(maker, str):
+        maker = None if maker.startswith("gymnasium.") else load_env_creator(maker)
+    return issubclass(maker, TaskVectorEnv | VectorWrapper) if isinstance(maker, type) else maker is not None
+
+
+def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
+    try:
+        return make_metaworld(env_id.removeprefix("Meta-World/"), num_envs, **options)
+    except (ImportError, ValueError) as error:
+        raise refusal(f"--env-id {env_id}: {error}") from None
+
+
+def _make_registered(env_id: str, num_envs: int, options: dict) -> VectorEnv:
+    """A batch that is registered with Gymnasium; errors of a user's own environment keep their trace."""
+    known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
+    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME"
+    if not _is_batched(env_id):
+        raise refusal(reason)
+    try:
+        worlds = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+    except RuntimeError as error:
+        if options.get("physics") != "warp":
+            raise
+        raise refusal(f"--physics warp: {error}") from None  # warp-lang, of this machine's driver
+    if not isinstance(worlds.unwrapped, TaskVectorEnv):
+        raise refusal(reason)
+    return worlds
 
 
 def make(
@@ -144,35 +190,34 @@ def make(
     action_scale: float = 1.0,
     discrete: bool = False,
     physics: str = "auto",
+    singly: bool = False,
 ) -> VectorEnv:
     """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
 
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
+    An algorithm whose worlds start one by one (`singly`), as `Lifetimes` lets them, gets only those that can.
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
     `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
     `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
     Processes that have joined (`join`) move an equal part of the worlds each, and see it or all of them.
     """
     part = shard()
+    number = num_envs // part[1]
     options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, physics, cuda)
-    if env_id.startswith("Meta-World/"):
-        try:
-            worlds = make_metaworld(env_id.removeprefix("Meta-World/"), num_envs // part[1], **options)
-            worlds.shard = part
-            return all_worlds(ScaleActions(worlds, action_scale))
-        except (ImportError, ValueError) as error:
-            raise SystemExit(f"--env-id {env_id}: {error}") from None
-    if env_id not in gym.registry or gym.spec(env_id).vector_entry_point is None:
-        known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
-        raise SystemExit(f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME")
     try:
-        envs = gym.make_vec(env_id, num_envs // part[1], vectorization_mode="vector_entry_point", **options)
-    except RuntimeError as error:  # warp-lang, of this machine's driver
-        raise SystemExit(f"--physics {physics}: {error}") from None
-    envs.unwrapped.shard = part
-    if envs.unwrapped.is_discrete and not discrete:
-        raise SystemExit(f"--env-id {env_id}: its actions are choices; this algorithm's are continuous")
-    return all_worlds(envs if envs.unwrapped.is_discrete else ScaleActions(envs, action_scale))
+        if env_id.startswith("Meta-World/"):
+            envs = _make_metaworld(env_id, number, options)
+        else:
+            envs = _make_registered(env_id, number, options)
+        family = envs.unwrapped
+        if family.is_discrete and not discrete:
+            raise Unsuitable("its actions are choices; this algorithm's are continuous")
+        if singly and family.world_state is None:
+            raise Unsuitable("its worlds can only start together; this algorithm needs worlds that start singly")
+        family.shard = part
+        return all_worlds(envs if family.is_discrete else ScaleActions(envs, action_scale))
+    except Unsuitable as error:
+        raise refusal(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
 
 
 def imagine(envs: ScaleActions, num_envs: int) -> Imagined:
@@ -181,7 +226,7 @@ def imagine(envs: ScaleActions, num_envs: int) -> Imagined:
     try:
         return Imagined(envs, num_envs // envs.unwrapped.shard[1])
     except TypeError as error:
-        raise SystemExit(f"--env-id: {error}") from None
+        raise refusal(f"--env-id: {error}") from None
 
 
 def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False) -> SupervisedTasks:
@@ -196,9 +241,9 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
     """
     families = {f"{family.__name__}-v0": family for family in SUPERVISED}
     if env_id not in families:
-        raise SystemExit(f"--env-id {env_id} is no supervised task family; allowed: {', '.join(families)}")
+        raise refusal(f"--env-id {env_id} is no supervised task family; allowed: {', '.join(families)}")
     if (env_id == "Omniglot-v0") != bool(data):
-        raise SystemExit(f"--env-id {env_id} --data {data!r}: Omniglot-v0, and only that, reads a folder")
+        raise refusal(f"--env-id {env_id} --data {data!r}: Omniglot-v0, and only that, reads a folder")
     shard()  # refuses torchrun's processes, which no supervised algorithm joins
     family, device = families[env_id], _device(cuda)
     if not family.is_classification:
@@ -206,7 +251,7 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
     try:
         tasks = family(data, ways, device) if data else family(ways, device)
     except ValueError as error:
-        raise SystemExit(str(error) if str(error).startswith("--ways") else f"--data {error}") from None
+        raise refusal(str(error) if str(error).startswith("--ways") else f"--data {error}") from None
     if drawings > (instances := tasks.images.shape[1]):
-        raise SystemExit(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
+        raise refusal(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
     return tasks

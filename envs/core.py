@@ -16,8 +16,9 @@ episodes of a batch start together and end together at the horizon.
 * An early end is latched: from the step that ends an episode on, `terminated` stays true, and in the later steps the
   reward is 0 and the observation repeats the last one.
 * Actions are [B, A] within a Box, or the numbers [B] (int64) of a Discrete space.
-* An action that is not finite, or no number of the space, is an error at once. On a GPU the host would have to wait in
-  every step to see it; there it is the same error at the horizon, or at the next reset (`checks_late`).
+* An action that is not finite, or no number of the space, is an error at once, and so is an observation or a reward
+  that is not finite: the message says whose it is. On a GPU the host would have to wait in every step to see it; there
+  it is the same error at the horizon, or at the next reset (`checks_late`).
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
   episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
 * Under torchrun the worlds of a batch are shared by several processes (envs/processes.py). An algorithm need not know:
@@ -27,9 +28,10 @@ episodes of a batch start together and end together at the horizon.
   them too (`envs/imagined.py`). Where rewards are random (bandits, TabularMDP) it is their mean.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import gymnasium as gym
 import numpy as np
@@ -43,6 +45,44 @@ from envs import processes
 
 HELD_OUT_CELLS = 50  # the range of a task's first coordinate is cut into this many cells ...
 HELD_OUT_EVERY = 5  # ... and every fifth one belongs to the test tasks
+TEST_SEED = 20_170_309  # draws the fixed test sets
+
+
+class NotFinite(FloatingPointError):  # noqa: N818
+    """A number that is not finite, of an action, an observation or a reward; the message says whose it is."""
+
+
+class Unsuitable(TypeError, ValueError):  # noqa: N818
+    """An environment that does not keep to this contract; the message says what to change."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside; afterwards, also after an error, as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def have_finite_sum(*tensors: Tensor) -> bool:
+    """Whether the sum of all numbers is finite: then each of them is, while a sum can be too large for its type."""
+    return math.isfinite(sum(x.sum().item() for x in tensors))
+
+
+def refuse_unbounded(space: Box, source: str) -> None:
+    """Unsuitable, unless actions of this space have finite bounds: a policy's actions are mapped onto them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = space.high.astype(np.float32) - space.low.astype(np.float32)
+    if not np.isfinite(width).all():
+        number = int(np.flatnonzero(~np.isfinite(width))[0])
+        raise Unsuitable(
+            f"number {number} of {source}'s actions is from {space.low.flat[number]} to {space.high.flat[number]}, but "
+            "bounds must be finite numbers: give action_space those that a policy should use, and leave wrappers out "
+            "that take them away, as ClipAction does; actions are clipped to the bounds in any case"
+        )
 
 
 def held_out_uniform(num_tasks: int, dim: int, generator: Generator, split: str) -> Tensor:
@@ -85,7 +125,52 @@ def alternating_signs(num_tasks: int, generator: Generator, split: str) -> Tenso
     return (1.0 - 2.0 * ((torch.arange(num_tasks) + first) % 2))[:, None]
 
 
-class TaskVectorEnv(gym.vector.VectorEnv):
+def stratified(points: Tensor, count: int, order: Tensor | None = None) -> Tensor:
+    """The numbers [count] of points [M, P], M >= count, one from each of `count` equally large parts of their space.
+
+    The points are halved again and again, each time at the middle of the coordinate in which they differ most, and of
+    a part the first one is taken: a sample of the same distribution that leaves no region out.
+    """
+    order = torch.arange(len(points)) if order is None else order
+    if count == 1:
+        return order.min()[None]
+    widest = points[order].std(0, correction=0).argmax()
+    order = order.sort().values
+    order = order[points[order, widest].argsort(stable=True)]
+    first = count // 2
+    middle = len(order) * first // count
+    return torch.cat([stratified(points, first, order[:middle]), stratified(points, count - first, order[middle:])])
+
+
+class TestSet:
+    """The fixed test set that task families share, on top of their `sample_tasks`."""
+
+    def test_set(self, num_tasks: int) -> tuple[Tensor, Generator]:
+        """Test tasks [num_tasks, ..], and a generator of start states and noise: the same ones in every run.
+
+        Neither a run's seed nor its algorithm changes them. The tasks are spread evenly over what "test" tasks are
+        drawn from (`stratified`), each coordinate in units of its standard deviation.
+        """
+        drawn = self.sample_tasks(16 * num_tasks, Generator().manual_seed(TEST_SEED), "test")
+        points = drawn.cpu().double()
+        points = points / points.std(0, correction=0).clamp_min(1e-12)
+        return drawn[stratified(points, num_tasks).to(drawn.device)], Generator().manual_seed(TEST_SEED + 1)
+
+    def test_set_name(self) -> str:
+        """What test tasks are called: "held-out tasks" only where none of them is a training task."""
+        train, test = (
+            {tuple(task) for task in self.sample_tasks(1000, Generator().manual_seed(TEST_SEED), split).tolist()}
+            for split in ("train", "test")
+        )
+        if not train & test:
+            return "held-out tasks"
+        if test <= train and len(train) < 100:
+            number = {1: "one", 2: "two", 3: "three"}.get(len(train), str(len(train)))
+            return f"test tasks (the training tasks: this family has {number})"
+        return "test tasks (some are training tasks)"
+
+
+class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
     """Base class of the batched task environments; a family implements the five methods marked abstract.
 
     Args:
@@ -117,8 +202,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             self._high = torch.as_tensor(action_space.high, dtype=dtype, device=self.device)
         self._generator = Generator().manual_seed(0)  # on the CPU, so that all devices start from the same states
         self._obs = None
-        self.checks_late = self.device.type == "cuda"  # wrong actions are told at the horizon, not in their step
-        self._wrong_since = torch.full((num_envs,), -1, device=self.device)  # the step of a world's first wrong action
+        self.source = type(self).__name__  # where observations and rewards come from, for messages
+        self.checks_late = self.device.type == "cuda"  # wrong numbers are told at the horizon, not in their step
+        self._wrong_step = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # a world's first; 0: none
+        self._wrong_numbers = torch.zeros(num_envs, 1, dtype=dtype, device=self.device)  # all numbers of that step
 
     @abstractmethod
     def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:
@@ -163,7 +250,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         `options={"tasks": [B, task_dim]}` sets the tasks of the worlds that start, otherwise they draw fresh training
         tasks; under torchrun these may be the tasks of all processes' worlds. Raises ValueError for tasks of another
         shape or with numbers that are not finite and for another mask, NotImplementedError where a family's worlds
-        can only start together."""
+        can only start together, NotFinite for an observation that is not finite."""
         self._refuse_late()
         mask, before = (options or {}).get("reset_mask"), {}
         if mask is not None:
@@ -192,6 +279,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._obs = self._start(tasks, self._generator)
         if mask is not None:
             self._keep(before, ~mask)
+        if not have_finite_sum(self._obs):
+            self._look_closely(self._steps, observation=self._obs)
         return self._obs.clone(), {}
 
     def _per_world(self) -> dict:
@@ -247,16 +336,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """The sum of x, such as of steps played, over all worlds, those of other processes included."""
         return int(self.gather(x.sum().reshape(1)).sum())
 
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
+    def one_thread(self) -> AbstractContextManager[None]:
         """One thread of torch while worlds play: a single step's small matrices gain nothing from more, and waiting
         threads that spin would take the cores from the physics. Afterwards, also after an error, as many as before."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        return one_thread()
 
     def _draw(self, function, generator: Generator, *shape: int, **kwargs) -> Tensor:
         """Random numbers [B, *shape] for these worlds, of those that one process would draw for all worlds."""
@@ -275,11 +358,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Advance all worlds by `action` [B, A], clipped to its bounds, or int64 [B] (Discrete): obs [B, O], reward,
         terminated, truncated [B], info. Raises ResetNeeded after the horizon, ValueError for an action of another
-        shape; FloatingPointError for one that is not finite and ValueError for one that is no number of a Discrete
-        space, with `checks_late` not before the horizon, where all worlds reach it together."""
+        shape; NotFinite for an action, observation or reward that is not finite and ValueError for an action that is no
+        number of a Discrete space, with `checks_late` not before the horizon, where all worlds reach it together."""
         if self._obs is None or self.at_horizon:
             raise gym.error.ResetNeeded("call reset() before the first step and for worlds at the horizon")
-        action = self._checked(action)
+        tells_late = self.checks_late and not isinstance(self._steps, Tensor)
+        given = self._checked(action)
+        if not tells_late and not self._are_allowed(given):
+            self._look_closely(self._steps + 1, action=self._marked(given))
+        action = given if self.is_discrete and not tells_late else given.clamp(self._low, self._high)
         next_obs, ended, info = self._advance(action)
         if self.can_terminate:
             next_obs = torch.where(self._over[:, None], self._obs, next_obs)
@@ -287,6 +374,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if self.can_terminate:
             reward = torch.where(self._over, 0.0, reward)
             self._over = self._over | ended
+        if tells_late:
+            self._remember(self._marked(given), next_obs, reward)
+        elif not have_finite_sum(next_obs, reward):
+            self._look_closely(self._steps + 1, observation=next_obs, reward=reward)
         self._obs = next_obs
         self._steps = self._steps + 1
         if not isinstance(self._steps, Tensor) and self._steps == self.horizon:
@@ -306,27 +397,52 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"action must have shape {self.action_space.shape}, got {tuple(action.shape)}")
         if self.is_discrete and action.dtype != torch.int64:
             raise ValueError(f"action must be int64, the number of a choice, got {action.dtype}")
-        allowed = (action >= self._low) & (action <= self._high) if self.is_discrete else torch.isfinite(action)
-        if self.checks_late and not isinstance(self._steps, Tensor):
-            first = ~allowed.reshape(self.num_envs, -1).all(1) & (self._wrong_since < 0)
-            self._wrong_since = torch.where(first, self._steps, self._wrong_since)
-            return action.clamp(self._low, self._high)
-        if not allowed.all():
-            self._refuse(int((~allowed).reshape(self.num_envs, -1).any(1).nonzero()[0]))
-        return action if self.is_discrete else action.clamp(self._low, self._high)
+        return action
+
+    def _are_allowed(self, action: Tensor) -> bool:
+        if not self.is_discrete:
+            return have_finite_sum(action)
+        least, most = action.aminmax()
+        return self._low <= least.item() and most.item() <= self._high
+
+    def _marked(self, action: Tensor) -> Tensor:
+        """Of a Box the action itself; of a Discrete space NaN where it is no number of the space, elsewhere 0."""
+        if not self.is_discrete:
+            return action
+        return torch.where((action >= self._low) & (action <= self._high), 0.0, torch.nan)
+
+    def _look_closely(self, steps: int | Tensor, **numbers: Tensor) -> None:
+        """The error for the first world in which one of the numbers [B, ..] is not finite, if there is one."""
+        are_wrong = [~torch.isfinite(x).reshape(self.num_envs, -1).all(1) for x in numbers.values()]
+        for world in torch.stack(are_wrong).any(0).nonzero().flatten().tolist():
+            step = int(steps[world]) if isinstance(steps, Tensor) else steps
+            self._refuse(world, step, **{name: x[world] for name, x in numbers.items()})
+
+    def _remember(self, *numbers: Tensor) -> None:
+        """Keep, on the device, the numbers of each world's first step that has one which is not finite."""
+        numbers = torch.cat([x.reshape(self.num_envs, -1).to(self.dtype) for x in numbers], 1)
+        first = (self._wrong_step == 0) & ~torch.isfinite(numbers).all(1)
+        self._wrong_step = torch.where(first, self._steps + 1, self._wrong_step)
+        self._wrong_numbers = torch.where(first[:, None], numbers, self._wrong_numbers)
 
     def _refuse_late(self) -> None:
-        """The error for the first wrong action of the episode, if there was one: a GPU is asked once an episode."""
-        if self.checks_late and (wrong := self._wrong_since >= 0).any():
-            step = int(self._wrong_since[wrong].min())
-            world = int((self._wrong_since == step).nonzero()[0])
-            self._wrong_since = torch.full_like(self._wrong_since, -1)
-            self._refuse(world, f", in step {step} of the episode")
+        """The error for the first wrong number of the episode, if there was one: a GPU is asked once an episode."""
+        if self.checks_late and (wrong := self._wrong_step > 0).any():
+            step = int(self._wrong_step[wrong].min())
+            world = int((self._wrong_step == step).nonzero()[0])
+            self._wrong_step = torch.zeros_like(self._wrong_step)
+            numbers = self._wrong_numbers[world]
+            size = math.prod(self.action_space.shape[1:])  # of an action; its numbers come first, the reward last
+            self._refuse(world, step, action=numbers[:size], observation=numbers[size:-1], reward=numbers[-1])
 
-    def _refuse(self, world: int, when: str = "") -> None:
+    def _refuse(self, world: int, step: int, **numbers: Tensor) -> None:
+        """The error for the first of a world's numbers in this step that is not finite."""
+        name, wrong = next((name, x[~torch.isfinite(x)]) for name, x in numbers.items() if not torch.isfinite(x).all())
+        if name != "action":
+            raise NotFinite(f"{name} {wrong[0]} in world {world}, step {step}, from {self.source}")
         if self.is_discrete:
-            raise ValueError(f"action must be 0 to {self._high}, which it is not in world {world}{when}")
-        raise FloatingPointError(f"non-finite action in world {world}{when}")
+            raise ValueError(f"action must be 0 to {self._high}, which it is not in world {world}, step {step}")
+        raise NotFinite(f"non-finite action in world {world}, step {step}, from the policy")
 
     def single_world(self) -> "TaskVectorEnv":
         """One world of the same family, horizon and device, for pictures."""
@@ -370,14 +486,16 @@ class SingleTaskEnv(gym.Env):
 class ScaleActions(gym.vector.VectorWrapper):
     """Maps actions in [-scale, scale] linearly onto the family's bounds; beyond them the family clips, as always.
 
-    A policy of standard deviation 1 then explores with 1 / scale of the range. TypeError unless actions are a Box.
+    A policy of standard deviation 1 then explores with 1 / scale of the range. Unsuitable (a TypeError) unless actions
+    are a Box with finite bounds.
     """
 
     def __init__(self, envs: TaskVectorEnv, scale: float):
         super().__init__(envs)
         space = envs.single_action_space
         if not isinstance(space, Box):
-            raise TypeError(f"only actions in a Box can be scaled, got {space}")
+            raise Unsuitable(f"only actions in a Box can be scaled, got {space}")
+        refuse_unbounded(space, envs.unwrapped.source)
         self.scale, self.low, self.range = scale, envs.unwrapped._low, envs.unwrapped._high - envs.unwrapped._low
         self.single_action_space = Box(-scale, scale, space.shape, space.dtype)
         self.action_space = batch_space(self.single_action_space, envs.num_envs)
@@ -398,7 +516,7 @@ class ScaleActions(gym.vector.VectorWrapper):
         return ScaleActions(self.unwrapped.single_world(), self.scale)
 
 
-class SupervisedTasks:
+class SupervisedTasks(TestSet):
     """The contract of supervised task families: examples (x, y) of a hidden function or of hidden classes.
 
         tasks = data.sample_tasks(N, generator, split="train")                # [N, P], "test" is held out
@@ -415,6 +533,15 @@ class SupervisedTasks:
 
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
+
+    @property
+    def unwrapped(self) -> "SupervisedTasks":
+        """Itself, as a batch of worlds without a wrapper."""
+        return self
+
+    def threads(self):
+        """A context with as many threads of torch as are worth while: one for curves, whose nets are small."""
+        return nullcontext() if self.is_classification else one_thread()
 
     @abstractmethod
     def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:

@@ -33,6 +33,7 @@ class Imagined(ScaleActions):
         size = {"max_episode_steps": family.horizon, "device": family.device, "dtype": family.dtype}
         super().__init__(type(family)(num_envs, **size), envs.scale)
         self.unwrapped.can_terminate, self.unwrapped.shard = True, family.shard
+        self.unwrapped.source = f"a model of {family.source}"
         self.unwrapped._advance = self._predict  # all else is the family's own
 
     def follow(self, dynamics: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> None:
@@ -55,7 +56,8 @@ class Imagined(ScaleActions):
     def _predict(self, action: Tensor) -> tuple[Tensor, Tensor, dict]:
         family = self.unwrapped
         next_obs = self.dynamics(family._obs, action)
-        wild = ~((next_obs >= self.lowest) & (next_obs <= self.highest)).all(-1)
+        is_inside = (next_obs >= self.lowest) & (next_obs <= self.highest) & (next_obs.abs() < torch.inf)
+        wild = ~is_inside.all(-1)
         self.diverged = self.diverged | (wild & ~family._over)
         next_obs = torch.where(wild[:, None], family._obs, next_obs)
         return next_obs, family.ended(next_obs) | wild, {"diverged": self.diverged.clone()}

@@ -5,6 +5,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Generator, Tensor
 
+from envs.core import Unsuitable
+
 
 class Lifetimes(gym.vector.VectorWrapper):
     """Restarts a world in the step that ends its episode, and gives it another task after `episodes` episodes.
@@ -23,13 +25,16 @@ class Lifetimes(gym.vector.VectorWrapper):
     Between the episodes of a lifetime the task stays, except where the family lets it change (`task_in_episode`).
 
     Args:
-        envs: a `TaskVectorEnv`, or one in a `ScaleActions`; NotImplementedError at the first end of an episode if its
-            worlds can only start together.
+        envs: a `TaskVectorEnv`, or one in a `ScaleActions`; Unsuitable (a TypeError) if its worlds can only start
+            together.
         episodes: of a lifetime, at least 1 (else ValueError).
     """
 
     def __init__(self, envs: gym.vector.VectorEnv, episodes: int):
         super().__init__(envs)
+        if envs.unwrapped.world_state is None:
+            source = envs.unwrapped.source
+            raise Unsuitable(f"worlds of {source} can only start together, and in lifetimes they must start singly")
         if episodes < 1:
             raise ValueError(f"a lifetime has at least 1 episode, got {episodes}")
         self.episodes, self._births = episodes, Generator()

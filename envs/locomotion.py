@@ -32,14 +32,19 @@ RENDER_HINT = (
 _rollout_lock = threading.Lock()  # the pool's MjData serve one call at a time
 
 
+def choose_opengl() -> None:
+    """Let MuJoCo draw by EGL on Linux without a display, unless MUJOCO_GL already says how."""
+    windows = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if sys.platform == "linux" and not windows and "MUJOCO_GL" not in os.environ:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo has read it when it was imported, and must read it again
+        names = ("mujoco.rendering.classic.gl_context", "mujoco.gl_context")
+        importlib.reload(next(sys.modules[name] for name in names if name in sys.modules))
+
+
 def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
     """What draws a model; on Linux without a display by EGL. RuntimeError with a hint where nothing can draw."""
-    windows = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     try:
-        if sys.platform == "linux" and not windows and "MUJOCO_GL" not in os.environ:
-            os.environ["MUJOCO_GL"] = "egl"  # MuJoCo has read it when it was imported, and must read it again
-            names = ("mujoco.rendering.classic.gl_context", "mujoco.gl_context")
-            importlib.reload(next(sys.modules[name] for name in names if name in sys.modules))
+        choose_opengl()
         return mujoco.Renderer(model, height, width)
     except Exception as error:  # the type depends on which OpenGL library is missing
         raise RuntimeError(RENDER_HINT) from error
@@ -84,9 +89,47 @@ def _pool_data(file: str, num_threads: int, process: int) -> list[mujoco.MjData]
     return [mujoco.MjData(load_model(file)) for _ in range(max(1, num_threads))]
 
 
+def _cores(folder: Path, *files: str) -> float:
+    """A control group's quota divided by its period; infinite where its files are not there or set no limit."""
+    try:
+        quota, period = " ".join((folder / file).read_text() for file in files).split()
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+        return math.inf
+
+
+def cpu_quota(root: str | Path = "/") -> float:
+    """The cores' worth of time that Linux's control groups leave this process, as in containers; infinite if all.
+
+    A group's limit holds for the groups inside it too, so the smallest one counts, of the process's own group and of
+    all around it. Version 2 keeps quota and period in one file, version 1 in two.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    mounts, cores = Path(root) / "sys/fs/cgroup", [math.inf]
+    try:
+        lines = (Path(root) / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        lines = []
+    for line in lines:
+        number, controllers, group = (line.split(":", 2) + 3 * [""])[:3]
+        if number == "0" and not controllers:
+            places, files = (mounts, mounts / "unified"), ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            places, files = (mounts / controllers, mounts / "cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        # In a container the group may have the host's name; its limit lies where groups are mounted, so we begin there.
+        names = [name for name in group.split("/") if name not in ("", "..")]
+        cores += [_cores(place.joinpath(*names[:k]), *files) for place in places for k in range(len(names) + 1)]
+    return min(cores)
+
+
 def available_cpus() -> int:
     """The cores this process may use (a container's or taskset's limit counts); torchrun's processes share them."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = math.ceil(min(cpus, cpu_quota()))
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

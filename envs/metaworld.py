@@ -11,6 +11,7 @@ import gymnasium as gym
 import torch
 
 from envs.adapter import AdaptedVectorEnv
+from envs.locomotion import RENDER_HINT, choose_opengl
 
 INSTALL_HINT = (
     "Meta-World is not installed here. It needs its own environment, since it pins an older mujoco:\n"
@@ -68,7 +69,8 @@ class MetaWorldEnv(gym.Env):
             return
         if self.name is not None:
             self.spare[self.name].append(self.env)
-        self.name, self.env = name, self.spare[name].pop() if self.spare[name] else self.classes[name]()
+        self.name = name
+        self.env = self.spare[name].pop() if self.spare[name] else self.classes[name](render_mode="rgb_array")
 
     def sample_tasks(self, num_tasks, rng, split):
         if split not in ("train", "test"):
@@ -88,7 +90,11 @@ class MetaWorldEnv(gym.Env):
         return self.env.step(action)
 
     def render(self):
-        return self.env.render()
+        try:
+            choose_opengl()
+            return self.env.render()
+        except Exception as error:  # the type depends on which OpenGL library is missing
+            raise RuntimeError(RENDER_HINT) from error
 
     def close(self):
         self.env.close()

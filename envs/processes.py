@@ -12,7 +12,9 @@ with `sees_all`: `envs.make` then shows every process all worlds (`AllWorlds`), 
 import atexit
 import math
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from types import TracebackType
@@ -45,19 +47,38 @@ def join(cuda: bool = False, minibatches: int = 1, sees_all: bool = False, **siz
     for name, size in sizes.items():
         flag = f"--{name.replace('_', '-')} {size}"
         if size % count:
-            raise SystemExit(number or f"{flag}: must be a multiple of {count}, the number of torchrun's processes")
+            raise refusal(f"{flag}: must be a multiple of {count}, the number of torchrun's processes")
         if size // minibatches < count:
-            raise SystemExit(number or f"--minibatches {minibatches}: {flag} leaves less than one for each process")
+            raise refusal(f"--minibatches {minibatches}: {flag} leaves less than one for each process")
     if cuda and torch.cuda.is_available():
         own, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if own >= devices:
-            raise SystemExit(f"--cuda: torchrun started more processes here than the {devices} CUDA devices")
+            raise refusal(f"--cuda: torchrun started more processes here than the {devices} CUDA devices")
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     _sees_all = sees_all
     atexit.register(_leave)
     sys.excepthook = _name_lost_process
     return number == 0
+
+
+def refusal(message: str) -> SystemExit:
+    """The error to raise for what cannot be run, with one line that says why.
+
+    Under torchrun that line is said once, and once more when torchrun has reported its processes' ends over 40 lines
+    of its own, so that it is the last one on the screen.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return SystemExit(message)
+    torchrun = os.getppid()
+    said = f"{tempfile.gettempdir()}/cleanmeta-{torchrun}-{os.environ['MASTER_PORT']}"
+    try:
+        os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return SystemExit(1)  # another process has said it
+    wait = 'while kill -0 "$1" 2>/dev/null; do sleep 0.05; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
+    subprocess.Popen(["sh", "-c", wait, "sh", str(torchrun), said, message], start_new_session=True)
+    return SystemExit(message)
 
 
 def _leave() -> None:
@@ -79,7 +100,7 @@ def shard() -> tuple[int, int]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit("torchrun: this algorithm runs in one process; maml_trpo, promp, rl2_ppo, .. run in several")
+        raise refusal("torchrun: this algorithm runs in one process; maml_trpo, promp, rl2_ppo, .. run in several")
     return 0, 1
 
 
@@ -97,20 +118,51 @@ def in_any_process(condition: bool, device: torch.device | str = "cpu") -> bool:
     return bool(gather(torch.tensor([bool(condition)], device=device)).any())
 
 
-def summarise(stats: dict[str, float | Tensor]) -> dict[str, float]:
+def summarise(stats: dict[str, float | Tensor | tuple[Tensor, Tensor]]) -> dict[str, float]:
     """What a run logs: of a tensor the mean over all tasks, those of other processes included.
 
-    Under a name that ends in ci95 it is half the width of that mean's 95 % confidence interval.
+    Under a name that ends in ci95 it is half the width of that mean's 95 % confidence interval (`half_width`). Then a
+    pair (x [N, ..], tasks [N, ..]) takes equal tasks together, since playing a task twice says nothing about another
+    one; their number is logged beside it, as "../tasks". `tasks` are those of all processes.
     """
     summary = {}
     for name, x in stats.items():
+        x, tasks = x if isinstance(x, tuple) else (x, None)
         if isinstance(x, Tensor):
             x = x.detach()
             x = x if _sees_all or not x.ndim else gather(x)
-            ci95 = name.endswith("ci95")
-            x = 1.96 * float(x.std(correction=0)) / math.sqrt(x.numel()) if ci95 else float(x.mean())
+            if tasks is not None:
+                x, number = by_task(x, tasks)
+                summary[f"{name.rpartition('/')[0]}/tasks"] = number
+            x = half_width(x) if name.endswith("ci95") else float(x.mean())
         summary[name] = x
     return summary
+
+
+def by_task(x: Tensor, tasks: Tensor) -> tuple[Tensor, int]:
+    """The means [D] of x [N, ..] over each of the D different tasks among [N, ..], and D.
+
+    Of a single task x itself comes back, flat: then its episodes are what an interval is about.
+    """
+    different, place_N = tasks.flatten(1).unique(dim=0, return_inverse=True)
+    if len(different) == 1:
+        return x.flatten(), 1
+    mean_N = x.flatten(1).mean(1) if x.ndim > 1 else x
+    sums = torch.zeros(len(different)).to(mean_N).index_add_(0, place_N.to(x.device), mean_N)
+    return sums / place_N.bincount().to(sums), len(different)
+
+
+def half_width(x: Tensor) -> float:
+    """Half the width of the 95 % confidence interval of a mean, by Student's distribution: t s / sqrt(n).
+
+    s is the standard deviation of the n numbers in x, with n - 1 below. 0 for a single number: nothing is known then.
+    """
+    n = x.numel()
+    if n < 2:
+        return 0.0
+    few = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228  # for n - 1 = 1 to 10
+    t = few[n - 2] if n < 12 else 1.96 + 2.37 / (n - 1) + 2.8 / (n - 1) ** 2
+    return t * float(x.double().std()) / math.sqrt(n)
 
 
 class AllWorlds(gym.vector.VectorWrapper):

@@ -3,12 +3,15 @@
 Without a display MuJoCo draws by EGL (`make_renderer` in envs/locomotion.py).
 """
 
-import json
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from envs.processes import refusal
 
 CAPTION_HEIGHT = 24  # pixels above each picture
 
@@ -48,25 +51,78 @@ def adaptation_gif(path: str | Path, envs, actors: dict[str, Callable[[Tensor], 
     envs.close()
 
 
-def learning_curve(folder: Path) -> str:
-    """Draw a run's curve.png from its metrics.jsonl, and say in a line what adaptation changed on held-out tasks.
+def learning_curve(folder: Path, rows: list[dict], unit: str, tests: str) -> str:
+    """Draw a run's curve.png, and say in a line what adaptation changed on test tasks; "" before an evaluation.
 
-    Return, loss or accuracy on held-out tasks: to the left while learning, to the right at the end over adaptation.
+    Return, loss or accuracy on test tasks: to the left while learning, to the right at the end over adaptation.
+
+    Args:
+        folder: where curve.png goes.
+        rows: a run's metrics, an iteration each.
+        unit: what adaptation is counted in, such as "inner steps".
+        tests: what the test tasks are called.
     """
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_k0" in line]
-    names = [name for name in rows[-1] if name.startswith("test/") and "_k" in name]
-    what, final = names[0][5:-3], [rows[-1][name] for name in names]
+    rows = [row for row in rows if any(steps_of(row))]
+    if not rows:
+        return ""
+    names, final = steps_of(rows[-1]), [rows[-1][name] for name in steps_of(rows[-1])]
+    what = names[0][5:-3]
     left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-    left.plot([row["env_steps"] for row in rows], [(row[names[0]], row[names[-1]]) for row in rows])
-    left.legend(("unadapted", f"after adaptation ({len(final) - 1})"))
-    left.set(xlabel="env_steps", ylabel=f"{what} on held-out tasks", title=folder.name)
+    for name, label in ((names[0], "unadapted"), (names[-1], f"adapted: {unit} = {len(names) - 1}")):
+        seen = [row for row in rows if name in row]  # a resumed run may have had fewer
+        left.plot([row["env_steps"] for row in seen], [row[name] for row in seen], "o-", ms=3, label=label)
+    left.legend()
+    left.set(xlabel="env_steps", ylabel=f"{what} on\n{tests}")
+    figure.suptitle(folder.name, size=9)
     right.plot([final[0]] * len(final), "C0-", final, "C1o-")
-    right.set(xlabel="units of adaptation", title=f"iteration {rows[-1]['iteration']}")
+    right.set(xlabel=unit, title=f"iteration {rows[-1]['iteration']}")
     figure.savefig(folder / "curve.png", dpi=120)
-    change = f"change {final[-1] - final[0]:.4g} +- {rows[-1]['test/gain_ci95']:.2g} (95 % interval over tasks)"
-    return f"held-out {what} unadapted {final[0]:.4g}, adapted {final[-1]:.4g}, {change}: {folder}"
+    return f"{tests}: {what} {change(rows[-1])}: {folder}"
+
+
+def steps_of(row: dict) -> list[str]:
+    """The names of a row's metrics on test tasks after 0, 1, .. units of adaptation."""
+    return [name for name in row if name.startswith("test/") and re.search(r"_k\d+$", name)]
+
+
+def change(row: dict) -> str:
+    """What adaptation changed, in words."""
+    names = steps_of(row)
+    first, last = row[names[0]], row[names[-1]]
+    number = int(row.get("test/tasks", 0))
+    over = f"{number} tasks" if number > 1 else "episodes"
+    width = f"{row['test/gain_ci95']:.2g} (95 % interval over {over})"
+    return f"unadapted {first:.4g}, adapted {last:.4g}, change {last - first:.4g} +- {width}"
+
+
+def evaluation_picture(path: Path, means: list[float], widths: list[float], title: str, unit: str, what: str) -> None:
+    """Draw what an evaluation found after 0, 1, .. units of adaptation: means with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(5, 4), layout="constrained")).subplots()
+    axes.errorbar(range(len(means)), means, widths, fmt="C1o-", capsize=3)
+    axes.set(xlabel=unit, ylabel=what)
+    axes.set_title(title, size=8)
+    figure.savefig(path, dpi=120)
+
+
+def try_pictures(envs=None) -> None:
+    """Draw what a run will draw at its end, and a world if some are given; SystemExit with what fails in a line."""
+    from matplotlib.figure import Figure
+
+    (figure := Figure()).subplots()
+    figure.savefig(io.BytesIO())
+    if envs is None:
+        return
+    try:
+        single = envs.single_world()
+        single.reset(seed=0)
+        single.unwrapped.render_frame(0)
+        single.close()
+    except (RuntimeError, NotImplementedError) as error:
+        raise refusal(f"--capture-video: {error}") from None
 
 
 def _beside(images: tuple[Image.Image, ...]) -> Image.Image:

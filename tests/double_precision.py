@@ -5,6 +5,7 @@ import torch
 from torch import Generator
 
 from envs import TaskVectorEnv, summarise
+from envs.records import Follower
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +48,12 @@ class Alone:
 ALONE = Alone()
 
 
-class Recorder:
-    """In place of Run."""
+class Recorder(Follower):
+    """In place of Run: keeps what is logged, and the iterations that were saved."""
 
-    def __init__(self):
+    def __init__(self, args):
+        super().__init__(args)
         self.logged, self.saved = [], []
-
-    def should_stop(self):
-        return False
 
     def log(self, state, stats):
         self.logged.append((state["iteration"], state["env_steps"], summarise(stats)))

@@ -339,7 +339,7 @@ def test_choices_that_do_not_exist_are_refused(name):
         with pytest.raises(ValueError, match="action must be int64"):
             venv.step(bad)
     for bad in (-1, choices):
-        with pytest.raises(ValueError, match=f"action must be 0 to {choices - 1}, .* in world 1$"):
+        with pytest.raises(ValueError, match=f"action must be 0 to {choices - 1}, .* in world 1, step 1$"):
             venv.step(torch.tensor([0, bad]))
     for bad in (torch.zeros(2, 1, dtype=torch.int64), torch.tensor(0)):
         with pytest.raises(ValueError, match="action must have shape"):
@@ -828,7 +828,7 @@ assert torch.equal(state, torch.get_rng_state()) and "metaworld" not in sys.modu
 
 def test_wrong_actions_are_told_at_the_horizon_where_asking_would_wait():
     """What GPUs do: the first wrong action of an episode is the error, at its horizon or at the next reset."""
-    venv, told = make("Navigation2D", 3, horizon=4), "^non-finite action in world 1, in step 2 of the episode$"
+    venv, told = make("Navigation2D", 3, horizon=4), "^non-finite action in world 1, step 3, from the policy$"
     venv.checks_late = True
     good = torch.zeros(3, 2)
     wrong, later = good.clone(), good.clone()
@@ -849,7 +849,7 @@ def test_wrong_actions_are_told_at_the_horizon_where_asking_would_wait():
     assert truncated.all()
     venv.reset(seed=0)
     venv.reset(options={"reset_mask": torch.tensor([True, False, False])})  # worlds have their own clocks: at once
-    with pytest.raises(FloatingPointError, match=r"^non-finite action in world 1$"):
+    with pytest.raises(FloatingPointError, match=r"^non-finite action in world 1, step 1, from the policy$"):
         venv.step(wrong)
 
 
@@ -859,7 +859,7 @@ def test_wrong_choices_are_told_at_the_horizon_where_asking_would_wait():
     for wrong in (-1, 5):
         venv.reset(seed=0)
         venv.step(torch.tensor([4, 0, wrong]))
-        with pytest.raises(ValueError, match=r"^action must be 0 to 4, which it is not in world 2, in step 0 of the"):
+        with pytest.raises(ValueError, match=r"^action must be 0 to 4, which it is not in world 2, step 1$"):
             venv.step(torch.tensor([0, 4, 0]))
 
 

@@ -561,15 +561,9 @@ def test_reset_is_needed_once():
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_families_whose_worlds_start_together_live_one_episode(name):
-    lives = Lifetimes(FAMILIES[name](2, 3), 2)
-    first, second, third = draw_actions(lives, 3)
-    lives.reset(seed=0)
-    lives.step(first), lives.step(second)
-    with pytest.raises(NotImplementedError, match="can only start together"):
-        lives.step(third)
-    with pytest.raises(NotImplementedError, match="can only start together"):
-        lives.reset(options={"episode": torch.tensor([0, 1])})
+def test_families_whose_worlds_start_together_are_refused(name):
+    with pytest.raises(TypeError, match=f"^worlds of {name} can only start together, and in lifetimes they must"):
+        Lifetimes(FAMILIES[name](2, 3), 2)
 
 
 def test_the_mode_is_gymnasiums_same_step():
