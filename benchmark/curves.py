@@ -26,6 +26,7 @@ import time
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,8 +36,8 @@ from torch import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.rl2 import load  # noqa: E402
-from envs import TaskGiven, make, summarise  # noqa: E402
+from benchmark.rl2 import load, refuse_mixed, tests_of  # noqa: E402
+from envs import TaskGiven, make, records, summarise  # noqa: E402
 
 RUNS, RESULTS, IMAGES = ROOT / "runs/curves", ROOT / "benchmark/results/curves", ROOT / "docs/images"
 STEPS = 10  # inner steps of the adaptation curve
@@ -170,12 +171,13 @@ class Job(NamedTuple):
         """What is to be done: "finished", "resume" or "start"."""
         if (folder := self.folder()) is None:
             return "start"
-        try:
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            if last["iteration"] == json.loads((folder / "args.json").read_text())["iterations"]:
+        rows, _ = records.read_metrics(folder)
+        starts = records.read_starts(folder / "args.json")
+        if rows and starts:
+            flags = SimpleNamespace(**starts[-1]["flags"])
+            # A run that was stopped in its last evaluation makes up for it when it goes on.
+            if rows[-1]["iteration"] == flags.iterations and not records.lacks_evaluation(flags, rows):
                 return "finished"
-        except (OSError, ValueError, LookupError):  # cut off while they were written
-            pass
         return "resume" if (folder / "checkpoint.pt").exists() else "start"
 
     def is_busy(self) -> bool:
@@ -195,8 +197,9 @@ class Job(NamedTuple):
         if not (path := (self.folder() or self.home) / "args.json").exists():
             return
         wanted = vars(tyro.cli(importlib.import_module(f"algos.{TABLE[self.label].script}").Args, args=self.flags))
-        wanted, saved = json.loads(json.dumps(wanted)), json.loads(path.read_text())
-        names = [name for name in wanted.keys() & saved.keys() - {"resume"} if wanted[name] != saved[name]]
+        wanted, saved = json.loads(json.dumps(wanted)), records.last_flags(path)
+        known = wanted.keys() & saved.keys() - {"resume", "evaluate"}
+        names = [name for name in known if wanted[name] != saved[name]]
         if names:
             other = ", ".join(f"{name} {saved[name]}, not {wanted[name]}" for name in sorted(names))
             raise SystemExit(f"{path.parent}: not a run of the table, it has {other}; move it away or mend the table")
@@ -301,7 +304,9 @@ def keep(options: Options) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for job in finished(options):
         command = f"OMP_NUM_THREADS=1 python algos/{TABLE[job.label].script}.py {shlex.join(job.flags)}"
-        record = origin(command) | {"args": json.loads((job.folder() / "args.json").read_text())}
+        flags = records.last_flags(job.folder() / "args.json") | {"resume": ""}
+        tests = tests_of(records.read_metrics(job.folder())[0])
+        record = origin(command) | {"tests": tests, "args": flags}
         (RESULTS / f"{job.kept}.args.json").write_text(json.dumps(record, indent=2) + "\n")
         with open(RESULTS / f"{job.kept}.metrics.jsonl.gz", "wb") as file:
             file.write(gzip.compress((job.folder() / "metrics.jsonl").read_bytes(), 9, mtime=0))
@@ -333,7 +338,8 @@ def adapt(options: Options) -> None:
     for env, found in returns.items():
         labels = f" --label {' '.join(options.label)}" if options.label else ""
         command = f"python benchmark/curves.py adapt --env {env}{labels} --seeds {' '.join(map(str, options.seeds))}"
-        record = origin(command) | {"seeds": {label: list(rows) for label, rows in found.items()}}
+        record = origin(command) | {"tests": "fixed"}
+        record |= {"seeds": {label: list(rows) for label, rows in found.items()}}
         record |= {"returns": {label: list(rows.values()) for label, rows in found.items()}}
         (RESULTS / f"adapt_{env}.json").write_text(json.dumps(record, indent=1) + "\n")
         draw_adaptation(env)
@@ -376,6 +382,8 @@ def kept_curves(options: Options) -> dict[str, dict[str, list[list[dict]]]]:
                 found.setdefault(env, {})[name] = runs
     if not found:
         raise SystemExit(f"nothing of that is kept in {RESULTS}; `keep` puts it there")
+    for env, curves in found.items():
+        refuse_mixed((rows for runs in curves.values() for rows in runs), f"{env} (--label, --seeds choose)")
     return found
 
 

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import mujoco
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from algos import maml_trpo  # noqa: E402
 from envs import make, summarise  # noqa: E402
+from envs.records import Follower  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "benchmark/results/estimators.json", ROOT / "docs/images/estimators.png"
 ESTIMATORS = ("score", "lvc", "dice", "loaded", "first-order", "e_maml")
@@ -247,11 +247,8 @@ def trained(iterations: int, seed: int) -> tuple[maml_trpo.Params, maml_trpo.Arg
     envs, generator, logged = make(args.env_id, 200, args.horizon, False, args.action_scale), Generator(), [{}]
     theta = maml_trpo.init_policy(envs, args.hidden_size, generator.manual_seed(seed))
     state = {"iteration": 0 if iterations else 1, "env_steps": 0, "theta": theta, "generator": generator.get_state()}
-    run = SimpleNamespace(
-        should_stop=lambda: False,
-        save=lambda state: None,
-        log=lambda state, stats: logged.append(summarise(stats)),
-    )
+    run = Follower(args)
+    run.log = lambda state, stats: logged.append(summarise(stats))
     maml_trpo.train(envs, args, run, state)
     return state["theta"], args, {name: x for name, x in logged[-1].items() if "return" in name}
 

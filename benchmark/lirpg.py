@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from algos import lirpg  # noqa: E402
 from benchmark.curves import common, interval  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
-from envs import make  # noqa: E402
+from envs import make, records  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/lirpg"
 PPO = ["--intrinsic-coef", "0", "--extrinsic-coef", "1"]
@@ -72,6 +72,9 @@ def make_run(flags: list[str]) -> Path:
     before = set(Path("runs").glob("*"))
     lirpg.main(flags)
     (folder,) = set(Path("runs").glob("*")) - before
+    rows, _ = records.read_metrics(folder)
+    if rows[-1]["iteration"] < records.last_flags(folder / "args.json")["iterations"]:
+        raise SystemExit(f"{folder} was stopped, and is not kept")
     return folder
 
 
@@ -124,10 +127,11 @@ def ablate(options: Options) -> None:
         for variant in options.variants:
             with mock.patch.object(lirpg, "prepare", prepare_as(variant)):
                 folder = make_run([*flags, "--reward-lr", str(options.reward_lr), "--seed", str(seed)])
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rows, _ = records.read_metrics(folder)
             run = [(row["env_steps"], row["train/return_post"]) for row in rows if "train/return_post" in row]
             tests = [row["test/return_k1"] for row in rows if "test/return_k1" in row]
             line = {"env": options.env_id or "point mass", "variant": variant, "reward_lr": options.reward_lr}
+            line |= {"tests": "fixed"}  # of older lines start states and noise were those of the seed
             line |= {"seed": seed, "last_fifth": last(run), "first": rows[0]["test/return_k0"], "end": tests[-1]}
             line["setback"] = max(max(tests[:i]) - x for i, x in enumerate(tests) if i)
             with open(RESULTS / "ablation.jsonl", "a") as file:
@@ -149,7 +153,7 @@ def keep(options: Options) -> None:
     for folder in options.runs:
         if not (folder / "metrics.jsonl").exists():
             raise SystemExit(f"{folder} is no folder of a run: it has no metrics.jsonl")
-        args = json.loads((folder / "args.json").read_text())
+        args = records.last_flags(folder / "args.json")
         name = f"{args['env_id'].removesuffix('-v0')}_{label(args)}_seed{args['seed']}"
         (RESULTS / f"{name}.args.json").write_bytes((folder / "args.json").read_bytes())
         (RESULTS / f"{name}.metrics.jsonl.gz").write_bytes(

@@ -66,19 +66,17 @@ def trpo(options: Options) -> None:
         episodes_per_task=20, horizon=200, hidden_size=32, fisher_fraction=1.0,
     )  # fmt: skip
     envs, generator = make(args.env_id, 20, 200, False, args.action_scale), Generator().manual_seed(args.seed)
-    theta = maml_trpo.init_policy(envs, args.hidden_size, generator)
-    state = {"algorithm": "trpo", "env_steps": 0, "seconds": 0.0, "args": vars(args)}
+    fresh = {"theta": maml_trpo.init_policy(envs, args.hidden_size, generator)}
+    state = records.first_state(args, "trpo", fresh, saved={}, device=envs.unwrapped.device)
     task_1P = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
-    run = records.Run(args, "trpo", 0)
-    for iteration in range(1, args.iterations + 1):
-        batch = maml_trpo.collect(envs, task_1P, theta, args, generator)
-        theta, stats = maml_trpo.trpo_step(theta, maml_trpo.surrogate, [], batch, args)
-        state |= {"iteration": iteration, "env_steps": state["env_steps"] + int(batch.mask.sum()), "theta": theta}
-        run.log(state, stats | {"train/return_post": batch.reward.sum(-1)})
-        if run.should_stop():
-            break
-    run.save(state)
-    run.bar.close()  # and no picture: nobody adapts
+    # Evaluations are empty, and there is no picture: nobody adapts.
+    with records.open_run(args, state, envs, evaluate=dict, unit="inner steps") as run:
+        for iteration in range(1, args.iterations + 1):
+            batch = maml_trpo.collect(envs, task_1P, state["theta"], args, generator)
+            theta, stats = maml_trpo.trpo_step(state["theta"], maml_trpo.surrogate, [], batch, args)
+            env_steps = state["env_steps"] + int(batch.mask.sum())
+            state.update(iteration=iteration, env_steps=env_steps, theta=theta)
+            run.end_iteration(state, stats | {"train/return_post": batch.reward.sum(-1)}, evaluate=dict)
 
 
 def label(args: dict, folder: Path) -> str:
@@ -93,7 +91,7 @@ def keep(options: Options) -> None:
     for folder in options.runs:
         if not (folder / "metrics.jsonl").exists():
             raise SystemExit(f"{folder} is no folder of a run: it has no metrics.jsonl")
-        args = json.loads((folder / "args.json").read_text())
+        args = records.last_flags(folder / "args.json")
         name = f"{args['env_id'].removesuffix('-v0')}_{label(args, folder)}_seed{args['seed']}"
         (RESULTS / f"{name}.args.json").write_bytes((folder / "args.json").read_bytes())
         with (

@@ -16,6 +16,7 @@ for as many steps of the worlds as `--windows` have.
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from algos import meta_critic as ours  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
-from envs import Lifetimes, make, make_supervised  # noqa: E402
+from envs import Lifetimes, make, make_supervised, records  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/meta_critic"
 LEVEL, LENGTHS, UNIT = 150, 20, 10  # the return to reach, unseen lengths, windows from one examination to the next
@@ -52,7 +53,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """folders of runs of algos/meta_critic.py"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """new actors, and unseen lengths, of `cartpole`; of `regression` the first one"""
+    """new actors of `cartpole`; of `regression` the first one"""
     windows: int = 2000
     """windows of 50 worlds in which the shared actor-critic and MAML are trained"""
     cap: int = 600
@@ -68,6 +69,11 @@ def worlds(args: ours.Args) -> list:
     N, E = args.meta_batch_size, args.eval_episodes
     made = [make(args.env_id, n, args.horizon, discrete=True) for n in (N, N, N * E)]
     return [Lifetimes(x, n) for x, n in zip(made, (args.lifetime, 10**9, 1), strict=True)]
+
+
+def set_tests(envs, tasks_NP: Tensor, seed: int) -> None:
+    """Give worlds another test set: its tasks, and the seed of actors, start states and noise."""
+    envs.unwrapped.test_set = lambda num_tasks: (tasks_NP, Generator().manual_seed(seed))
 
 
 def keep(name: str, line: dict) -> None:
@@ -94,7 +100,8 @@ def reached(returns: list[Tensor], episodes: list[Tensor]) -> tuple[Tensor, Tens
 def record(method: str, seed: int, run: str, learning: tuple, windows: int, seconds: float) -> None:
     returns, episodes = learning
     count, ok = reached(returns, episodes)
-    line = {"method": method, "seed": seed, "run": run, "episodes": float(count.mean()), "reached": int(ok.sum())}
+    line = {"method": method, "tests": "fixed", "seed": seed, "run": run}
+    line |= {"episodes": float(count.mean()), "reached": int(ok.sum())}
     line |= {"cap_windows": windows, "lengths": len(count), "cap_episodes": float(episodes[-1].mean())}
     line |= {"seconds": round(time.time() - seconds), "each": [round(float(x)) for x in count]}
     line |= {"return": [round(float(x.mean()), 1) for x in returns]}
@@ -107,9 +114,10 @@ def record(method: str, seed: int, run: str, learning: tuple, windows: int, seco
 def own_values(envs, exams, args: ours.Args, theta: dict | None = None, value: dict | None = None, lr=(1e-3, 1e-2)):
     """As meta_test, with a critic V(s) of each actor's own, advantages by GAE (lambda 0.95) and an entropy bonus of
     0.01: the usual actor-critic. `theta` and `value` may be given, with a leading axis of 1, to be fine-tuned."""
-    N, generator = args.meta_batch_size, Generator().manual_seed(args.seed + 1)
-    tasks_NP = envs.unwrapped.sample_tasks(N, generator, "test")
-    obs_NO, _ = envs.reset(seed=args.seed, options={"tasks": tasks_NP})
+    N = args.meta_batch_size
+    tasks_NP, generator = envs.unwrapped.test_set(N)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     state = value_actors(envs, N, args, generator)
     for name, given in (("theta", theta), ("value", value)):
         if given is not None:
@@ -231,14 +239,12 @@ def maml(args: ours.Args, steps: int) -> dict:
     return theta
 
 
-def maml_actors(exams, args: ours.Args, theta: dict):
-    """As meta_test: inner steps from MAML's initialisation, EPISODES each."""
-    generator, N = Generator().manual_seed(args.seed + 1), args.meta_batch_size
+def maml_actors(envs, exams, args: ours.Args, theta: dict):
+    """As meta_test: inner steps from MAML's initialisation, EPISODES each, in worlds of their own."""
+    N = args.meta_batch_size
+    tasks_NP, generator = envs.unwrapped.test_set(N)
     envs = Lifetimes(make(args.env_id, N * EPISODES, args.horizon, discrete=True), 1)
-    tasks_NP, theta = (
-        envs.unwrapped.sample_tasks(N, generator, "test"),
-        {k: x.expand(N, *x.shape[1:]) for k, x in theta.items()},
-    )
+    theta = {k: x.expand(N, *x.shape[1:]) for k, x in theta.items()}
     returns, episodes = [], []
     for k in range(11):
         returns.append(ours.examine(exams, tasks_NP, theta, args, generator))
@@ -262,6 +268,7 @@ def cartpole(options: Options) -> None:
     for seed in options.seeds:
         args = replace(base, meta_batch_size=LENGTHS, seed=seed, eval_windows=UNIT, eval_steps=options.cap // UNIT)
         _, envs, exams = worlds(args)
+        set_tests(envs, envs.unwrapped.test_set(LENGTHS)[0], seed)
         for folder in options.runs if "meta" in options.methods else ():
             # No more windows than it takes to see it level off; the cap of the others is the same in windows.
             short = replace(args, eval_steps=min(args.eval_steps, 200 // UNIT))
@@ -280,11 +287,11 @@ def cartpole(options: Options) -> None:
             record("shared", seed, "", own_values(envs, exams, short, *parts), 200, start)
         start = time.time()
         if "maml" in options.methods:
-            record("maml", seed, "", maml_actors(exams, args, trained["maml"]), 0, start)
+            record("maml", seed, "", maml_actors(envs, exams, args, trained["maml"]), 0, start)
 
 
 def tune(options: Options) -> None:
-    """Own critics with other step sizes, on unseen lengths of another seed than those of `cartpole`."""
+    """Own critics with other step sizes, on other unseen lengths than those of `cartpole`."""
     for actor_lr in (5e-4, 1e-3):
         for critic_lr in (1e-2, 3e-2):
             args = ours.Args(
@@ -292,6 +299,8 @@ def tune(options: Options) -> None:
                 own_actor_lr=actor_lr, own_critic_lr=critic_lr,
             )  # fmt: skip
             _, envs, exams = worlds(args)
+            other_lengths = envs.unwrapped.sample_tasks(LENGTHS, Generator().manual_seed(args.seed + 1), "test")
+            set_tests(envs, other_lengths, args.seed)
             for method in ("own", "own V"):
                 start = time.time()
                 if method == "own":
@@ -350,7 +359,8 @@ class Curves:
 
     def __init__(self, data, num_envs: int, episodes: int):
         self.unwrapped, self.data, self.num_envs, self.episodes = self, data, num_envs, episodes
-        self.device, self.sample_tasks, self.generator = data.device, data.sample_tasks, Generator()
+        self.device, self.sample_tasks, self.test_set = data.device, data.sample_tasks, data.test_set
+        self.generator = Generator()
         self.single_observation_space = SimpleNamespace(shape=(data.num_inputs,))
         self.single_action_space = SimpleNamespace(n=data.num_outputs)
 
@@ -378,14 +388,15 @@ class Curves:
         return self.load_worlds(now | {"generator": self.generator.get_state()}), reward, always, ~always, info
 
 
-class Clock:
+class Clock(records.Follower):
     """In place of Run: prints now and then, and stops after some minutes."""
 
-    def __init__(self, minutes: float):
-        self.end, self.rows = time.time() + 60 * minutes, []
+    def __init__(self, args: ours.Args, minutes: float):
+        super().__init__(args)
+        self.until, self.rows = time.time() + 60 * minutes, []
 
     def should_stop(self) -> bool:
-        return time.time() > self.end
+        return time.time() > self.until
 
     def log(self, state: dict, stats: dict) -> None:
         self.rows.append((stats["train/loss"], float(stats["train/return_post"])))
@@ -411,7 +422,9 @@ def regression(options: Options) -> None:
     births = torch.arange(N) * args.lifetime // N
     envs.reset(seed=1, options={"tasks": data.sample_tasks(N, generator, "train"), "episode": births})
     state |= {"worlds": envs.save_worlds(), "generator": generator.get_state()}
-    ours.train(envs, fresh_envs, exams, args, clock := Clock(options.minutes), state)
+    clock = Clock(args, options.minutes)
+    with suppress(records.Stopped):
+        ours.train(envs, fresh_envs, exams, args, clock, state)
     errors(clock.state, data, args, options.minutes)
 
 
@@ -483,13 +496,20 @@ def write(figure: Figure, name: str) -> None:
     print(IMAGES / name)
 
 
+def kept_methods() -> dict[str, list[dict]]:
+    """Lines of `cartpole` by label; those with fixed lengths apart from older ones, with lengths of the seed's."""
+    found = {}
+    for method, label in LABELS.items():
+        for line in kept("cartpole"):
+            if line["method"] == method:
+                found.setdefault(f"{label}, fixed lengths" if "tests" in line else label, []).append(line)
+    return found
+
+
 def table(_: Options) -> dict:
     """Of each method: episodes to LEVEL for each seed of new actors, and how many got there."""
     result = {}
-    for method, label in LABELS.items():
-        lines = [line for line in kept("cartpole") if line["method"] == method]
-        if not lines:
-            continue
+    for label, lines in kept_methods().items():
         runs = sorted({line["run"] for line in lines})
         by_run = {run: [line["episodes"] for line in lines if line["run"] == run] for run in runs}
         result[label] = {
@@ -506,12 +526,13 @@ def table(_: Options) -> dict:
 def curves(_: Options) -> None:
     """docs/images/meta_critic_curves.png: return of new actors over the episodes that they have played."""
     axes = (figure := Figure(figsize=(9, 5), layout="constrained")).subplots()
-    for i, (method, label) in enumerate(LABELS.items()):
-        lines = [line for line in kept("cartpole") if line["method"] == method]
-        for run in sorted({line["run"] for line in lines}):
+    for label, lines in kept_methods().items():
+        style = {"color": f"C{[*LABELS].index(lines[0]['method'])}", "linestyle": "--" if "tests" in lines[0] else "-"}
+        runs = sorted({line["run"] for line in lines})
+        for run in runs:
             group = [line for line in lines if line["run"] == run]
             mean = np.mean([[line["played"], line["return"]] for line in group], 0)
-            axes.plot(mean[0] + 1, mean[1], f"C{i}", label=label if run == min(line["run"] for line in lines) else None)
+            axes.plot(mean[0] + 1, mean[1], **style, label=label if run == runs[0] else None)
     axes.axhline(LEVEL, color="0.7", linewidth=1, label=f"{LEVEL}, the return that the table asks for")
     axes.set(xscale="log", xlabel="episodes that a new actor has played, and 1", ylabel="return of its next episodes")
     axes.set_title("CartPole with a pole of unseen length")

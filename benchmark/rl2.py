@@ -14,6 +14,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,8 +55,19 @@ def load(folder: Path):
         raise SystemExit(f"{folder} is no folder of a run: it has no checkpoint.pt")
     name = torch.load(folder / "checkpoint.pt", weights_only=True)["algorithm"]
     module = importlib.import_module(f"algos.{name}")
-    state = records.load_checkpoint(str(folder), name, module.Args)
+    state = records.load_checkpoint(str(folder), name, module.Args, flag="run")
     return module, state["args"], state
+
+
+def tests_of(rows: list[dict]) -> str:
+    """Which test tasks a run's metrics are of: "fixed", the same in every run, or "by seed", in older versions."""
+    return "fixed" if any("test/tasks" in row for row in rows) else "by seed"
+
+
+def refuse_mixed(runs: Iterable[list[dict]], where: str) -> None:
+    """SystemExit if some runs' metrics are of the fixed test tasks, and those of others of tasks drawn by the seed."""
+    if len({tests_of(rows) for rows in runs}) > 1:
+        raise SystemExit(f"{where}: some runs were tested on the fixed test tasks, older ones on tasks of their seed's")
 
 
 def played(folder: Path, tasks: int, seed: int):
@@ -136,7 +148,7 @@ def keep(options: Options) -> None:
     for folder in options.runs:
         result = line(folder, options)
         numbers = f"{result['episodes_per_trial']}x{result['horizon']}"
-        seed = json.loads((folder / "args.json").read_text())["seed"]
+        seed = records.last_flags(folder / "args.json")["seed"]
         name = f"{result['env_id'].removesuffix('-v0')}_{numbers}_{result['encoder']}_seed{seed}"
         (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
         shutil.copy(folder / "args.json", RESULTS / f"{name}.args.json")
@@ -200,11 +212,11 @@ def mouse(options: Options) -> None:
 def curves(options: Options) -> None:
     """Held-out return of the runs' trials, over minutes and over environment steps."""
     left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-    for folder in options.runs:
-        args = json.loads((folder / "args.json").read_text())
-        rows = [
-            json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines() if "return_trial" in text
-        ]
+    rows_of = {folder: records.read_metrics(folder)[0] for folder in options.runs}
+    refuse_mixed(rows_of.values(), "curves")
+    for folder, rows in rows_of.items():
+        args = records.last_flags(folder / "args.json")
+        rows = [row for row in rows if "test/return_trial" in row]
         score = [row["test/return_trial"] for row in rows]
         left.plot([row["seconds"] / 60 for row in rows], score, label=args["encoder"])
         right.plot([row["env_steps"] for row in rows], score, label=args["encoder"])

@@ -129,7 +129,7 @@ def point(flags: list[str]) -> None:
     """Measure in this process, together with torchrun's others if there are any; the first one prints."""
     options, algorithm, args, run = speed.parse(flags)
     leads, start_mb = join(args.cuda, meta_batch_size=args.meta_batch_size), resident_mb()
-    watch = SharedStopwatch(options, args.cuda)
+    watch = SharedStopwatch(options, args)
     about = run(options, algorithm, args, watch)
     about |= figures(watch, args.meta_batch_size * args.episodes_per_task, args.horizon, start_mb)
     if leads:

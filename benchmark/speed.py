@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
 from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
+from envs.records import Follower  # noqa: E402
 
 
 @dataclass
@@ -83,11 +84,12 @@ class FinishedError(Exception):
     """Raised to leave train()."""
 
 
-class Stopwatch:
-    """Stands in for the algorithm's `Run`: train() calls `log` after each iteration, where the clocks stop."""
+class Stopwatch(Follower):
+    """Stands in for the algorithm's `Run`: train() comes to `log` after each iteration, where the clocks stop."""
 
-    def __init__(self, options: Options, cuda: bool):
-        self.iterations, self.cuda = options.iterations, cuda
+    def __init__(self, options: Options, args):
+        super().__init__(args)
+        self.iterations, self.cuda = options.iterations, args.cuda
         self.extras = []  # functions that measure something else, called between two iterations
         self.times = defaultdict(list)  # quantity: one value for each iteration, the warm-up included
         self.sampled, self.steps = 0.0, 0
@@ -123,15 +125,6 @@ class Stopwatch:
         if len(self.times["total"]) > self.iterations:
             raise FinishedError
         self.restart()
-
-    def save(self, state: dict) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return False
-
-    def finish(self) -> None:
-        pass
 
     def median(self, name: str) -> float:
         return median(self.times[name][1:])
@@ -270,8 +263,8 @@ def sizes(options: Options, args, envs) -> dict:
 
 
 def describe(options: Options, args) -> dict:
-    """What was measured, and on what."""
-    harness = ("iterations", "eval_every", "resume", "capture_video", "track", "wandb_mode")  # not what is measured
+    """What was measured, and on what; `harness` is not what is measured."""
+    harness = ("iterations", "eval_every", "resume", "evaluate", "capture_video", "track", "wandb_mode")
     return {
         "args": {name: value for name, value in vars(args).items() if name not in harness},
         "iterations": options.iterations,
@@ -306,7 +299,7 @@ def parse(flags: list[str] | None = None) -> tuple:
     args = tyro.cli(algorithm.Args, args=rest, **default)
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
     options.iterations = options.iterations or iterations
-    algorithm.evaluate = lambda *_: ({}, {}) if options.algorithm in SAMPLING else {}
+    algorithm.evaluate = lambda *_, **__: ({}, {}) if options.algorithm in SAMPLING else {}
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     return options, algorithm, args, run
@@ -314,7 +307,7 @@ def parse(flags: list[str] | None = None) -> tuple:
 
 def main() -> None:
     options, algorithm, args, run = parse()
-    print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args.cuda))))
+    print(json.dumps({"algorithm": options.algorithm} | run(options, algorithm, args, Stopwatch(options, args))))
 
 
 def run_supervised(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:

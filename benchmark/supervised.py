@@ -24,6 +24,7 @@ from torch.func import grad, vmap
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from envs import make_supervised, summarise  # noqa: E402
+from envs.records import Follower  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/supervised"
 
@@ -42,11 +43,12 @@ class Options:
     """held-out tasks of the sinusoid and of glyphs; stream and mixtures take half as many"""
 
 
-class Record:
+class Record(Follower):
     """Stands in for a run: keeps the metrics of every iteration that was evaluated."""
 
-    def __init__(self):
-        self.rows, self.save, self.should_stop = [], lambda state: None, lambda: False
+    def __init__(self, args):
+        super().__init__(args)
+        self.rows = []
 
     def log(self, state: dict, stats: dict) -> None:
         self.rows += [{"iteration": state["iteration"], **summarise(stats)}] if len(stats) > 1 else []
@@ -61,7 +63,8 @@ def initial(module, args):
 def trained(name: str, **flags):
     """The module, its Args, the tasks, theta and the recorded rows of a training run."""
     module = importlib.import_module(f"algos.{name}")
-    args, record = module.Args(**{"eval_every": 10**9} | flags), Record()
+    args = module.Args(**{"eval_every": 10**9} | flags)
+    record = Record(args)
     tasks, generator, theta = initial(module, args)
     state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
     module.train(tasks, args, record, state)
@@ -100,8 +103,8 @@ def sinusoid(options: Options) -> None:
     thetas, curves = {}, {}
 
     def measure(name: str, module, args, **shown) -> None:
-        stats = module.evaluate(tasks, thetas[name], args)
-        first = module.evaluate(tasks, thetas[name], replace(args, eval_steps=1))["test/ci95"]
+        stats = summarise(module.evaluate(tasks, thetas[name], args))
+        first = summarise(module.evaluate(tasks, thetas[name], replace(args, eval_steps=1)))["test/ci95"]
         curves[name] = {**shown, "loss": scores(stats), "ci95 after 1": first, "ci95 after all": stats["test/ci95"]}
 
     for name, steps in (("reptile", 50), ("fomaml", 10), ("maml", 10)):
@@ -111,7 +114,7 @@ def sinusoid(options: Options) -> None:
     thetas["pretrained"], thetas["random"] = pretrained(args), initial(module, args)[2]
     for name in ("pretrained", "random"):  # fine-tuned with the step size that suits them best
         rates = {lr: replace(args, inner_lr=lr) for lr in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)}
-        best = min(rates, key=lambda lr: module.evaluate(tasks, thetas[name], rates[lr])["test/loss_k10"])
+        best = min(rates, key=lambda lr: float(module.evaluate(tasks, thetas[name], rates[lr])["test/loss_k10"].mean()))
         measure(name, module, rates[best], inner_lr=best)
     write(f"sinusoid_{options.shots}shot", curves)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -160,6 +163,7 @@ def stream(options: Options) -> None:
             "eval_tasks": options.tasks // 2,
         }
         rows = trained("reptile", seed=options.seed, **flags)[-1]
+        rows = [row for row in rows if row["iteration"] >= flags["eval_every"]]  # without the first iteration's
         seen, losses = [row["iteration"] * k for row in rows], [round(row["test/loss_k32"], 4) for row in rows]
         result[label] = {"minibatches per task slot": seen, "loss after 32 steps": losses}
         axis.plot(seen, losses, label=label)
@@ -183,7 +187,7 @@ def mixtures(options: Options) -> None:
         losses = []
         for iteration in range(iterations + 1):
             if iteration % (iterations // 10) == 0:
-                losses.append(round(reptile.evaluate(tasks, theta, args)["test/loss_k10"], 4))
+                losses.append(round(float(reptile.evaluate(tasks, theta, args)["test/loss_k10"].mean()), 4))
             batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")
             batches = tasks.sample(batch, (args.inner_shots,) * args.inner_steps, generator)
             path = vmap(lambda batches, theta=theta, args=args: reptile.fit(theta, batches, args))(batches)

@@ -290,13 +290,13 @@ def step_with(theta: dict, gradient: dict, target: dict, foreach: bool, compiled
 
 def updates_with(envs, state: dict, args):
     """A function that makes 10 of learn's updates, of a copy of the state."""
-    state = {part: {name: x.clone() for name, x in state[part].items()} for part in pearl_sac.PARTS} | {
-        "tasks": state["tasks"]
-    }
+    tasks, state = state["tasks"], {part: {k: x.clone() for k, x in state[part].items()} for part in pearl_sac.PARTS}
+    state |= {"tasks": tasks, "updates": 0}
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
 
     def updates() -> dict:
-        pearl_sac.learn(envs, state, optimizer, args, seed=0)
+        generator = torch.Generator(tasks.device).manual_seed(0)
+        pearl_sac.learn(envs, state, optimizer, args, generator, pause=lambda done: None)
         return state["theta"]
 
     return updates
@@ -365,7 +365,7 @@ def main() -> None:
         options.algorithm
     ]
     args = tyro.cli(algorithm.Args, args=rest)
-    harness = ("resume", "capture_video", "track", "wandb_mode", "iterations", "eval_every", "cuda")
+    harness = ("resume", "evaluate", "capture_video", "track", "wandb_mode", "iterations", "eval_every", "cuda")
     about = {
         "algorithm": options.algorithm,
         "threads": torch.get_num_threads(),

@@ -92,7 +92,8 @@ def _name_lost_process(kind: type[BaseException], error: BaseException, trace: T
     if "torch/distributed" not in traceback.extract_tb(trace)[-1].filename:
         return sys.__excepthook__(kind, error, trace)
     number, reason = dist.get_rank(), str(error).splitlines()[0]
-    print(f"\nprocess {number}: another one has ended; the last whole checkpoint is kept ({reason})", file=sys.stderr)
+    told = f"process {number}: another one has ended ({reason}); --resume goes on from what was saved, if anything was"
+    print(f"\n{told}", file=sys.stderr)
 
 
 def shard() -> tuple[int, int]:

@@ -178,7 +178,7 @@ def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resu
             raise ValueError(f"it lacks {', '.join(lacking[:5])}{' ..' if len(lacking) > 5 else ''}")
         if state["algorithm"] != algorithm:
             raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"])}
+        return state | {"args": Args(**state["args"]), "saved": path.stat().st_mtime_ns}
     except Exception as error:
         told = error if isinstance(error, ValueError) else repr(error)
         raise refusal(f"{flag} {folder}: no usable checkpoint.pt there: {told}") from None
@@ -186,7 +186,7 @@ def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resu
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Replace the folder's checkpoint.pt by this state; at every moment there is a whole one."""
-    state = {name: x for name, x in state.items() if name != "keys"}
+    state = {name: x for name, x in state.items() if name not in ("keys", "saved", "changed")}
     buffer = io.BytesIO()
     torch.save(state | {"keys": list(keys(state))}, buffer)
     replace_file(folder / "checkpoint.pt", buffer.getbuffer())
@@ -225,7 +225,7 @@ def first_state(
     state = {"algorithm": algorithm, "iteration": 0, "env_steps": 0, "seconds": 0.0} | fresh
     needed = {name: x for name, x in fresh.items() if name in evaluates or not args.evaluate}
     if saved:
-        check_shapes(args.resume or args.evaluate, saved=saved, made=needed)
+        check_shapes(args, saved, needed)
     return {name: x if name in ON_CPU else to(x, device) for name, x in (state | saved | {"args": vars(args)}).items()}
 
 
@@ -238,14 +238,17 @@ def to(x, device: torch.device):
     return x.to(device) if isinstance(x, Tensor) else x
 
 
-def check_shapes(folder: str, saved: dict, made: dict) -> None:
-    """SystemExit unless all tensors in `made` are in `saved`, with the same shapes, and no others beside them."""
+def check_shapes(args, saved: dict, made: dict) -> None:
+    """SystemExit unless what was saved has the tensors that the flags ask for, those in `made`, and their shapes."""
     made = {name: x for name, x in made.items() if isinstance(x, Tensor) or x}  # a fresh run has no data yet
     found, expected = dict(shapes({name: saved.get(name) for name in made})), dict(shapes(made))
     wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
     if wrong:
-        told = ", ".join(f"{name} is {found.get(name)} and not {expected.get(name)}" for name in wrong)
-        raise refusal(f"{folder}: --env-id and the networks' flags must be the run's: {told}")
+        told = [f"{flag(name)} ({old} and not {new})" for name, (old, new) in saved.get("changed", {}).items()]
+        told += [f"{name} is {found.get(name)} and not {expected.get(name)}" for name in wrong[:3]]
+        more = f", .. ({len(wrong)} in all)" if len(wrong) > 3 else ""
+        asked = f"--resume {args.resume}" if args.resume else f"--evaluate {args.evaluate}"
+        raise refusal(f"{asked}: --env-id and the networks' flags must be the run's: {', '.join(told)}{more}")
 
 
 def shapes(state, prefix: str = "") -> Iterator[tuple[str, tuple]]:
@@ -444,6 +447,9 @@ class Follower:
     def end(self, stopped: bool) -> None:
         """Nothing: the leader draws the curve."""
 
+    def close(self) -> None:
+        """Nothing: there is nothing to let go of."""
+
 
 class Run(Follower):
     """A run that keeps records, in a folder of its own.
@@ -475,6 +481,9 @@ class Run(Follower):
     def open(self, state: dict, changed: dict[str, list]) -> None:
         """Claim the folder, drop the metrics of iterations that will be played again, and note this start."""
         self.locked = lock(self.folder)
+        saved = state.pop("saved", 0)
+        if saved and saved != (self.folder / "checkpoint.pt").stat().st_mtime_ns:
+            raise refusal(f"--resume {self.folder}: another process has just gone on with this run; start again")
         done = state["iteration"] - state.get("unfinished", 0)  # whole iterations
         notes = []
         if self.args.resume:
@@ -612,7 +621,7 @@ def film(path: Path, envs, policy, params: dict[str, dict[str, Tensor]]) -> None
 
 
 @contextmanager
-def errors_in_one_line(state: dict, folder: Path | None) -> Iterator[None]:
+def errors_in_one_line(state: dict, folder: Path | None, leads: bool = True) -> Iterator[None]:
     """Numbers that are not finite, and files that cannot be written, as one line without a trace.
 
     All other errors keep theirs: they are faults of a program, this one's or a user's.
@@ -620,10 +629,10 @@ def errors_in_one_line(state: dict, folder: Path | None) -> Iterator[None]:
     try:
         yield
     except (NotFinite, CannotWriteError) as error:
-        kept = "nothing was saved yet"
+        kept = "; nothing was saved yet" if leads else ""
         if folder is not None and (folder / "checkpoint.pt").exists():
-            kept = f"the last whole checkpoint is kept: --resume {folder}"
-        raise SystemExit(f"\niteration {state['iteration']}: {error}; {kept}") from None
+            kept = f"; the last whole checkpoint is kept: --resume {folder}"
+        raise refusal(f"iteration {state['iteration']}: {error}{kept}") from None
 
 
 @contextmanager
@@ -642,7 +651,7 @@ def open_run(
     """
     threads = torch.get_num_threads()
     folder = args.resume or args.evaluate
-    with lenient_output(), errors_in_one_line(state, Path(folder) if folder else None):
+    with lenient_output(), errors_in_one_line(state, Path(folder) if folder else None, leads):
         try:
             if args.evaluate:
                 tell(args, state, envs.unwrapped.test_set_name(), evaluate(), unit, leads)
@@ -664,7 +673,7 @@ def running(args, state: dict, envs, evaluate: Callable[[], dict], unit: str, le
     state.pop("changed", None)
     folder = run.folder if leads else None
     try:
-        with errors_in_one_line(state, folder), run.listening():
+        with errors_in_one_line(state, folder, leads), run.listening():
             try:
                 if in_any_process(leads and lacks_evaluation(args, run.rows)):
                     run.make_up_for_evaluation(state, evaluate)

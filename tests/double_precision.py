@@ -1,5 +1,8 @@
 """What the tests of the mathematics share."""
 
+from collections import defaultdict
+
+import numpy as np
 import pytest
 import torch
 from torch import Generator
@@ -22,6 +25,23 @@ def seeded(seed):
 
 def flat(params):
     return torch.cat([value.flatten() for value in params.values()])
+
+
+def interval(x, tasks):
+    """Half the width of the 95 % interval of a mean over different tasks: t s / sqrt(n), with n - 1 degrees of freedom.
+
+    The fraction of Student's distribution that lies between -t and t is that of the integral of cos^(n - 2) from 0 to
+    the angle whose tangent is t / sqrt(n - 1).
+    """
+    values = defaultdict(list)
+    for value, task in zip(x, tasks.tolist(), strict=True):
+        values[tuple(task)].append(float(value))
+    means = [np.mean(group) for group in values.values()]
+    n = len(means)
+    edges = np.linspace(0, np.pi / 2, 10**5)
+    mass = (np.cos((edges[1:] + edges[:-1]) / 2) ** (n - 2)).cumsum()
+    t = np.sqrt(n - 1) * np.tan(np.interp(0.95, mass / mass[-1], edges[1:]))
+    return t * np.std(means, ddof=1) / np.sqrt(n)
 
 
 class Alone:

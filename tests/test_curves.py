@@ -21,6 +21,7 @@ import tyro
 
 from algos import maml_trpo
 from benchmark import curves
+from envs import records
 
 pytestmark = pytest.mark.xdist_group("curves")
 POINT = "--action-scale 1 --meta-batch-size 3 --episodes-per-task 2 --horizon 5 --hidden-size 8 --eval-every 2"
@@ -83,14 +84,15 @@ def fake(job, evaluations: list[dict], **other) -> None:
     folder = job.home / "runs/made_up"
     folder.mkdir(parents=True)
     args = vars(tyro.cli(import_module(f"algos.{TABLE[job.label].script}").Args, args=job.flags)) | other
-    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "args.json").write_text(json.dumps([{"flags": args}]))
     lines = [{"iteration": i, "train/kl": 0.1} | row for i, row in enumerate(evaluations)]
     lines += [{"iteration": args["iterations"] - 1, "train/kl": 0.2}, lines.pop() | {"iteration": args["iterations"]}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def evaluation(steps, seconds, *returns) -> dict:
-    return {"env_steps": steps, "seconds": seconds} | {f"test/return_k{k}": value for k, value in enumerate(returns)}
+    returns = {f"test/return_k{k}": value for k, value in enumerate(returns)}
+    return {"env_steps": steps, "seconds": seconds} | returns | {"test/tasks": 3}
 
 
 # ---------------------------------------------------------------- the table
@@ -130,7 +132,7 @@ def test_what_is_not_in_the_table_is_refused(home, what, flags, message):
 
 def test_finished_runs_are_left_alone(done, capfd):
     assert [row["iteration"] for row in rows(POINT_JOB)] == list(range(1, 31))
-    assert json.loads((POINT_JOB.folder() / "args.json").read_text())["first_order"] is True
+    assert records.last_flags(POINT_JOB.folder() / "args.json")["first_order"] is True
     before = snapshot(done / "runs")
     curves.main(["run", "--env", "Navigation2D", "--seeds", "1"])
     assert capfd.readouterr().out == "finished: 2; resume: 0; start: 0; busy: 0\n"
@@ -182,13 +184,12 @@ def test_an_interrupted_run_goes_on_and_ends_like_a_whole_one(whole, home, capfd
         f"end {job}: exit status 0" for job in (memory, POINT_JOB)
     ]
     assert POINT_JOB.folder() == name
-    assert "stopping after this iteration" in (POINT_JOB.home / "log").read_text()  # the log goes on, too
+    log = (POINT_JOB.home / "log").read_text()  # it goes on, too
+    assert "SIGTERM: saves and ends soon" in log
+    assert "maml_trpo goes on with runs/" in log
     found = [rows(job) for job in (POINT_JOB, memory)]
     monkeypatch.setattr(curves, "RUNS", whole / "runs")
     expected = [rows(job) for job in (POINT_JOB, memory)]
-    if "test/return_k0" not in expected[0][stop - 1]:  # the files evaluate where they stop, too
-        kept = {key: value for key, value in found[0][stop - 1].items() if not key.startswith("test/")}
-        found[0][stop - 1] = kept
     assert found == expected
 
 
@@ -294,6 +295,12 @@ def test_states(home):
         assert POINT_JOB.state() == "start"
     (POINT_JOB.folder() / "checkpoint.pt").touch()
     assert POINT_JOB.state() == "resume"
+    *whole, last = text.splitlines(True)
+    untested = {name: value for name, value in json.loads(last).items() if not name.startswith("test/")}
+    metrics.write_text("".join(whole) + json.dumps(untested) + "\n")  # stopped in the last evaluation
+    assert POINT_JOB.state() == "resume"
+    metrics.write_text(text)
+    assert POINT_JOB.state() == "finished"
     (POINT_JOB.home / "runs/newer").mkdir()  # without a checkpoint
     assert POINT_JOB.folder().name == "made_up"
 
@@ -368,13 +375,14 @@ def test_kept_results_are_what_the_run_wrote(done, capsys):
     assert kept[names[1]][4:8] == bytes(4)  # no time stamp: equal runs give equal files
     assert gzip.decompress(kept[names[1]]) == (POINT_JOB.folder() / "metrics.jsonl").read_bytes()
     record = json.loads(kept[names[0]])
-    assert record["args"] == json.loads((POINT_JOB.folder() / "args.json").read_text())
+    assert record["args"] == records.last_flags(POINT_JOB.folder() / "args.json")
+    assert record["tests"] == "fixed"
     assert record["versions"]["torch"] == torch.__version__
     assert set(record["versions"]) == {"python", "torch", "mujoco", "gymnasium", "numpy"}
     assert record["machine"]["cores"] == os.cpu_count()
     variable, python, script, *flags = shlex.split(record["command"])
     assert (variable, python, script) == ("OMP_NUM_THREADS=1", "python", "algos/maml_trpo.py")
-    assert vars(tyro.cli(maml_trpo.Args, args=flags)) == record["args"]
+    assert vars(tyro.cli(maml_trpo.Args, args=flags)) == record["args"] | {"evaluate": ""}
 
 
 @pytest.fixture
@@ -438,6 +446,19 @@ def test_a_missing_column_and_missing_results_are_one_line(made_up, monkeypatch)
         curves.main(["table", "--seeds", "9"])
 
 
+def test_means_are_not_of_two_kinds_of_test_tasks(home, made_up, capsys):
+    path = home / "results/Navigation2D_point_seed2.metrics.jsonl.gz"
+    old = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    old = [{name: value for name, value in row.items() if name != "test/tasks"} for row in old]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in old).encode()))
+    for what in ("draw", "table"):
+        with pytest.raises(SystemExit, match=r"^Navigation2D \(--label, --seeds choose\): some runs were tested on the"):
+            curves.main([what])
+    curves.main(["table", "--seeds", "1", "3"])
+    curves.main(["table", "--seeds", "2"])
+    assert capsys.readouterr().out.count("| after | 2 |") == 1
+
+
 def test_the_adaptation_curve_is_the_files_own_evaluation(done, monkeypatch, capsys):
     curves.main(["adapt", "--env", "Navigation2D", "--seeds", "1"])
     record = json.loads((done / "results/adapt_Navigation2D.json").read_text())
@@ -498,7 +519,7 @@ def test_kept_runs_have_the_flags_of_the_table_and_the_gradient_family_has_three
         record, job = json.loads(path.read_text()), table[name]
         args = tyro.cli(import_module(f"algos.{curves.TABLE[job.label].script}").Args, args=job.flags)
         flags = json.loads(json.dumps(vars(args)))
-        newer = {name: flags[name] for name in ("physics", "compile") if name in flags}  # younger than the runs
+        newer = {name: flags[name] for name in ("physics", "compile", "evaluate") if name in flags}  # than the runs
         assert newer | record["args"] == flags, name
         lines = gzip.decompress((curves.RESULTS / f"{name}.metrics.jsonl.gz").read_bytes()).splitlines()
         assert json.loads(lines[-1])["iteration"] == args.iterations == len(lines)

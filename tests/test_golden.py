@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import os
-import signal
 import sys
 import tempfile
 from functools import cache, partial
@@ -112,7 +111,7 @@ def glyphs(classes: int, instances: int, seed: int, dtype: torch.dtype, draw=few
 
 def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
     """The lines of metrics.jsonl of two iterations, each with an evaluation; the clock's seconds left out."""
-    home, handlers = Path.cwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    home = Path.cwd()
     algorithm, make_vec = importlib.import_module(f"algos.{name}"), partial(gym.make_vec, dtype=dtype)
     init = SupervisedTasks.__init__
 
@@ -143,8 +142,6 @@ def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
             os.chdir(home)
             torch.set_default_dtype(torch.float32)
             torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 

@@ -10,7 +10,7 @@ from torch import Generator
 
 from algos import lifetime_rewards as algorithm
 from benchmark import lifetime_rewards as benchmark
-from envs import Lifetimes, make
+from envs import Lifetimes, make, records
 from envs.gridworlds import GOALS, ROOMS, SIDE, EmptyRooms
 
 SIZE = {"horizon": 6, "episodes_per_lifetime": 4, "steps": 3, "policy_size": 8, "hidden_size": 5}
@@ -106,7 +106,7 @@ def test_kept_runs_say_what_the_page_says():
     text = (benchmark.ROOT / "docs/lifetime_rewards.md").read_text()
     for name, value in page.items():
         rows = [json.loads(line) for line in (benchmark.RESULTS / f"{name}.metrics.jsonl").read_text().splitlines()]
-        args = json.loads((benchmark.RESULTS / f"{name}.args.json").read_text())
+        args = records.last_flags(benchmark.RESULTS / f"{name}.args.json")
         assert rows[-1]["iteration"] == args["iterations"]
         assert rows[-1]["test/return_k9"] == pytest.approx(value, abs=0.08)
         assert rows[-1]["test/return_lifetime"] > rows[-1]["extrinsic/return_lifetime"] + 0.05

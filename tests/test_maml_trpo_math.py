@@ -12,7 +12,7 @@ from torch.func import grad, jacrev
 from algos import maml_trpo as ours
 from envs import summarise
 from envs.navigation import Navigation2D, SparseNavigation2D
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 
 ESTIMATORS = ("score", "lvc", "dice", "loaded", "e_maml")
 N, E, T = 3, 4, 5
@@ -874,7 +874,10 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
     monkeypatch.setattr(ours, "collect", lambda *x: batches.append(collect(*x)) or batches[-1])
     stats, params = ours.evaluate(envs, theta, args)
     assert len(batches) == 4
-    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], envs.sample_tasks(N, seeded(args.seed + 1), "test"))
+    tasks, generator = make_envs(args).test_set(N)
+    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], tasks)
+    first = collect(make_envs(args), tasks, theta, args, generator)
+    assert all(torch.equal(x, y) for x, y in zip(batches[0], first, strict=True))  # start states and noise, too
     for i in range(N):
         expected = theta
         for k, scale in enumerate((1.0, 0.5, 0.5)):
@@ -887,7 +890,10 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
     returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
-    assert summarise(stats) == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
+    close(stats["test/gain_ci95"][0], torch.from_numpy(gains))
+    summary = summarise(stats)
+    assert summary.pop("test/gain_ci95") == pytest.approx(interval(gains, tasks), rel=1e-4)
+    assert summary == pytest.approx(expected | {"test/tasks": N})
 
 
 def test_evaluation_is_repeatable_and_leaves_training_alone():
@@ -897,7 +903,7 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
         args.eval_every = eval_every
         theta, generator, envs = make_theta(args), seeded(3), make_envs(args)
         state = {"iteration": 0, "env_steps": 0, "theta": theta, "generator": generator.get_state()}
-        run = Recorder()
+        run = Recorder(args)
         ours.train(envs, args, run, state)
         return state, [stats for _, _, stats in run.logged], summarise(ours.evaluate(envs, state["theta"], args)[0])
 
@@ -911,3 +917,5 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
     assert torch.equal(often["generator"], rarely["generator"])
     assert last == again
     assert last == {name: x for name, x in log[-1].items() if name in last}
+    args.seed += 1  # the test set is that of every run
+    assert summarise(ours.evaluate(make_envs(args), often["theta"], args)[0]) == last

@@ -2,6 +2,7 @@
 torch.distributions, losses by loops over tasks and transitions, central differences, lists in place of buffers, worlds
 played by hand one at a time, and Adam's formula."""
 
+import io
 import math
 from collections import Counter, deque
 from itertools import pairwise
@@ -36,7 +37,8 @@ from algos.pearl_sac import (
 )
 from envs import ScaleActions, summarise
 from envs.navigation import Navigation2D
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from envs.records import Stopped
+from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 by being here)
 
 OBS, A, Z = 3, 2, 4  # where no world is played
 STRIDE = float(np.float32(0.1))  # of a full action in the plane
@@ -951,6 +953,10 @@ def fill(lab, seed=7):
     return ids
 
 
+def no_pause(done):
+    """Nobody asks the run to end."""
+
+
 @pytest.fixture
 def losses(monkeypatch):
     """What every `pearl_loss` was given, as rows."""
@@ -980,9 +986,10 @@ def test_updates_are_adams_by_hand_and_targets_follow(losses, variant):
     lab = make_lab(updates=3, lr=0.01, tau=0.3, gamma=0.8, kl_weight=0.2, **LEARNING[variant])
     fill(lab)
     weights, target, args = clone(lab.theta), clone(lab.state["target"]), lab.args
-    first = clone(weights)
+    first, done = clone(weights), []
     optimizer = torch.optim.Adam(lab.theta.values(), args.lr)
-    stats = summarise(learn(lab.envs, lab.state, optimizer, args, 5))
+    stats = summarise(learn(lab.envs, lab.state, optimizer, args, seeded(5), pause=done.append))
+    assert done == [0, 1, 2]
     m, v = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
     assert len(losses) == 3
     for k, call in enumerate(losses, 1):
@@ -1019,7 +1026,7 @@ def test_updates_are_of_different_tasks_with_their_own_data(monkeypatch, next_ob
         return sum(value.sum() for value in theta.values()), {}
 
     monkeypatch.setattr(pearl_sac, "pearl_loss", cheap)
-    learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, 3)
+    learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seeded(3), pause=no_pause)
     frequency, together = Counter(), Counter()
     for batch, context, _ in calls:
         assert batch.shape == (3, 5, 9)
@@ -1049,12 +1056,12 @@ def test_updates_are_of_different_tasks_with_their_own_data(monkeypatch, next_ob
     assert abs(float((next_noise * noise).mean())) < 4 / noise.numel() ** 0.5
 
 
-def test_updates_follow_their_seed(losses):
+def test_updates_follow_their_generator(losses):
     results = []
     for seed in (1, 1, 2):
         lab = make_lab(updates=2)
         fill(lab)
-        learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seed)
+        learn(lab.envs, lab.state, torch.optim.Adam(lab.theta.values()), lab.args, seeded(seed), pause=no_pause)
         results.append(flat(lab.theta))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -1095,7 +1102,7 @@ def test_evaluation_infers_from_all_episodes_before(seen, next_obs, priors):
             returns[i, k] = sum(float(row[4]) for row in rows)
     gain = returns[:, -1] - returns[:, 0]
     expected = {f"test/return_k{k}": returns[:, k].mean() for k in range(4)}
-    expected["test/gain_ci95"] = 1.96 * gain.std() / math.sqrt(12)
+    expected |= {"test/gain_ci95": interval(gain, tasks), "test/tasks": 12}
     assert actual == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert gain.std() > 0
     noise = torch.stack([call.noise for call in calls])
@@ -1103,8 +1110,8 @@ def test_evaluation_infers_from_all_episodes_before(seen, next_obs, priors):
     assert torch.equal(flat(lab.theta), flat(before))
     assert summarise(evaluate(lab.envs, lab.theta, lab.args)) == actual
     lab.args.seed += 1
-    evaluate(lab.envs, lab.theta, lab.args)
-    assert not torch.equal(seen[-1].tasks, tasks)
+    assert summarise(evaluate(lab.envs, lab.theta, lab.args)) == actual  # the test set is that of every run
+    assert torch.equal(seen[-1].tasks, lab.envs.unwrapped.test_set(12)[0])
 
 
 @pytest.fixture
@@ -1112,13 +1119,13 @@ def learned(monkeypatch, seen):
     """Of every `learn`: how often had been played, and what the buffers held, before; the largest change by it."""
     calls, original = [], pearl_sac.learn
 
-    def spy(envs, state, optimizer, args, seed):
+    def spy(envs, state, optimizer, args, generator, pause):
         buffers = {name: [stored(state[name], i) for i in range(args.train_tasks)] for name in ("recent", "replay")}
-        before = flat(state["theta"]).clone()
-        stats = original(envs, state, optimizer, args, seed)
+        before, chance = flat(state["theta"]).clone(), tuple(generator.get_state().tolist())
+        stats = original(envs, state, optimizer, args, generator, pause)
         change = float((flat(state["theta"]) - before).abs().max())
         lr = optimizer.param_groups[0]["lr"]
-        calls.append(SimpleNamespace(played=len(seen), seed=seed, change=change, buffers=buffers, lr=lr))
+        calls.append(SimpleNamespace(played=len(seen), chance=chance, change=change, buffers=buffers, lr=lr))
         return stats
 
     monkeypatch.setattr(pearl_sac, "learn", spy)
@@ -1134,7 +1141,7 @@ def test_training_against_lists(seen, learned, initial):
     )  # fmt: skip
     lab.state["tasks"][:2, 2] = 99  # of 5 initial episodes they have 6, one too many for their contexts
     names = {tuple(task.tolist()): i for i, task in enumerate(lab.state["tasks"])}
-    train(lab.envs, lab.args, run := Recorder(), lab.state)
+    train(lab.envs, lab.args, run := Recorder(lab.args), lab.state)
     capacity, calls = max(initial, 3) * 4, iter(seen)
     recent, replay = ([deque(maxlen=size) for _ in range(5)] for size in (capacity, 9))
     steps, played, episodes, choices = 0, 0, Counter(), []
@@ -1179,19 +1186,19 @@ def test_training_against_lists(seen, learned, initial):
     assert initial == 2 or not {0, 1} <= {*choices[0]}  # the context of such a task has lost an episode
     assert run.saved == [2, 4, 5]
     assert len({*choices}) > 1
-    assert len({update.seed for update in learned}) == 5
+    assert len({update.chance for update in learned}) == 5
     assert learned[0].change == pytest.approx(0.0137, rel=1e-3)  # Adam's first step
     again = make_lab(**vars(lab.args))
     again.state["tasks"][:2, 2] = 99
-    train(again.envs, again.args, other := Recorder(), again.state)
+    train(again.envs, again.args, other := Recorder(again.args), again.state)
     assert other.logged == run.logged
 
 
 def test_training_goes_on_where_it_was_left(learned):
     """As if it had not been left, and with a step size given anew."""
     whole, left = make_lab(iterations=4, eval_every=1, updates=2), make_lab(iterations=2, eval_every=1, updates=2)
-    train(whole.envs, whole.args, expected := Recorder(), whole.state)
-    train(left.envs, left.args, run := Recorder(), left.state)
+    train(whole.envs, whole.args, expected := Recorder(whole.args), whole.state)
+    train(left.envs, left.args, run := Recorder(left.args), left.state)
     left.args.iterations = 4
     train(left.envs, left.args, run, left.state)
     assert run.logged == expected.logged
@@ -1199,3 +1206,104 @@ def test_training_goes_on_where_it_was_left(learned):
     left.args.iterations, left.args.lr = 5, 0.02
     train(left.envs, left.args, run, left.state)
     assert learned[-1].lr == 0.02
+
+
+class Interrupted(Recorder):
+    """Is asked to end at its k-th chance (never at the 0th), and keeps what was saved last, as a file does."""
+
+    def __init__(self, args, k=0):
+        super().__init__(args)
+        self.k, self.chances, self.told = k, 0, []
+
+    def should_stop(self):
+        self.chances += 1
+        return self.chances == self.k
+
+    def doing(self, what, done=0, of=0):
+        self.told.append((what, done, of))
+
+    def save(self, state):
+        super().save(state)
+        torch.save(state, file := io.BytesIO())
+        self.kept = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+SHORT = {"iterations": 2, "initial_episodes": 2, "prior_episodes": 1, "posterior_episodes": 2, "updates": 4}
+SHORT |= {"eval_every": 1, "eval_episodes": 2, "auto_entropy": True}
+CHANCES = 4 + 2 + 4 + 1, 2 + 4 + 1  # of an iteration: initial rounds, rounds but the first, updates, and its end
+
+
+def numbers(state):
+    """All that a run goes on from, by name."""
+    rest = {name: x for name, x in state.items() if name not in ("seconds", "args")}
+
+    def walk(x, name):
+        if isinstance(x, dict | list | tuple):
+            for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+                yield from walk(y, f"{name}.{key}")
+        else:
+            yield name, x
+
+    return dict(walk(rest, "state"))
+
+
+def assert_same(found, expected):
+    """To the last bit."""
+    found, expected = numbers(found), numbers(expected)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(found[name], x) if isinstance(x, torch.Tensor) else found[name] == x, name
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The run that nobody has stopped: what it logged, and its state after each chance to stop and at its end."""
+    torch.set_default_dtype(torch.float64)  # the fixture of each test comes later
+    lab = make_lab(**SHORT)
+    train(lab.envs, lab.args, run := Interrupted(lab.args), lab.state)
+    assert run.chances == sum(CHANCES)
+    return SimpleNamespace(logged=run.logged, told=run.told, state=run.kept)
+
+
+def test_what_a_run_says_that_it_does(whole):
+    """Before each round and each update but the first round of an iteration, how many are done, and of how many."""
+    collecting = [("collecting", k, 3) for k in (1, 2)]
+    iteration = [*collecting, *(("updating", k, 4) for k in range(4)), ("evaluating", 0, 0)]
+    assert whole.told == [*(("collecting", k, 4) for k in range(4)), *iteration, *iteration]
+
+
+@pytest.mark.parametrize("k", range(1, sum(CHANCES) + 1))
+def test_a_run_that_is_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, k):
+    """In new worlds, with what a file holds: what it logs, networks, buffers and random numbers are the same bits."""
+    lab, other = make_lab(**SHORT), make_lab(seed=50, **SHORT)
+    with pytest.raises(Stopped):
+        train(lab.envs, lab.args, run := Interrupted(lab.args, k), lab.state)
+    is_between = k in (CHANCES[0], sum(CHANCES))
+    assert run.kept["iteration"] == (1 if k <= CHANCES[0] else 2)
+    assert run.kept["unfinished"] == (not is_between)
+    assert [number for number, *_ in run.logged] == list(range(1, run.kept["iteration"] + is_between))
+    train(other.envs, other.args, rest := Interrupted(other.args), run.kept)
+    assert [*run.logged, *rest.logged] == whole.logged
+    assert_same(run.kept if k == sum(CHANCES) else rest.kept, whole.state)
+    for part in ("theta", "target", "optimizer", "replay", "recent", "generator"):
+        assert any(name.startswith(f"state.{part}") for name in numbers(whole.state))
+
+
+def test_a_run_that_is_stopped_after_every_round_and_update_is_the_same_run(whole):
+    """Each time by a new process; one that is stopped before it has done anything changes nothing."""
+    lab, logged, starts = make_lab(**SHORT), [], 0
+    state = lab.state
+    while state["iteration"] < 2 or state["unfinished"]:
+        for k in (1, 2):
+            other = make_lab(seed=60 + starts, **SHORT)
+            run = Interrupted(other.args, k)
+            given = state
+            with pytest.raises(Stopped):
+                train(other.envs, other.args, run, dict(given))
+            logged += run.logged
+            state, starts = run.kept, starts + 1
+            if k == 1 and given["unfinished"]:
+                assert_same(state, given)
+    assert logged == whole.logged
+    assert_same(state, whole.state)
+    assert starts > 20

@@ -182,7 +182,7 @@ def test_modules_are_the_models():
 
 def test_the_report_is_of_medians_and_of_the_quicker_peer(monkeypatch):
     monkeypatch.setattr(speed_mbmpo, "threads", lambda: [1, 2])
-    watch = speed.Stopwatch(speed.Options("mbmpo"), False)
+    watch = speed.Stopwatch(speed.Options("mbmpo"), ours.Args())
     times = {"steps": 1200, "total": 3, "sample": 1, "update": 2, "cpu": 4, "fit": 5, "fit_cpu": 6, "rows": 3500}
     times |= {"peer_1_total": 9, "peer_1_sample": 5, "peer_1_update": 4, "peer_1_cpu": 10}
     times |= {"peer_2_total": 8, "peer_2_sample": 6, "peer_2_update": 2, "peer_2_cpu": 16}

@@ -236,7 +236,8 @@ def test_collected_transitions_agree(env_id, own, flags, context, monkeypatch):
 
 
 def test_the_report_is_of_medians_for_whole_iterations():
-    args, watch = ours.Args(updates=4000), speed.Stopwatch(speed.Options("pearl_sac"), False)
+    args = ours.Args(updates=4000)
+    watch = speed.Stopwatch(speed.Options("pearl_sac"), args)
     times = {"steps": 1200, "collect": 2, "collect_cpu": 3, "update": 5, "update_cpu": 6}  # of blocks of 50
     times |= {"peer_steps": 400, "peer_collect": 4, "peer_collect_cpu": 5, "peer_env": 3}
     times |= {"peer_update": 20, "peer_update_cpu": 21}

@@ -3,7 +3,7 @@ PPO one step at a time, central differences, loops over tasks and parts, Adam's 
 
 import copy
 import math
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from torch.func import grad
 import envs as worlds
 from algos import maml_trpo, multitask_ppo, promp, reptile_ppo
 from envs import ScaleActions, TaskGiven, records, summarise
-from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import E, N, T, central_differences, close, ref_log_prob, ref_policy
 from tests.test_promp_math import (
     SlowAdam,
@@ -171,9 +171,11 @@ def test_evaluate_adapts_by_whole_steps_and_leaves_theta(ours, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ours, "collect", lambda *x: batches.append(collect(*x)) or batches[-1])
         stats, params = ours.evaluate(envs, theta, args)
-    stats = summarise(stats)
     assert len(batches) == args.eval_steps + 1 == 4
-    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], envs.sample_tasks(N, seeded(args.seed + 1), "test"))
+    tasks, generator = make_envs(args).test_set(N)
+    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], tasks)
+    first = collect(make_envs(args), tasks, theta, args, generator)
+    assert all(torch.equal(x, y) for x, y in zip(batches[0], first, strict=True))  # start states and noise, too
     for i in range(N):
         expected = theta
         for k, batch in enumerate(batches):
@@ -185,17 +187,22 @@ def test_evaluate_adapts_by_whole_steps_and_leaves_theta(ours, monkeypatch):
     returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
-    assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
+    close(stats["test/gain_ci95"][0], torch.from_numpy(gains))
+    stats = summarise(stats)
+    assert stats["test/gain_ci95"] == pytest.approx(interval(gains, tasks), rel=1e-4)
+    assert stats == pytest.approx(expected | {"test/tasks": N, "test/gain_ci95": stats["test/gain_ci95"]})
     assert all(torch.equal(theta[name], before[name]) for name in theta)
     torch.rand(7)  # the global generator has no part in it
     assert summarise(ours.evaluate(envs, theta, args)[0]) == stats
-    assert summarise(ours.evaluate(envs, theta, small_args(ours, inner_epochs=2, seed=9))[0]) != stats
+    other = small_args(ours, inner_epochs=2, seed=9)  # the test set is that of every run
+    assert summarise(ours.evaluate(envs, theta, other)[0]) == stats
 
 
 @both
 def test_evaluation_leaves_training_alone(ours):
     def train(eval_every):
-        args, run = small_args(ours, iterations=4, eval_every=eval_every), Recorder()
+        args = small_args(ours, iterations=4, eval_every=eval_every)
+        run = Recorder(args)
         envs, state = make_envs(args), begin(args)
         ours.train(envs, args, run, state)
         assert run.saved == [k for k in range(1, 5) if k % eval_every == 0]
@@ -212,9 +219,10 @@ def test_evaluation_leaves_training_alone(ours):
 
 @both
 def test_a_resumed_run_equals_an_uninterrupted_one(ours):
-    args, saved, run = small_args(ours, iterations=4, eval_every=2), [], Recorder()
+    args, saved = small_args(ours, iterations=4, eval_every=2), []
+    run, log = Recorder(args), Recorder(args)
     run.save = lambda state: saved.append(copy.deepcopy(state))
-    whole, log = begin(args), Recorder()
+    whole = begin(args)
     given = whole["theta"]
     ours.train(make_envs(args), args, run, whole)
     assert torch.equal(flat(given), flat(make_theta(args)))  # the state that a run is given is not what it learns in
@@ -233,7 +241,7 @@ def test_reptile_against_iterations_by_hand():
     """theta + epsilon mean_i (phi_i - theta), one task after the other; epsilon falls, to 0 behind the last."""
     options = {"inner_steps": 3, "inner_epochs": 2, "inner_lr": 0.5, "outer_lr": 0.8, "iterations": 4}
     args = small_args(reptile_ppo, **options, eval_every=100)
-    run, state = Recorder(), begin(args)
+    run, state = Recorder(args), begin(args)
     reptile_ppo.train(make_envs(args), args, run, state)
     envs, generator, theta, steps = make_envs(args), seeded(3), make_theta(args), 0
     for (iteration, env_steps, stats), epsilon in zip(run.logged, (0.8, 0.6, 0.4, 0.2), strict=True):
@@ -254,7 +262,7 @@ def test_reptile_against_iterations_by_hand():
 def test_reptile_with_one_step_is_joint_training():
     """k = 1, one epoch, epsilon = 1: a policy gradient step on the mean over tasks of their objectives."""
     args = small_args(reptile_ppo, inner_steps=1, inner_epochs=1, outer_lr=1.0, iterations=1, inner_lr=0.3)
-    run, state = Recorder(), begin(args)
+    run, state = Recorder(args), begin(args)
     reptile_ppo.train(make_envs(args), args, run, state)
     envs, generator, theta = make_envs(args), seeded(3), make_theta(args)
     batch = maml_trpo.collect(envs, envs.sample_tasks(N, generator, "train"), theta, args, generator)
@@ -341,7 +349,7 @@ def test_every_episode_is_in_one_part_of_every_epoch(minibatches, monkeypatch):
 def test_training_against_iterations_by_hand():
     """Adam's formula in every part of every epoch, a falling step size, and old densities throughout an iteration."""
     args = multitask_args(epochs=2, minibatches=3, iterations=4, entropy_coef=0.01, lr=0.04, eval_every=100)
-    run, state = Recorder(), begin(args)
+    run, state = Recorder(args), begin(args)
     multitask_ppo.train(make_envs(args), args, run, state)
     envs, generator, theta, adam, steps = make_envs(args), seeded(3), make_theta(args), SlowAdam(), 0
     for (iteration, env_steps, stats), lr in zip(run.logged, (0.04, 0.03, 0.02, 0.01), strict=True):
@@ -363,7 +371,7 @@ def test_training_against_iterations_by_hand():
 
 def test_random_is_the_evaluation_of_the_initial_parameters():
     args = multitask_args(iterations=3, eval_every=100, inner_epochs=2)
-    run, envs = Recorder(), make_envs(args)
+    run, envs = Recorder(args), make_envs(args)
     multitask_ppo.train(envs, args, run, begin(args))
     expected, _ = multitask_ppo.evaluate(envs, make_theta(args), args)
     first, *others = (stats for _, _, stats in run.logged)
@@ -373,13 +381,13 @@ def test_random_is_the_evaluation_of_the_initial_parameters():
     assert {f"random/return_k{k}" for k in range(4)} < set(random)
     assert first["test/return_k0"] != random["random/return_k0"]  # that is behind the first iteration
     assert not any(name.startswith("random/") for stats in others for name in stats)
-    resumed = Recorder()
+    resumed = Recorder(args)
     multitask_ppo.train(envs, args, resumed, begin(args) | {"iteration": 1})
     assert not any(name.startswith("random/") for _, _, stats in resumed.logged for name in stats)
 
 
 def test_a_policy_that_is_given_the_task_sees_it():
-    args, run = multitask_args(iterations=2, minibatches=2), Recorder()
+    args = multitask_args(iterations=2, minibatches=2)
     envs = TaskGiven(ScaleActions(make_envs(args), 1.0))
     theta = multitask_ppo.init_policy(envs, 3, seeded(0))
     assert theta["w0"].shape == (2 + 2, 3)
@@ -387,7 +395,7 @@ def test_a_policy_that_is_given_the_task_sees_it():
     batch = multitask_ppo.collect(envs, tasks, theta, args, seeded(0))
     assert torch.equal(batch.obs[..., 2:], tasks[:, None, None].expand(N, E, T, 2))
     state = begin(args, theta=clone(theta))
-    multitask_ppo.train(envs, args, run, state)
+    multitask_ppo.train(envs, args, Recorder(args), state)
     assert state["theta"]["w0"].sub(theta["w0"]).abs().min() > 1e-6  # of the task's columns, too
     other = multitask_ppo.collect(envs, tasks.flip(0), theta, args, seeded(0))
     assert not torch.allclose(other.action[:, :, 0], batch.action[:, :, 0])
@@ -396,7 +404,7 @@ def test_a_policy_that_is_given_the_task_sees_it():
 @pytest.mark.parametrize("given", [False, True])
 def test_main_gives_the_task_if_asked(given, monkeypatch):
     seen = []
-    monkeypatch.setattr(records, "start", lambda *_: SimpleNamespace(finish=lambda: None))
+    monkeypatch.setattr(records, "open_run", lambda *_, **__: nullcontext())
     monkeypatch.setattr(multitask_ppo, "train", lambda envs, args, run, state: seen.append((envs, state)))
     flags = ["--env-id", "Navigation2D-v0", "--meta-batch-size", "2", "--episodes-per-task", "2", "--action-scale", "3"]
     multitask_ppo.main([*flags, *(["--task-given"] if given else [])])

@@ -15,7 +15,7 @@ from torch.func import grad
 from algos import maml_trpo
 from algos import promp as ours
 from envs import summarise
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import (
     BANDIT,
     BANDIT_THETA,
@@ -557,7 +557,7 @@ def test_training_against_iterations_by_hand():
     """Two of them, with two inner steps, Adam's formula, and eta from the KL of the first."""
     options = {"inner_steps": 2, "iterations": 2, "epochs": 2, "outer_lr": 0.02, "kl_coef": 0.5, "target_kl": 1e-5}
     args = make_args(**options, eval_every=100)
-    run, state = Recorder(), begin(args)
+    run, state = Recorder(args), begin(args)
     initial = clone(state["theta"])
     ours.train(make_envs(args), args, run, state)
     envs, generator, theta, adam, kl_coef, steps = make_envs(args), seeded(3), initial, SlowAdam(), 0.5, 0
@@ -588,7 +588,8 @@ def test_training_against_iterations_by_hand():
 
 def test_eta_falls_rises_or_stays_in_training():
     def etas(**kwargs):
-        args, run = make_args(iterations=3, eval_every=100, kl_coef=0.5, **kwargs), Recorder()
+        args = make_args(iterations=3, eval_every=100, kl_coef=0.5, **kwargs)
+        run = Recorder(args)
         ours.train(make_envs(args), args, run, begin(args))
         return [stats["train/kl_coef"] for _, _, stats in run.logged]
 
@@ -600,7 +601,7 @@ def test_eta_falls_rises_or_stays_in_training():
 def test_a_resumed_run_keeps_eta_and_adam():
     options = {"iterations": 4, "eval_every": 2, "target_kl": 1e-9, "outer_lr": 0.02}
     args, saved = make_args(**options), []
-    whole, run = begin(args), Recorder()
+    whole, run = begin(args), Recorder(args)
     initial = clone(whole["theta"])
     run.save = lambda state: saved.append(copy.deepcopy(state))
     ours.train(make_envs(args), args, run, whole)
@@ -608,17 +609,17 @@ def test_a_resumed_run_keeps_eta_and_adam():
     assert saved[0]["kl_coef"] == 4 * args.kl_coef
     assert {float(x["step"]) for x in saved[0]["optimizer"]["state"].values()} == {2 * args.epochs}
     resumed = copy.deepcopy(saved[0])
-    ours.train(make_envs(args), args, Recorder(), resumed)
+    ours.train(make_envs(args), args, Recorder(args), resumed)
     assert torch.equal(flat(resumed["theta"]), flat(whole["theta"]))
     assert resumed["kl_coef"] == whole["kl_coef"] == 16 * args.kl_coef
     assert torch.equal(flat(whole["theta"]), flat(saved[1]["theta"]))
     forgetful = {name: value for name, value in saved[0].items() if name != "optimizer"}
-    ours.train(make_envs(args), args, Recorder(), forgetful)
+    ours.train(make_envs(args), args, Recorder(args), forgetful)
     assert not torch.allclose(flat(forgetful["theta"]), flat(whole["theta"]), atol=1e-6)
     # A resumed run may have another step size; the state that a run is given is not what it learns in.
     args.outer_lr, other = 1e-9, copy.deepcopy(saved[0])
     given = other["theta"]
-    ours.train(make_envs(args), args, Recorder(), other)
+    ours.train(make_envs(args), args, Recorder(args), other)
     close(flat(other["theta"]), flat(saved[0]["theta"]), 1e-6)
     assert torch.equal(flat(given), flat(saved[0]["theta"]))
     assert not torch.equal(flat(initial), flat(given))
@@ -629,12 +630,13 @@ def test_the_learning_rate_is_that_of_the_flags():
     args = make_args(iterations=1, epochs=1, outer_lr=0.004)
     state = begin(args)
     initial = flat(state["theta"])
-    ours.train(make_envs(args), args, Recorder(), state)
+    ours.train(make_envs(args), args, Recorder(args), state)
     close((flat(state["theta"]) - initial).abs(), torch.full_like(initial, 0.004), 1e-5)
 
 
 def test_without_a_target_eta_is_the_flag_in_a_resumed_run_too():
-    args, state, run = make_args(iterations=2, kl_coef=0.5), begin(make_args()), Recorder()
+    args, state = make_args(iterations=2, kl_coef=0.5), begin(make_args())
+    run = Recorder(args)
     ours.train(make_envs(args), args, run, state | {"iteration": 1, "kl_coef": 7.0})
     assert [stats["train/kl_coef"] for _, _, stats in run.logged] == [0.5]
 
@@ -646,7 +648,10 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
     monkeypatch.setattr(ours, "collect", lambda *x: batches.append(collect(*x)) or batches[-1])
     stats, params = ours.evaluate(envs, theta, args)
     assert len(batches) == 4
-    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], envs.sample_tasks(N, seeded(args.seed + 1), "test"))
+    tasks, generator = make_envs(args).test_set(N)
+    assert torch.equal(envs.tasks.view(N, E, 2)[:, 0], tasks)
+    first = collect(make_envs(args), tasks, theta, args, generator)
+    assert all(torch.equal(x, y) for x, y in zip(batches[0], first, strict=True))  # start states and noise, too
     for i in range(N):
         expected = theta
         for k, scale in enumerate((1.0, 0.5, 0.5)):
@@ -659,12 +664,16 @@ def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
     returns = np.array([batch.reward.sum(-1).mean(1).numpy() for batch in batches])  # [k, N]
     gains = returns[3] - returns[0]
     expected = {f"test/return_k{k}": float(x.mean()) for k, x in enumerate(returns)}
-    assert summarise(stats) == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(N)})
+    close(stats["test/gain_ci95"][0], torch.from_numpy(gains))
+    summary = summarise(stats)
+    assert summary.pop("test/gain_ci95") == pytest.approx(interval(gains, tasks), rel=1e-4)
+    assert summary == pytest.approx(expected | {"test/tasks": N})
 
 
 def test_evaluation_is_repeatable_and_leaves_training_alone():
     def train(eval_every):
-        args, run = make_args(iterations=4, eval_every=eval_every), Recorder()
+        args = make_args(iterations=4, eval_every=eval_every)
+        run = Recorder(args)
         envs, state = make_envs(args), begin(args)
         ours.train(envs, args, run, state)
         assert run.saved == [k for k in range(1, 5) if k % eval_every == 0]
@@ -679,8 +688,8 @@ def test_evaluation_is_repeatable_and_leaves_training_alone():
     assert torch.equal(often["generator"], rarely["generator"])
     assert last == again
     assert last == {name: x for name, x in log[-1].items() if name in last}
-    args = make_args(seed=9)
-    assert summarise(ours.evaluate(make_envs(args), often["theta"], args)[0]) != last
+    args = make_args(seed=9)  # the test set is that of every run
+    assert summarise(ours.evaluate(make_envs(args), often["theta"], args)[0]) == last
 
 
 def test_initial_policy():

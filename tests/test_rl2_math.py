@@ -16,7 +16,7 @@ from envs import ScaleActions, Trials, summarise
 from envs.bandit import Bandit5, DependentBandit
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import SparseNavigation2D
-from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 
 FILES = {"gru": rl2_ppo, "lstm": rl2_ppo, "transformer": rl2_transformer_ppo, "snail": rl2_transformer_ppo}
 FAMILIES = {  # class, horizon, episodes, worlds
@@ -687,33 +687,42 @@ def seen(lab, monkeypatch):
 @pytest.mark.parametrize("name", ["mouse", "bandit"])
 def test_evaluation_is_of_held_out_trials(lab, seen):
     before = flat(lab.theta).clone()
-    actual = summarise(lab.ours.evaluate(lab.envs, lab.theta, lab.args))
+    stats = lab.ours.evaluate(lab.envs, lab.theta, lab.args)
+    actual = summarise(stats)
     assert actual == summarise(lab.ours.evaluate(lab.envs, lab.theta, lab.args))
     assert torch.equal(flat(lab.theta), before)
     (lab.tasks, steps, returns), _ = seen
-    assert len(lab.tasks) == 9
+    family, horizon, episodes, _ = FAMILIES[lab.name]
+    tasks, generator = family(9, horizon).test_set(9)
+    assert torch.equal(lab.tasks, tasks)
+    lab.envs.reset(seed=99)
+    again, _ = lab.ours.play_trials(make_trials(family, 9, horizon, episodes), tasks, lab.theta, lab.args, generator)
+    assert all(torch.equal(x, y) for x, y in zip(steps, again, strict=True))  # start states and noise, too
+    del seen[2:]
     if lab.name == "mouse":
         assert (lab.tasks[:, :4].sum(1) % 3 == 0).all()
     else:
         assert ((50 * lab.tasks[:, 0]).floor() % 5 == 2).all()
-    table = np.zeros((9, FAMILIES[lab.name][2]))
+    table = np.zeros((9, episodes))
     for i, (rewards, numbers) in enumerate(rewards_of(lab, steps, returns)):
         for reward, number in zip(rewards, numbers, strict=True):
             table[i, number] += reward
     gain, trial = table[:, -1] - table[:, 0], table.sum(1)
     expected = {f"test/return_k{k}": table[:, k].mean() for k in range(table.shape[1])}
-    expected |= {"test/return_trial": trial.mean(), "test/trial_ci95": 1.96 * trial.std() / 3}
-    assert actual == pytest.approx({**expected, "test/gain_ci95": 1.96 * gain.std() / 3}, rel=1e-9, abs=1e-12)
-    lab.args.seed += 1
-    lab.ours.evaluate(lab.envs, lab.theta, lab.args)
-    assert not torch.equal(seen[-1][0], lab.tasks)
+    expected |= {"test/return_trial": trial.mean(), "test/tasks": len(set(map(tuple, tasks.tolist())))}
+    for name, x in (("gain", gain), ("trial", trial)):
+        close(stats[f"test/{name}_ci95"][0], torch.from_numpy(x))
+        assert summary.pop(f"test/{name}_ci95") == pytest.approx(interval(x, tasks), rel=1e-4)
+    assert summary == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    lab.args.seed += 1  # the test set is that of every run
+    assert summarise(lab.ours.evaluate(lab.envs, lab.theta, lab.args)) == actual
 
 
 @each
 @pytest.mark.parametrize("name", ["mouse"])
 def test_training_counts_steps_and_logs_returns(lab, seen):
     args = lab.ours.Args(**{**vars(lab.args), "iterations": 5, "eval_every": 3, "lr": 0.01})
-    lab.ours.train(lab.envs, args, run := Recorder(), state := start(lab.theta))
+    lab.ours.train(lab.envs, args, run := Recorder(args), state := start(lab.theta))
     training = [call for i, call in enumerate(seen) if i not in (1, 4, 7)]  # evaluations: iterations 1, 3 and 5
     assert len(seen) == 8
     count = 0
@@ -727,7 +736,7 @@ def test_training_counts_steps_and_logs_returns(lab, seen):
     assert run.saved == [3, 5]
     assert state["env_steps"] == count < 5 * 9 * 21
     assert not torch.equal(flat(state["theta"]), flat(lab.theta))
-    lab.ours.train(lab.envs, args, other := Recorder(), start(lab.theta))
+    lab.ours.train(lab.envs, args, other := Recorder(args), start(lab.theta))
     assert other.logged == run.logged
 
 
@@ -740,7 +749,7 @@ def test_a_bandit_is_learned(encoder):
     usual |= {} if recurrent else {"layers": 1}
     args = ours.Args(encoder=encoder, meta_batch_size=400, gae_lambda=0.3, entropy_coef=0.01, eval_every=100, **usual)
     envs = make_trials(DependentBandit, 400, 1, 10)
-    ours.train(envs, args, run := Recorder(), start(ours.init_network(envs, args, seeded(1))))
+    ours.train(envs, args, run := Recorder(args), start(ours.init_network(envs, args, seeded(1))))
     first, last = (run.logged[i][2] for i in (0, -1))
     assert abs(first["test/return_trial"] - 5) < 0.9
     assert last["test/return_trial"] > 6
