@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from algos import pearl_sac  # noqa: E402
 from algos.pearl_sac import Transitions  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
-from benchmark.rl2 import load  # noqa: E402
-from envs import make  # noqa: E402
+from benchmark.rl2 import load, refuse_mixed  # noqa: E402
+from envs import make, records  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/pearl"
 AFTER = {"pearl_sac": 2, "rl2_ppo": 1, "maml_trpo": 1}  # episodes, or inner steps, behind which `curves` looks
@@ -97,12 +97,14 @@ class Explorer:
 def table(folder: Path, options: Options) -> dict:
     explorer = Explorer(folder, options.tasks, options.seed, options.spread, options.context)
     returns = torch.stack([explorer.play() for _ in range(options.episodes)], 1)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    rows, _ = records.read_metrics(folder)
+    if not rows:
+        raise SystemExit(f"{folder}: a run that was stopped in its first iteration")
     names = "env_id", "seed", "hidden_size", "batch_size", "meta_batch_size", "updates"
     return {
         "run": folder.name,
         **{name: getattr(explorer.args, name) for name in names},
-        **{name: last[name] for name in ("iteration", "env_steps", "seconds")},
+        **{name: rows[-1][name] for name in ("iteration", "env_steps", "seconds")},
         "episodes": [summary(returns[:, k]) for k in range(options.episodes)],
         "gain": summary(returns[:, -1] - returns[:, 0]),
     }
@@ -180,27 +182,29 @@ def latent(folder: Path, options: Options) -> dict:
     return {"posterior_std": float(variance.sqrt().mean()), "spread_of_means": float(mean.std(0).mean())}
 
 
-def of_run(path: Path) -> tuple[str, str, str]:
+def of_run(path: Path) -> tuple[str, str, list[dict]]:
     """Of a run's folder, or of a kept ENV_ALGORITHM_seedN.metrics.jsonl.gz: environment, algorithm, and metrics."""
     if path.suffix == ".gz":
         env, name = path.name.split(".")[0].rpartition("_seed")[0].split("_", 1)
-        return env, name, gzip.decompress(path.read_bytes()).decode()
+        return env, name, [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     module, args, _ = load(path)
     name = module.__name__.removeprefix("algos.")
-    return args.env_id.removesuffix("-v0"), name, (path / "metrics.jsonl").read_text()
+    return args.env_id.removesuffix("-v0"), name, records.read_metrics(path)[0]
 
 
 def curves(runs: tuple[Path, ...]) -> dict:
     """Held-out return over environment steps (log scale) of runs of pearl_sac, rl2_ppo and maml_trpo side by side."""
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
-    for path in runs:
-        env, name, metrics = of_run(path)
-        rows = [json.loads(line) for line in metrics.splitlines() if "_k0" in line]
+    found = [of_run(path) for path in runs]
+    refuse_mixed((rows for *_, rows in found), "curves")
+    for _, name, rows in found:
+        rows = [row for row in rows if "test/return_k0" in row]
         unit = "inner step of 20 episodes" if name == "maml_trpo" else "episode"
         label = f"{name}, after {AFTER[name]} {unit}{'s' * (AFTER[name] > 1)}"
         known = label in axes.get_legend_handles_labels()[1]  # another seed of an algorithm has its colour
         x, y = zip(*((row["env_steps"], row[f"test/return_k{AFTER[name]}"]) for row in rows), strict=True)
         axes.plot(x, y, f"C{list(AFTER).index(name)}", label=None if known else label)
+    env = found[-1][0]
     axes.set(xscale="log", xlabel="env_steps (training)", ylabel="return of held-out tasks", title=env)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     picture = IMAGES / f"pearl_curves_{env}.png"

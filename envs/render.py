@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -63,6 +64,7 @@ def learning_curve(folder: Path, rows: list[dict], unit: str, tests: str) -> str
         tests: what the test tasks are called.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in rows if any(steps_of(row))]
     if not rows:
@@ -70,14 +72,15 @@ def learning_curve(folder: Path, rows: list[dict], unit: str, tests: str) -> str
     names, final = steps_of(rows[-1]), [rows[-1][name] for name in steps_of(rows[-1])]
     what = names[0][5:-3]
     left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-    for name, label in ((names[0], "unadapted"), (names[-1], f"adapted: {unit} = {len(names) - 1}")):
+    for name, label in ((names[0], "unadapted"), (names[-1], f"adapted (on the right: {len(names) - 1})")):
         seen = [row for row in rows if name in row]  # a resumed run may have had fewer
         left.plot([row["env_steps"] for row in seen], [row[name] for row in seen], "o-", ms=3, label=label)
     left.legend()
-    left.set(xlabel="env_steps", ylabel=f"{what} on\n{tests}")
-    figure.suptitle(folder.name, size=9)
+    left.set(xlabel="env_steps", ylabel=fill(f"{what} on {tests}", 36))
+    figure.suptitle(fill(folder.name, 130), size=9)
     right.plot([final[0]] * len(final), "C0-", final, "C1o-")
     right.set(xlabel=unit, title=f"iteration {rows[-1]['iteration']}")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(folder / "curve.png", dpi=120)
     return f"{tests}: {what} {change(rows[-1])}: {folder}"
 
@@ -100,11 +103,13 @@ def change(row: dict) -> str:
 def evaluation_picture(path: Path, means: list[float], widths: list[float], title: str, unit: str, what: str) -> None:
     """Draw what an evaluation found after 0, 1, .. units of adaptation: means with 95 % intervals."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     axes = (figure := Figure(figsize=(5, 4), layout="constrained")).subplots()
     axes.errorbar(range(len(means)), means, widths, fmt="C1o-", capsize=3)
     axes.set(xlabel=unit, ylabel=what)
-    axes.set_title(title, size=8)
+    axes.set_title("\n".join(fill(line, 75) for line in title.splitlines()), size=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
 
 

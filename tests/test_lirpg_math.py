@@ -483,10 +483,14 @@ def test_gaussian_actions_have_the_policys_moments():
 
 @each_kind
 def test_an_evaluation_is_one_undelayed_episode_of_each_world(kind):
-    envs, args, state, _, tasks = worlds(kind)
-    actual = lirpg.evaluate(envs.env, tasks, state, args)
-    obs, _ = envs.env.reset(seed=args.seed + 1, options={"tasks": tasks})
-    noise, total = torch.randn(args.horizon, N, 2, generator=seeded(args.seed + 1)), torch.zeros(N)
+    envs, args, state, _, _ = worlds(kind, seed=7)
+    state["first_returns"] = torch.tensor([1.0, 2.0, 4.0])
+    actual = lirpg.evaluate(envs.env, state, args)
+    tasks = envs.unwrapped.sample_tasks(1, seeded(7)).repeat(N, 1)  # that of the run's seed
+    generator = envs.unwrapped.test_set(N)[1]  # the test set's starts and noise, whatever the seed
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    obs, _ = envs.env.reset(seed=seed, options={"tasks": tasks})
+    noise, total = torch.randn(args.horizon, N, 2, generator=generator), torch.zeros(N)
     for t in range(args.horizon):
         scores = slow_output(state["theta"], "policy", (obs - state["obs_moments"]["mean"]) / math.sqrt(2 + 1e-8))
         uniform = 0.5 * (1 + torch.erf(noise[t] / math.sqrt(2)))
@@ -494,19 +498,21 @@ def test_an_evaluation_is_one_undelayed_episode_of_each_world(kind):
         action = choice if kind == "choices" else scores + state["theta"]["log_std"].exp() * noise[t]
         obs, reward, *_ = envs.env.step(action)
         total += reward
-    close(actual, total)
+    before = state["first_returns"]
+    close(actual, {"test/return_k0": before, "test/return_k1": total, "test/gain_ci95": total - before})
+    close(lirpg.test_returns(envs.env, state, args), total)
 
 
 def test_the_loop_counts_saves_and_evaluates():
     envs, args, state, _, _ = worlds("choices", iterations=5, eval_every=2, epochs=1)
     args.rollout_steps = 4
-    run = Recorder()
+    run = Recorder(args)
     state |= {"iteration": 0, "env_steps": 0, "generator": seeded(7).get_state()}
-    lirpg.train(
-        envs, envs.env.unwrapped.single_world().__class__(N, args.horizon, dtype=torch.float64), args, run, state
-    )
+    test_envs = CartPoleFixed(N, args.horizon, dtype=torch.float64)
+    untrained = float(lirpg.test_returns(test_envs, state, args).mean())
+    lirpg.train(envs, test_envs, args, run, state)
     assert [(iteration, steps) for iteration, steps, _ in run.logged] == [(k, 12 * k) for k in range(1, 6)]
     assert run.saved == [2, 4, 5]
     evaluated = [k for k, _, stats in run.logged if "test/return_k1" in stats]
     assert evaluated == [1, 2, 4, 5]
-    assert len({stats["test/return_k0"] for _, _, stats in run.logged if "test/return_k0" in stats}) == 1
+    assert {stats["test/return_k0"] for _, _, stats in run.logged if "test/return_k0" in stats} == {untrained}

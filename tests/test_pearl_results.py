@@ -31,6 +31,9 @@ def finished(tmp_path, monkeypatch):
 
 def test_the_table_plays_as_the_files_own_evaluation(finished):
     folder = finished(pearl_sac, *(word.replace("Sparse", "") for word in SMALL))  # where no return is 0
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    policy = {name: 5 * x for name, x in saved["theta"].items() if name.startswith("policy_w")}  # which heeds z
+    records.save_checkpoint(folder, saved | {"theta": saved["theta"] | policy})
     line = pearl.table(folder, pearl.Options("table", (folder,), tasks=30, episodes=4, seed=6))
     state = records.load_checkpoint(str(folder), "pearl_sac", pearl_sac.Args)
     args = replace(state["args"], tasks_per_iteration=30, eval_episodes=4)

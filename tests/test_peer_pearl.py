@@ -99,7 +99,7 @@ def test_updates_agree(kind, monkeypatch):
     loss = ours.pearl_loss
     monkeypatch.setattr(ours, "pearl_loss", lambda *x: drawn.append(x[2:5]) or loss(*x))
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
-    ours.learn(envs, state, optimizer, args, 5)
+    ours.learn(envs, state, optimizer, args, seeded(5), pause=lambda done: None)
     assert len(drawn) == updates
 
     noises, samples = [], []

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -231,7 +232,7 @@ def test_pearl_with_dense_rewards_with_early_ends_and_with_other_contexts(env_id
     assert theta(whole)["log_alpha"] != 0
     with pytest.raises(SystemExit, match=r"--resume .* must be the run's: --next-obs .*theta.encoder_w0"):
         importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--no-next-obs"])
-    with pytest.raises(SystemExit, match=r"--resume .* must be the run's: --train-tasks \(5 and not 40\), .*replay"):
+    with pytest.raises(SystemExit, match=r"--resume .* must be the run's: --train-tasks \(5 and not 40\), recent"):
         importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--train-tasks", "40"])
 
 
@@ -286,10 +287,10 @@ def test_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from envs.records import Run
-run = Run.__new__(Run); run.folder = Path({str(tmp_path)!r})
+from envs.records import save_checkpoint
 for i in range(10**9):
-    run.save({{"algorithm": "maml_trpo", "args": {{}}, "i": i, "x": torch.full((500_000,), float(i))}})
+    state = {{"algorithm": "maml_trpo", "args": {{}}, "i": i, "x": torch.full((500_000,), float(i))}}
+    save_checkpoint(Path({str(tmp_path)!r}), state)
     print(i, flush=True)
 """
     for attempt in range(5):
@@ -362,44 +363,78 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays():
     result = script("--iterations", "4", "--resume", str(folder), preexec_fn=limit)
     assert result.returncode == 1
     (line,) = (line for line in result.stderr.replace("\r", "\n").splitlines() if "File too large" in line)
-    assert line.startswith("iteration 4: ")
-    assert "checkpoint" in line
+    assert re.match("iteration [34]: .*; the last whole checkpoint is kept: --resume", line)
     assert "Traceback" not in result.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["reward", "reward of the query", "observation"])
+@pytest.mark.parametrize("what", ["reward", "observation"])
 def test_what_is_not_finite_ends_the_run_and_is_named(monkeypatch, what):
+    """In the second iteration's query: each of 3 batches in the first (2 to train, 3 to evaluate) takes 5 steps."""
     from envs.navigation import Navigation2D
 
-    calls, honest = [], Navigation2D.reward
+    calls, honest = [], Navigation2D._advance
 
-    def spoilt_later(*transition):
+    def spoilt_later(self, action):
         calls.append(1)
-        return honest(*transition) * (torch.nan if len(calls) == 8 else 1)  # the support takes the first 5 steps
+        obs, *others = honest(self, action)
+        spoilt = torch.where(torch.arange(6)[:, None] == 4, torch.nan, obs)
+        return spoilt if len(calls) == 33 else obs, *others
 
-    if what == "reward of the query":
-        monkeypatch.setattr(Navigation2D, "reward", staticmethod(spoilt_later))
-        with pytest.raises(SystemExit, match=r"iteration 1: .*(not finite|non-finite)"):
-            run("--iterations", "2")
-        return
+    monkeypatch.setattr(Navigation2D, "_advance", spoilt_later)
     if what == "reward":
+        monkeypatch.setattr(Navigation2D, "_advance", honest)
         monkeypatch.setattr(
-            Navigation2D, "reward", staticmethod(lambda obs, action, next_obs, task: obs.sum(-1) / 0 * 0)
+            Navigation2D,
+            "_transition_reward",
+            lambda self, *_: torch.where(torch.arange(6) == 4, *spoilt_rewards(self, calls)),
         )
-    else:
-        monkeypatch.setattr(Navigation2D, "_advance", lambda self, action: (self._obs + torch.nan, self._over, {}))
-    with pytest.raises(SystemExit, match=r"iteration 1: .*(not finite|non-finite)"):
+    named = (
+        rf"iteration 2: {what} nan in world 4, step 3, from Navigation2D; the last whole checkpoint is kept: --resume"
+    )
+    with pytest.raises(SystemExit, match=named):
+        run("--iterations", "3", "--eval-every", "1")
+    (folder,) = Path().glob("*/runs/*")
+    assert [row["iteration"] for row in rows(folder)] == [1]
+
+
+def spoilt_rewards(envs, calls: list) -> tuple:
+    """(of world 4, of the others): honest ones, but for the 33rd step's."""
+    calls.append(1)
+    honest = -envs._obs.norm(dim=1)
+    return (torch.full_like(honest, torch.nan) if len(calls) == 33 else honest), honest
+
+
+def test_what_is_not_finite_before_a_checkpoint_does_not_promise_one(monkeypatch):
+    from envs.navigation import Navigation2D
+
+    monkeypatch.setattr(Navigation2D, "reward", staticmethod(lambda obs, action, next_obs, task: obs.sum(-1) / 0 * 0))
+    with pytest.raises(SystemExit, match=r"iteration 1: reward nan in world 0, step 1, .*; nothing was saved yet$"):
         run("--iterations", "2")
 
 
-def test_what_cannot_be_written_or_read_is_one_line():
-    folder = run("--iterations", "1")
+def test_an_error_of_a_users_world_keeps_its_trace(monkeypatch):
+    from envs.navigation import Navigation2D
+
+    def broken(*_):
+        raise OSError("the user's simulator is gone")
+
+    monkeypatch.setattr(Navigation2D, "reward", staticmethod(broken))
+    with pytest.raises(OSError, match="simulator"):
+        run("--iterations", "2")
+
+
+def test_a_missing_metrics_file_is_noted_and_begun_anew(capsys):
+    folder = run("--iterations", "2")
     (folder / "metrics.jsonl").unlink()
-    with pytest.raises(SystemExit, match=r"No such file.*metrics.jsonl"):
-        algorithm.main(["--resume", str(folder), "--iterations", "2"])
+    algorithm.main(["--resume", str(folder), "--iterations", "3"])
+    assert "metrics.jsonl: lines of 2 iterations are missing" in capsys.readouterr().err
+    assert [row["iteration"] for row in rows(folder)] == [3]
+
+
+def test_what_cannot_be_written_is_one_line():
     Path("runs").write_text("a file where the folder should be")
-    with pytest.raises(SystemExit, match=r"iteration 0: .*runs"):
+    with pytest.raises(SystemExit, match=r"iteration 0: .*runs.*; nothing was saved yet"):
         algorithm.main([*TINY, "--iterations", "1"])
 
 
@@ -681,7 +716,7 @@ def test_lifetimes_need_worlds_that_start_one_by_one_and_some_of_them_choices(na
     with pytest.raises(SystemExit, match="--env-id MouseCheese-v0: its worlds can only start together"):
         main([*FLAGS[name][0], "--env-id", "MouseCheese-v0"])
     if name != "lirpg":
-        with pytest.raises(SystemExit, match="--env-id HalfCheetahDir-v0: its actions are continuous.* choices"):
+        with pytest.raises(SystemExit, match=r"--env-id HalfCheetahDir-v0: its actions are continuous.* choices"):
             main([*FLAGS[name][0], "--env-id", "HalfCheetahDir-v0"])
     assert not Path("runs").exists()
 

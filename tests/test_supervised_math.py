@@ -4,7 +4,6 @@ tasks with torch.autograd."""
 
 import functools
 import itertools
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +14,10 @@ from torch.func import grad, vmap
 from torch.nn import functional
 
 from algos import fomaml, maml, reptile
-from envs import summarise
+from envs import records, summarise
 from envs.fewshot import Glyphs
 from envs.regression import Sinusoid
-from tests.double_precision import flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 
 FILES = (maml, fomaml, reptile)
 N = 3
@@ -423,23 +422,6 @@ def test_moments_are_new_for_every_task_and_call(smooth):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """In place of Run."""
-
-    def __init__(self, stop_at=math.inf):
-        self.stop_at, self.stopping, self.logged, self.saved = stop_at, False, [], []
-
-    def should_stop(self):
-        return self.stopping
-
-    def log(self, state, stats):
-        self.logged.append((state["iteration"], state["env_steps"], summarise(stats)))
-        self.stopping = state["iteration"] + 1 >= self.stop_at
-
-    def save(self, state):
-        self.saved.append(state["iteration"])
-
-
 def start_state(theta, seed=5):
     theta = {name: value.clone() for name, value in theta.items()}
     return {"iteration": 0, "env_steps": 0, "theta": theta, "generator": seeded(seed).get_state()}
@@ -455,7 +437,7 @@ def train_args(ours, net, **kwargs):
 @each_file
 def test_training_is_the_obvious_loop(ours, net):
     args = train_args(ours, net, **(ADAM if ours is reptile and net == "conv" else {}))
-    tasks, theta, run = make_tasks(net), make_theta(ours, net, make_args(ours, net)), Recorder()
+    tasks, theta, run = make_tasks(net), make_theta(ours, net, make_args(ours, net)), Recorder(args)
     state = start_state(theta)
     ours.train(tasks, args, run, state)
 
@@ -486,19 +468,22 @@ def test_training_is_the_obvious_loop(ours, net):
     examples = N * 2 * sizes[net]
     assert [entry[:2] for entry in run.logged] == [(i, i * examples) for i in (1, 2, 3, 4)]
     assert run.saved == [3, 4]
-    assert [any(name.startswith("test/") for name in stats) for *_, stats in run.logged] == [False, False, True, True]
+    assert [any(name.startswith("test/") for name in stats) for *_, stats in run.logged] == [True, False, True, True]
 
 
 @each_file
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ours):
     args, tasks = train_args(ours, "curves"), make_tasks("curves")
-    theta, (whole, part) = make_theta(ours, "curves", args), (Recorder(), Recorder(stop_at=2))
+    theta, whole, part, rest = make_theta(ours, "curves", args), *(Recorder(args) for _ in range(3))
     expected, state = start_state(theta), start_state(theta)
     ours.train(tasks, args, whole, expected)
-    ours.train(tasks, args, part, state)
+    part.should_stop = lambda: state["iteration"] == 2
+    with pytest.raises(records.Stopped):
+        ours.train(tasks, args, part, state)
     assert state["iteration"] == 2
     assert part.saved == [2]
-    ours.train(tasks, args, Recorder(), state)
+    ours.train(tasks, args, rest, state)
+    assert part.logged + rest.logged == whole.logged
     assert torch.equal(flat(state["theta"]), flat(expected["theta"]))
     assert state["env_steps"] == expected["env_steps"]
 
@@ -662,15 +647,15 @@ def test_only_transductive_predictions_depend_on_the_other_queries(ours, net):
 
 
 class Spy:
-    """Tasks that keep what was drawn."""
+    """Tasks that keep what was drawn; none can be drawn but the test set."""
 
     def __init__(self, tasks):
         self.tasks, self.calls, self.is_classification = tasks, [], tasks.is_classification
 
-    def sample_tasks(self, num_tasks, generator, split="train"):
-        drawn = self.tasks.sample_tasks(num_tasks, generator, split)
-        self.calls.append((num_tasks, split, drawn))
-        return drawn
+    def test_set(self, num_tasks):
+        drawn, generator = self.tasks.test_set(num_tasks)
+        self.calls.append((num_tasks, drawn))
+        return drawn, generator
 
     def sample(self, tasks, sizes, generator):
         sets = self.tasks.sample(tasks, sizes, generator)
@@ -689,8 +674,12 @@ def test_evaluation_is_a_loop_over_tasks_and_steps(ours, net, transductive):
     before = flat(theta).clone()
     actual = ours.evaluate(spy, theta, args)
     assert torch.equal(flat(theta), before)
-    [(num_tasks, split, drawn, sizes, (support, query))] = spy.calls
-    assert (num_tasks, split, sizes) == (count, "test", (args.shots, args.shots))
+    [(num_tasks, drawn, sizes, (support, query))] = spy.calls
+    assert (num_tasks, sizes) == (count, (args.shots, args.shots))
+    expected, generator = make_tasks(net).test_set(count)
+    assert torch.equal(drawn, expected)
+    examples = make_tasks(net).sample(drawn, sizes, generator)
+    assert all(torch.equal(a, b) for a, b in zip(support + query, examples[0] + examples[1], strict=True))
 
     table = np.zeros((count, 4))
     for i in range(count):
@@ -703,17 +692,21 @@ def test_evaluation_is_a_loop_over_tasks_and_steps(ours, net, transductive):
             table[i, k] = float(squares.mean() if net == "curves" else hits.double().mean())
     name, last, gain = "loss" if net == "curves" else "accuracy", table[:, -1], table[:, -1] - table[:, 0]
     assert gain.std() > 0
-    expected = {f"test/{name}_k{k}": table[:, k].mean() for k in range(4)}
-    expected |= {"test/ci95": 1.96 * np.std(last) / np.sqrt(count), "test/gain_ci95": 1.96 * np.std(gain) / count**0.5}
-    assert list(actual) == list(expected)
-    assert actual == pytest.approx(expected, rel=1e-9)
+    results = {f"test/{name}_k{k}": table[:, k] for k in range(4)}
+    intervals = {"test/ci95": last, "test/gain_ci95": gain}
+    assert list(actual) == [*results, *intervals]
+    for name, x in results.items():
+        close(actual[name], torch.from_numpy(x))
+    expected = {name: x.mean() for name, x in results.items()} | {"test/tasks": count}
+    summary = summarise(actual)
+    for name, x in intervals.items():
+        close(actual[name][0], torch.from_numpy(x))
+        assert summary[name] == pytest.approx(interval(x, drawn), rel=1e-4)
+        expected[name] = summary[name]
+    assert summary == pytest.approx(expected, rel=1e-9)
 
-    args.meta_batch_size, args.eval_every = 2, 7  # another chunk size, the same tasks, the same numbers
-    assert ours.evaluate(spy, theta, args) == pytest.approx(expected, rel=1e-9)
-    assert torch.equal(spy.calls[1][2], drawn)
-    args.seed += 1
-    ours.evaluate(spy, theta, args)
-    assert not torch.equal(spy.calls[2][2], drawn)
+    args.meta_batch_size, args.eval_every, args.seed = 2, 7, 9  # the test set is that of every run
+    assert summarise(ours.evaluate(spy, theta, args)) == summary
 
 
 @each_file
@@ -722,4 +715,4 @@ def test_evaluation_leaves_random_numbers_alone(ours):
     state = torch.get_rng_state()
     ours.evaluate(tasks, make_theta(ours, "curves", args), args)
     assert torch.equal(torch.get_rng_state(), state)
-    assert math.isfinite(ours.evaluate(tasks, make_theta(ours, "curves", args), args)["test/loss_k0"])
+    assert torch.isfinite(ours.evaluate(tasks, make_theta(ours, "curves", args), args)["test/loss_k0"]).all()
