@@ -48,7 +48,9 @@ def tensors(result) -> list[Tensor]:
     """All tensors of nested tuples, lists and dicts; numbers are not compared."""
     if isinstance(result, Tensor):
         return [result.detach()]
-    items = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else ()
+    if isinstance(result, dict):
+        result = [result[name] for name in sorted(result)]
+    items = result if isinstance(result, list | tuple) else ()
     return [x for item in items for x in tensors(item)]
 
 

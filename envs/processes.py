@@ -145,7 +145,7 @@ def by_task(x: Tensor, tasks: Tensor) -> tuple[Tensor, int]:
 
     Of a single task x itself comes back, flat: then its episodes are what an interval is about.
     """
-    different, place_N = tasks.flatten(1).unique(dim=0, return_inverse=True)
+    different, place_N = tasks.reshape(len(tasks), -1).unique(dim=0, return_inverse=True)
     if len(different) == 1:
         return x.flatten(), 1
     mean_N = x.flatten(1).mean(1) if x.ndim > 1 else x

@@ -14,7 +14,7 @@ from algos import lifetime_rewards as lives
 from algos.lifetime_rewards import Args, Trajectory
 from envs import Lifetimes, summarise
 from envs.gridworlds import EmptyRooms, SymABC
-from tests.double_precision import Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 
 N, T, U, A = 6, 4, 4, 3
 O = 3  # noqa: E741
@@ -788,10 +788,10 @@ def test_the_arms_of_an_evaluation_start_equal_and_tasks_are_held_out(monkeypatc
     cells = ((learned[0][:, 0] + 1) / 2 * 50).floor().long() % 5
     assert (cells == 2).all()
     assert {name for name in stats if name.startswith("test/")} == {
-        *(f"test/return_k{k}" for k in range(10)), "test/return_lifetime", "test/gain_ci95"
+        *(f"test/return_k{k}" for k in range(10)), "test/return_lifetime", "test/gain_ci95", "test/tasks"
     }  # fmt: skip
     assert summarise(lives.evaluate(envs, eta, args)) == stats
-    assert summarise(lives.evaluate(envs, eta, replace(args, seed=2))) != stats
+    assert summarise(lives.evaluate(envs, eta, replace(args, seed=2))) == stats  # tasks, births and noise of every run
     assert [stats[f"test/return_k{k}"] for k in range(10)] != [stats[f"extrinsic/return_k{k}"] for k in range(10)]
     monkeypatch.undo()
     envs.unwrapped.sample_tasks = draw
@@ -807,6 +807,8 @@ def test_what_an_evaluation_reports(monkeypatch, episodes):
     args = replace(ARGS, episodes_per_lifetime=episodes)
     envs, _, _ = worlds(N, args, torch.zeros(N, 3))
     returns = {name: torch.randn(N, episodes, generator=seeded(i)) for i, name in enumerate(("extrinsic", "test"))}
+    tasks = torch.tensor([0.0, 1, 0, 2, 1, 0])[:, None].expand(N, 3)  # some are played again
+    envs.unwrapped.test_set = lambda number: (tasks[:number], seeded(0))
     monkeypatch.setattr(lives, "whole_lifetimes", lambda envs, tasks, eta, *_: returns["test" if eta else "extrinsic"])
     stats = summarise(lives.evaluate(envs, {"eta": 1}, args))
     sizes = [1] * 4 if episodes == 4 else [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
@@ -817,9 +819,9 @@ def test_what_an_evaluation_reports(monkeypatch, episodes):
             start += size
         assert stats[f"{arm}/return_lifetime"] == pytest.approx(float(table.mean()))
     gain = returns["test"][:, -sizes[-1] :].mean(1) - returns["test"][:, : sizes[0]].mean(1)
-    spread = (gain - gain.mean()).square().mean().sqrt()
-    assert stats["test/gain_ci95"] == pytest.approx(float(1.96 * spread / N**0.5))
-    assert len(stats) == 2 * len(sizes) + 3
+    assert stats["test/gain_ci95"] == pytest.approx(interval(gain, tasks), rel=1e-4)
+    assert stats["test/tasks"] == 3
+    assert len(stats) == 2 * len(sizes) + 4
 
 
 # ---------------------------------------------------------------- windows
@@ -895,7 +897,7 @@ def test_windows_are_connected_and_adam_follows_the_gradients(monkeypatch):
     state = lives.init_lifetimes(envs, args, generator := seeded(0))
     start = copy.deepcopy(state)
     state |= {"iteration": 0, "env_steps": 0, "generator": generator.get_state()}
-    spy, recorder = Spy(monkeypatch), Recorder()
+    spy, recorder = Spy(monkeypatch), Recorder(args)
     lives.train(envs, test_envs, args, recorder, state)
     assert len(spy.calls) == 9
     assert [(row[0], row[1]) for row in recorder.logged] == [(k, k * 2 * 3 * number) for k in range(1, 10)]

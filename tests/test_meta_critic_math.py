@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmark import meta_critic as study
 from envs import Lifetimes, make_supervised, summarise
 from envs.bandit import Bandit5
 from envs.cartpole import CartPoleLength
-from tests.double_precision import Recorder, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import Recorder, float64, interval, seeded  # noqa: F401 (float64 is used by being here)
 from tests.test_maml_trpo_math import close
 
 N, T, O, A, Z, H = 4, 6, 4, 2, 3, 5  # noqa: E741
@@ -495,8 +496,8 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
         return result
 
     class Steps(Recorder):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, args):
+            super().__init__(args)
             self.states = []
 
         def log(self, state, stats):
@@ -504,7 +505,7 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
             self.states.append(dict(state))
 
     monkeypatch.setattr(ours, "play_window", watched)
-    ours.train(*worlds, args, recorder := Steps(), state)
+    ours.train(*worlds, args, recorder := Steps(args), state)
     born, seen = torch.stack(births), recorder.states
     assert 0 < born.sum() < born.numel() / 2
     age = torch.zeros(N)
@@ -528,7 +529,7 @@ def test_training_never_changes_what_it_was_given():
     given = {part: dict(state[part]) for part in ("theta", "phi", "theta_adam", "phi_adam")}
     given["trace"] = {"trace": state["trace"]}
     copies = copy.deepcopy(given)
-    ours.train(*worlds, args, Recorder(), state)
+    ours.train(*worlds, args, Recorder(args), state)
     close(given, copies, 0)
     assert all((state["phi"][name] != x).any() for name, x in given["phi"].items())
 
@@ -541,6 +542,7 @@ def test_new_actors_are_the_same_with_and_without_the_meta_critic():
     taught, alone = (ours.meta_test(envs, exams, args, given) for given in (phi, None))
     close(taught[0][0], alone[0][0])
     close(phi, before, 0)
+    close(ours.meta_test(envs, exams, replace(args, seed=args.seed + 1), phi), taught, 0)  # in every run the same
     for _, episodes in (taught, alone):
         played = torch.stack(episodes)
         assert (played[0] == 0).all()
@@ -581,11 +583,15 @@ def test_new_actors_learn_by_the_rates_and_with_the_critics_they_should(own, mon
 
 
 def test_an_evaluation_against_its_parts(monkeypatch):
-    returns = [torch.tensor([1.0, 3.0]), torch.tensor([5.0, 9.0])]
-    monkeypatch.setattr(ours, "meta_test", lambda *given: (returns, [torch.zeros(2), returns[0]]))
-    stats = summarise(ours.evaluate(None, None, None, None, name="test"))
-    expected = {"test/return_k0": 2, "test/return_k1": 7, "test/episodes": 2}
-    assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * 1 / math.sqrt(2)})
+    """One task is played twice."""
+    returns = [torch.tensor([1.0, 3.0, 2.0, 6.0]), torch.tensor([5.0, 9.0, 4.0, 10.0])]
+    tasks = torch.tensor([[0.5], [0.7], [0.5], [2.0]])
+    envs = SimpleNamespace(unwrapped=SimpleNamespace(test_set=lambda number: (tasks[:number], seeded(0))))
+    monkeypatch.setattr(ours, "meta_test", lambda *given: (returns, [torch.zeros(4), returns[0]]))
+    stats = summarise(ours.evaluate(envs, None, make_args(), None, name="test"))
+    expected = {"test/return_k0": 3, "test/return_k1": 7, "test/episodes": 3, "test/tasks": 3}
+    expected["test/gain_ci95"] = interval([4, 6, 2, 4], tasks)  # 3, 6 and 4 of the different tasks
+    assert stats == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,6 +667,6 @@ def test_flags_of_new_actors_do_not_reach_the_training():
         states = []
         for each in (args, replace(args, **flags)):
             worlds, state = start(each)
-            ours.train(*worlds, each, Recorder(), state)
+            ours.train(*worlds, each, Recorder(each), state)
             states.append(state)
         close(states[0]["phi"], states[1]["phi"], 0)
