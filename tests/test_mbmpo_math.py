@@ -20,7 +20,7 @@ from algos import mbmpo as ours
 from envs import Imagined, ScaleActions, summarise
 from envs.forward import HopperForward
 from envs.navigation import Navigation2D
-from tests.double_precision import ALONE, Recorder, flat, float64, seeded  # noqa: F401 (float64 is used by being here)
+from tests.double_precision import ALONE, Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 by being here)
 from tests.test_maml_trpo_math import central_differences, close, relative_error
 
 K, E, T = 3, 4, 6  # models, imagined episodes in each, steps
@@ -753,21 +753,25 @@ def begin(args, seed=3):
 
 
 def begin_with_models(args):
-    """Real worlds, imagined ones that follow models, tasks and a policy, as train leaves them to evaluate."""
+    """Real worlds, imagined ones that still follow other models, and what a run has learned and seen."""
     envs, imagined = make_envs(args)
-    follow(imagined, *drifting_models(DRIFTS))
-    return envs, imagined, make_tasks(envs, args), make_theta(args)
+    models, scales = drifting_models(DRIFTS)
+    follow(imagined, nearby(models, 0.5), scales)
+    theta = make_theta(args)
+    data, _, _ = play(envs, make_tasks(envs, args), theta, args, seeded(8))
+    return envs, imagined, {"theta": theta, "models": models, "data": data}
 
 
 def test_training_against_iterations_by_hand():
     """Two of them: theta plays first, then what it becomes in each model; the latest transitions are kept, all models
     are fitted to them, and each meta-step imagines anew, first with theta, then with the policies adapted to it."""
     args = make_args(iterations=2, data_size=40, cg_damping=1.0)  # conjugate gradients multiply rounding errors
-    run, state = Recorder(), begin(args)
+    run, state = Recorder(args), begin(args)
     theta, models, data, steps = state["theta"], state["models"], {}, 0
     ours.train(*make_envs(args), args, run, state)
     envs, imagined = make_envs(args)
     tasks = envs.unwrapped.sample_tasks(1, seeded(args.seed)).repeat(K, 1)
+    assert torch.equal(ours.real_task(envs, args), tasks)
     generator = seeded(3)
 
     def imagine(params):
@@ -790,7 +794,8 @@ def test_training_against_iterations_by_hand():
         assert env_steps == steps
         totals = {"imagined_pre": support.reward.sum(-1), "imagined_post": query.reward.sum(-1), "return_post": returns}
         expected |= step | {f"train/{name}": float(x.mean()) for name, x in totals.items()}
-        expected |= {"train/diverged": diverged} | ours.evaluate(envs, imagined, tasks, theta, args)
+        expected |= {"train/diverged": diverged}
+        expected |= ours.evaluate(envs, imagined, {"theta": theta, "models": models, "data": data}, args)
         assert stats == pytest.approx(summarise(expected), rel=1e-9)
     assert len(run.logged) == 2
     assert run.saved == [1, 2]
@@ -817,7 +822,7 @@ def test_the_first_iteration_plays_theta_and_the_next_adapted_policies(family, m
         return result
 
     monkeypatch.setattr(ours, "rollout", spy)
-    run = Recorder()
+    run = Recorder(args)
     ours.train(envs, imagined, args, run, state)
     # After each iteration's own episodes, two evaluations: of theta and of the policies adapted to the models.
     (first, tasks, _), unadapted, adapted, (second, same_tasks, _), *_ = played
@@ -850,7 +855,7 @@ def test_the_share_of_diverged_worlds_is_that_of_the_last_query(monkeypatch):
         return batch
 
     monkeypatch.setattr(ours, "collect", spy)
-    run = Recorder()
+    run = Recorder(args)
     ours.train(*make_envs(args, Navigation2D), args, run, begin(args))
     *_, support, query, evaluation = shares
     assert run.logged[0][2]["train/diverged"] == query
@@ -859,7 +864,7 @@ def test_the_share_of_diverged_worlds_is_that_of_the_last_query(monkeypatch):
 
 def test_the_kept_data_are_the_latest():
     args = make_args(iterations=3, data_size=35)
-    run, state, kept = Recorder(), begin(args), []
+    run, state, kept = Recorder(args), begin(args), []
     run.save = lambda state: kept.append(state["data"])
     ours.train(*make_envs(args, Navigation2D), args, run, state)
     new = K * args.real_episodes * (T - 1)  # 30 an iteration
@@ -871,34 +876,38 @@ def test_the_kept_data_are_the_latest():
 
 
 def test_evaluation_by_hand():
-    """Real episodes of theta and of the adapted policies, from equal start states and with equal noise."""
+    """Real episodes of theta and of the adapted policies, from equal start states and with equal noise: the task is
+    that of the run's seed, starts and noise are those of the test set."""
     args = make_args(seed=5)
-    envs, imagined, tasks, theta = begin_with_models(args)
-    stats = summarise(ours.evaluate(envs, imagined, tasks, theta, args))
-    support = ours.collect(imagined, tasks, theta, args, seeded(6))
+    envs, imagined, state = begin_with_models(args)
+    theta, tasks = state["theta"], envs.unwrapped.sample_tasks(1, seeded(5)).repeat(K, 1)
+    stats = summarise(ours.evaluate(envs, imagined, state, args))
+    generator = envs.unwrapped.test_set(K)[1]
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    follow(imagined, state["models"], ours.measure(state["data"]))
+    support = ours.collect(imagined, tasks, theta, args, generator)
     policies, returns = (theta, slow_adapted(theta, support, args)), []
     for params in policies:
-        returns.append(play(envs, tasks, params, args, seeded(7))[1].numpy().flatten())
+        returns.append(play(envs, tasks, params, args, seeded(seed))[1].numpy().flatten())
     gains = returns[1] - returns[0]
-    expected = {f"test/return_k{k}": x.mean() for k, x in enumerate(returns)}
-    assert stats == pytest.approx(expected | {"test/gain_ci95": 1.96 * gains.std() / math.sqrt(K * 2)})
+    assert stats.pop("test/gain_ci95") == pytest.approx(interval(gains, torch.arange(K * 2)[:, None]), rel=5e-4)
+    assert stats == pytest.approx({f"test/return_k{k}": x.mean() for k, x in enumerate(returns)})
     assert abs(gains).max() > 1e-3
 
 
 def test_evaluation_is_repeatable_and_paired():
     args = make_args()
-    envs, imagined, tasks, theta = begin_with_models(args)
-    models, _ = imagined.dynamics.args
-    before = copy.deepcopy((models, theta))
+    envs, imagined, state = begin_with_models(args)
+    before = copy.deepcopy(state)
 
     def evaluated(args):
-        return summarise(ours.evaluate(envs, imagined, tasks, theta, args))
+        return summarise(ours.evaluate(envs, imagined, state, args))
 
     first = evaluated(args)
     torch.rand(7)  # the global generator has no part in it
     assert evaluated(args) == first
-    for old, new in zip(before, (models, theta), strict=True):
-        assert all(torch.equal(old[name], new[name]) for name in old)
+    for part, old in before.items():
+        assert all(torch.equal(old[name], state[part][name]) for name in old)
     other = evaluated(make_args(seed=9))
     assert other != first
     still = evaluated(make_args(inner_lr=0.0))
@@ -909,10 +918,10 @@ def test_evaluation_is_repeatable_and_paired():
 
 def test_a_resumed_run_is_the_same_run():
     args, saved = make_args(iterations=3), []
-    whole, run = begin(args), Recorder()
+    whole, run = begin(args), Recorder(args)
     run.save = lambda state: saved.append(copy.deepcopy(state))
     ours.train(*make_envs(args), args, run, whole)
-    resumed, again = copy.deepcopy(saved[0]), Recorder()
+    resumed, again = copy.deepcopy(saved[0]), Recorder(args)
     ours.train(*make_envs(args), args, again, resumed)
     assert [logged[:2] for logged in again.logged] == [logged[:2] for logged in run.logged[1:]]
     assert again.logged[-1] == run.logged[-1]

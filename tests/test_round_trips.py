@@ -137,8 +137,9 @@ def learn(updates: int) -> int:
         empty = pearl_sac.init_buffer(Worlds(N), 6, 11)
         state[name] = {field: torch.randn(x.shape, generator=seeded(2)) for field, x in empty.items()}
         state[name] |= {"mask": torch.ones(6, 11), "count": torch.full((6,), 11)}
-    state["tasks"] = torch.zeros(6, P)
-    return waits(partial(pearl_sac.learn, Worlds(N), state, fused_adam(theta.values()), args, 0))
+    state |= {"tasks": torch.zeros(6, P), "updates": 0}
+    optimizer = fused_adam(theta.values())
+    return waits(partial(pearl_sac.learn, Worlds(N), state, optimizer, args, seeded(0), pause=lambda done: None))
 
 
 def epochs_of_promp(epochs: int) -> int:
