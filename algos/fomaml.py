@@ -13,7 +13,7 @@ Algorithm:
     [4]     g = mean_i grad L(theta'_i; D'_i) with respect to theta'_i: no derivative through [3]; MAML's g is
             mean_i (I - alpha H_i) grad L(theta'_i; D'_i), H_i the Hessian of L(.; D_i) (for one inner step)
     [5]     theta <- Adam(theta, g)
-    [6]     now and then: result on held-out tasks after 0, 1, .. inner steps
+    [6]     now and then: result on the test tasks after 0, 1, .. inner steps
 Symbols: theta'_i = params, alpha = inner_lr, beta = outer_lr; L: mean squared error or cross-entropy.
 Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, X inputs, Y outputs, K counts of inner
     steps, from 0. Entries of parameter dicts gain N by adaptation; inside vmap functions see one task, no N.
@@ -46,7 +46,7 @@ class Args:
     data: str = ""
     """folder of Omniglot-v0: it holds images_background/ and images_evaluation/"""
     seed: int = 1
-    """seed of everything: parameters, tasks, examples"""
+    """seed of everything but the test set: parameters, tasks, examples"""
     iterations: int | None = None
     """meta-updates; default 10000 for curves, 3000 for images; in MAML's paper 70000 and 60000"""
     meta_batch_size: int | None = None
@@ -68,7 +68,7 @@ class Args:
     eval_every: int = 500
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 600
-    """held-out tasks of an evaluation; 600 in MAML's paper"""
+    """test tasks of an evaluation; 600 in MAML's paper"""
     eval_steps: int = 10
     """inner steps of an evaluation; 10 for curves, 3 for images in MAML's paper"""
     transductive: bool = True
@@ -96,8 +96,7 @@ class Args:
                 low, high = 0, 2**31
             for x in value if isinstance(value, tuple) else (value,):
                 if not isinstance(x, bool | str) and not low <= x <= high:
-                    least = "above 0," if low == 1e-12 else f"{low:,}"
-                    allowed = f"{least} up to {high:,.10g}"
+                    allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                     raise ValueError(f"--{name.replace('_', '-')} {x}: allowed is {allowed}")
 
 
@@ -249,16 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     theta = init_params(tasks, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, tasks.device)
-    with (
-        tasks.threads(),
-        records.open_run(
-            args,
-            state,
-            tasks,
-            evaluate=lambda: evaluate(tasks, state["theta"], args),
-            unit="inner steps",
-        ) as run,
-    ):
+    with records.open_run(
+        args, state, tasks, "inner steps", evaluate=lambda: evaluate(tasks, state["theta"], args)
+    ) as run:
         if not args.evaluate:
             train(tasks, args, run, state)
 

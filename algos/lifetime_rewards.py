@@ -14,7 +14,7 @@ Algorithm: a lifetime is many episodes of one task; its policy pi_theta is born 
     [6]     A_life = GAE of r over V_phi(history), through the ends of episodes to the lifetime's;
             phi descends (A_life + V - V_phi)^2, where A_life + V is given
     [7]     eta ascends the gradient of mean log pi_theta(a|s) A_life, exact through the updates [4] of theta
-    [8]     now and then: whole lifetimes of held-out tasks, by r_eta and, to compare, by r in its place
+    [8]     now and then: whole lifetimes of the test tasks, by r_eta and, to compare, by r in its place
 Symbols: gamma (A_life) = gamma, gamma bar (G) = inner_gamma, U = unroll (the paper's N), T = steps;
     alpha = inner_lr, c_H = entropy_coef.
 Shapes: a suffix names a tensor's axes (obs_NTO): N lifetimes, T steps, S = U T steps of a window, K = T + 1
@@ -46,7 +46,7 @@ class Args:
     env_id: str = "SymABC-v0"
     """a task environment with choices as actions, registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: networks, newborn policies, tasks, noise"""
+    """seed of everything but the test set: networks, newborn policies, tasks, noise"""
     iterations: int = 2500
     """updates of the reward"""
     meta_batch_size: int = 128
@@ -98,8 +98,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -333,7 +332,7 @@ def whole_lifetimes(envs, tasks_NP: Tensor, eta: Params | None, args: Args, gene
 
 
 def evaluate(envs, eta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns in tenths of held-out lifetimes, by the learned reward and by r; births and noise are equal."""
+    """Returns in tenths of test lifetimes, by the learned reward and by r; births and noise are equal."""
     stats = {}
     for name, weights in (("extrinsic", None), ("test", eta)):
         tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
@@ -402,22 +401,18 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Lifetimes, make, records
 
     algorithm = Path(__file__).stem
-    fixed = "meta_batch_size", "episodes_per_lifetime"  # worlds of a resumed run go on in the midst of lifetimes
+    fixed = "meta_batch_size", "episodes_per_lifetime"  # worlds of a resumed run go on in their midst
     args, saved = records.parse(Args, argv, __doc__, algorithm, fixed)
     size = args.meta_batch_size, args.horizon, args.cuda
     envs = Lifetimes(make(args.env_id, *size, discrete=True, singly=True), args.episodes_per_lifetime)
     test_envs = Lifetimes(make(args.env_id, *size, discrete=True, singly=True), args.episodes_per_lifetime)
     if not envs.unwrapped.is_discrete:
-        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous; this algorithm's are choices")
+        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous, not choices")
     generator = Generator().manual_seed(args.seed)
     fresh = init_lifetimes(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=("eta",))
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(test_envs, state["eta"], args),
-        unit="tenths of a lifetime",
+        args, state, envs, "tenths of a lifetime", lambda: evaluate(test_envs, state["eta"], args)
     ) as run:
         if not args.evaluate:
             train(envs, test_envs, args, run, state)

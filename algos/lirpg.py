@@ -45,7 +45,7 @@ class Args:
     env_id: str = "HalfCheetahForward-v0"
     """a task environment registered by envs/__init__.py; of a family of many tasks, one is drawn"""
     seed: int = 1
-    """seed of everything: parameters, task, start states, noise"""
+    """seed of everything but the test set: parameters, task, start states, noise"""
     iterations: int = 488
     """updates, of num_worlds x rollout_steps steps each; a million steps in the paper"""
     num_worlds: int = 16
@@ -104,8 +104,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -463,11 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate:
         state["first_returns"] = fresh["first_returns"]  # flags beside --evaluate count for them, too
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(test_envs, state, args),
-        unit="0: before, 1: after learning",
+        args, state, envs, "0: before, 1: after learning", lambda: evaluate(test_envs, state, args)
     ) as run:
         if not args.evaluate:
             train(envs, test_envs, args, run, state)

@@ -14,7 +14,7 @@ Algorithm:
     [7]     g = grad J(theta), through the inner steps
     [8]     d = F^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i)
     [9]     theta <- theta + the longest backtracked step along d with mean KL <= delta and a better J
-    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
+    [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, lambda of [3] = gae_lambda;
     pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
@@ -50,7 +50,7 @@ class Args:
     env_id: str = "HalfCheetahDir-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 500
     """meta-updates; up to 500 in the paper (A.2)"""
     meta_batch_size: int = 40
@@ -96,7 +96,7 @@ class Args:
     evaluate: str = ""
     """folder of a run to evaluate again, without training; flags beside it count"""
     capture_video: bool = False
-    """at the end, a gif of one held-out task before and after adaptation"""
+    """at the end, a gif of one test task before and after adaptation"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -108,8 +108,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -466,12 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args)[0],
-        unit="inner steps",
-        leads=leads,
+        args, state, envs, "inner steps", lambda: evaluate(envs, state["theta"], args)[0], leads
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

@@ -48,7 +48,7 @@ class Args:
     env_id: str = "HalfCheetahForward-v0"
     """a task environment registered by envs/__init__.py; of a family of many tasks, one is drawn"""
     seed: int = 1
-    """seed of everything: parameters, task, start states, noise"""
+    """seed of everything but the test set: parameters, task, start states, noise"""
     iterations: int = 25
     """rounds of real episodes, of models, and of a policy; 100 in the authors' code"""
     num_models: int = 5
@@ -106,8 +106,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -436,14 +435,9 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 
 
-def evaluate(envs, imagined, state: dict, args: Args) -> dict:
+def evaluate(envs, imagined, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise.
-
-    A run logs these tensors' means; of names that end in ci95, half the width of a 95 % interval.
-    """
-    theta = state["theta"]
-    models = {name: envs.unwrapped.share(x) for name, x in state["models"].items()}
-    follow_models(imagined, models, state["data"])
+    A run logs these tensors' means; of names that end in ci95, half the width of a 95 % interval."""
     real = replace(args, episodes_per_task=args.real_episodes)
     tasks_NP = real_task(envs, args)
     _, generator = envs.unwrapped.test_set(args.num_models)
@@ -464,10 +458,10 @@ def real_task(envs, args: Args) -> Tensor:
 
 def train(envs, imagined, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
-    device = envs.unwrapped.device
-    theta, data = ({name: x.to(device) for name, x in state[part].items()} for part in ("theta", "data"))
+    theta = state["theta"]
+    data = state["data"]
     # Processes of torchrun share the models, but each has all the data: `share` cuts, `gather` joins.
-    models = {name: envs.unwrapped.share(x).to(device) for name, x in state["models"].items()}
+    models = {name: envs.unwrapped.share(x) for name, x in state["models"].items()}
     generator = Generator()
     generator.set_state(state["generator"])
     real = replace(args, episodes_per_task=args.real_episodes)
@@ -499,7 +493,7 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
         state["env_steps"] += envs.unwrapped.total(played["mask"])
         state.update(theta=theta, data=data, generator=generator.get_state())
         state["models"] = {name: envs.unwrapped.gather(x) for name, x in models.items()}
-        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, imagined, state, args))
+        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, imagined, state["theta"], args))
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -530,14 +524,14 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "models": models, "data": {}, "generator": generator.get_state()}
     parts = "theta", "models"
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=parts)
-    with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, imagined, state, args),
-        unit="inner steps",
-        leads=leads,
-    ) as run:
+
+    def examine() -> dict:
+        """For runs that do not train, or not yet."""
+        models = {name: envs.unwrapped.share(x) for name, x in state["models"].items()}
+        follow_models(imagined, models, state["data"])
+        return evaluate(envs, imagined, state["theta"], args)
+
+    with records.open_run(args, state, envs, "inner steps", examine, leads) as run:
         if not args.evaluate:
             train(envs, imagined, args, run, state)
 

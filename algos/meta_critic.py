@@ -13,7 +13,7 @@ Algorithm:
             a window or of an episode, and gamma is 0 where the episode ended early
     [6]     phi, omega <- a step of Adam down the mean of (Q_phi(s_t, a_t, z_i) - y_t)^2, with y_t held fixed
     [7]     where a lifetime of some episodes is over, the world has a new task, and gets a newborn actor
-    [8]     now and then, meta-testing: newborn actors on held-out tasks learn by [1] to [4], phi and omega
+    [8]     now and then, meta-testing: newborn actors on the test tasks learn by [1] to [4], phi and omega
             stay as they are; beside them, the same actors by [1] and [3] to [6], each with a new critic, no z
 Symbols: theta = theta, all actors; phi and omega = phi; lambda = td_lambda.
 Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B worlds of which several may
@@ -22,7 +22,7 @@ Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B
     with N (a network for each world) or with 1 (one for all); those of the encoder have no such axis.
 Differs from the paper: one form for all experiments; for CartPole the authors' code has a V(s, z), and never
     trains the encoder. The trace is the whole window (authors: its last 9 steps), births are spread over time
-    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out.
+    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out where they can be.
 """
 
 import math
@@ -45,11 +45,11 @@ class Args:
     env_id: str = "CartPoleLength-v0"
     """a task environment registered by envs/__init__.py whose actions are choices"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 2000
     """windows, with an update of actors, critic and encoder after each"""
     meta_batch_size: int = 50
-    """worlds with a task and an actor each (N), and held-out tasks; the authors: 10, in regression 100"""
+    """worlds with a task and an actor each (N), and test tasks; the authors: 10, in regression 100"""
     window_size: int = 30
     """steps of a window (T); the authors: 30, for bandits and in regression 10"""
     horizon: int = 200
@@ -98,8 +98,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -418,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Lifetimes, make, records
 
     algorithm = Path(__file__).stem
-    fixed = "meta_batch_size", "lifetime"  # worlds of a resumed run go on in the midst of lifetimes
+    fixed = "meta_batch_size", "lifetime"  # worlds of a resumed run go on in their midst
     args, saved = records.parse(Args, argv, __doc__, algorithm, fixed)
     N = args.meta_batch_size
     options = {"horizon": args.horizon, "cuda": args.cuda, "discrete": True, "singly": True}
@@ -427,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     test_envs = Lifetimes(make(args.env_id, N, **options), episodes=10**9)
     exam_envs = Lifetimes(make(args.env_id, N * args.eval_episodes, **options), episodes=1)
     if not envs.unwrapped.is_discrete:
-        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous; this algorithm's are choices")
+        raise records.refusal(f"--env-id {args.env_id}: its actions are continuous, not choices")
     generator = Generator().manual_seed(args.seed)
     phi = init_critics(envs, count=1, latent_size=args.latent_size, args=args, generator=generator)
     made = init_learners(envs, phi, args, generator)
@@ -440,8 +439,8 @@ def main(argv: list[str] | None = None) -> None:
         args,
         state,
         envs,
-        evaluate=lambda: evaluate(test_envs, exam_envs, args, state["phi"], name="test"),
-        unit=f"times {args.eval_windows} windows",
+        f"times {args.eval_windows} windows",
+        lambda: evaluate(test_envs, exam_envs, args, state["phi"], name="test"),
     ) as run:
         if not args.evaluate:
             train(envs, test_envs, exam_envs, args, run, state)

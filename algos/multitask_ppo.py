@@ -13,7 +13,7 @@ Algorithm:
     [4]     J = mean [ min(r A, clip(r, 1 - eps, 1 + eps) A) ], r = pi_theta(a|s) / pi_old(a|s),
             pi_old the policy that sampled the episodes
     [5]     several times over all of them, in random parts: theta <- one step of Adam on J + c H(pi_theta)
-    [6]     now and then, per held-out task: the return after 0, 1, .. steps of fine-tuning, each of them E
+    [6]     now and then, per test task: the return after 0, 1, .. steps of fine-tuning, each of them E
             episodes and SGD on J; in the first iteration also from the random theta (`random/return_k0`, ..)
 Symbols: eps = clip, c = entropy_coef, H = the entropy, lambda of [3] = gae_lambda.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
@@ -45,7 +45,7 @@ class Args:
     env_id: str = "HalfCheetahDir-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 500
     """batches of all tasks"""
     meta_batch_size: int = 40
@@ -91,7 +91,7 @@ class Args:
     evaluate: str = ""
     """folder of a run to evaluate again, without training; flags beside it count"""
     capture_video: bool = False
-    """at the end, a gif of one held-out task before and after adaptation"""
+    """at the end, a gif of one test task before and after adaptation"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -103,8 +103,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -335,11 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args)[0],
-        unit="fine-tuning steps",
+        args, state, envs, "fine-tuning steps", lambda: evaluate(envs, state["theta"], args)[0]
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

@@ -14,7 +14,7 @@ Algorithm:
     [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi
     [8]         one step of Adam on L_Q + L_pi + beta KL(q(z|c) || N(0, 1))
     [9]         the target critics Q' follow the critics Q slowly
-    [10]    now and then: returns of episodes 1, 2, .. of held-out tasks, z ~ q(z|all transitions before)
+    [10]    now and then: returns of episodes 1, 2, .. of the test tasks, z ~ q(z|all transitions before)
     L_Q moves the critics and, through z, the encoder; L_pi only the policy; the KL only the encoder.
 Symbols: theta = encoder, policy, critics q1 and q2 (min: the smaller Q); Q' = target; the contexts = recent;
     alpha = entropy_coef, or learned; beta = kl_weight; r of [6] = reward_scale * training_reward
@@ -40,7 +40,6 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]
 Buffer = dict[str, Tensor]  # of M tasks: the fields of Transitions [M, R, ..], and count [M]
-PARTS = ("theta", "target", "replay", "recent")  # of the state: dicts of tensors, which live on the device
 
 
 @dataclass
@@ -48,13 +47,13 @@ class Args:
     env_id: str = "HalfCheetahVel3-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 30
     """of collecting, then updates; up to 500 in the paper's code"""
     train_tasks: int = 100
     """training tasks (M), drawn once; 100 in the paper for HalfCheetahVel"""
     tasks_per_iteration: int = 30
-    """tasks that collect in an iteration, a world for each, and held-out tasks; 5 and 30 in the paper"""
+    """tasks that collect in an iteration, a world for each, and test tasks; 5 and 30 in the paper"""
     initial_episodes: int = 2
     """episodes of each training task before the first update; 10 in the paper"""
     prior_episodes: int = 1
@@ -123,8 +122,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -365,7 +363,7 @@ def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause)
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns of successive episodes of the test tasks, with the policy's means; the same tasks in every run."""
+    """Returns of successive episodes of the test tasks, the same in every run, with the policy's means."""
     tasks_NP, generator = envs.unwrapped.test_set(args.tasks_per_iteration)
     seen = []
     for k in range(args.eval_episodes):
@@ -403,7 +401,7 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
     """An iteration's episodes, and before the first iteration's the initial ones.
 
     What is collected already stands in `state`: "initial" counts the initial rounds, "returns" [N] are those
-    of this iteration's episodes. `pause` is called before each round, with the numbers of those done and of all.
+    of this iteration's episodes. `pause` is called before each round with the numbers of those done and all.
     """
     worlds_N = torch.arange(args.tasks_per_iteration, device=state["tasks"].device)
     initial = math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))
@@ -425,22 +423,18 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
 
 
 def train(envs, args: Args, run, state: dict) -> None:
-    """The paper's Algorithm 1, from `state` on, whose tensors it moves to the device and changes.
+    """The paper's Algorithm 1, from `state` on, whose tensors it changes.
 
     An iteration takes minutes, so a run may stop in its midst, in `pause`. "unfinished" in `state` is 1 while
     an iteration is under way, whose number "iteration" is.
     """
-    device = envs.unwrapped.device
-    for part in PARTS:
-        state[part] = {name: x.to(device, copy=True) for name, x in state[part].items()}
-    state["tasks"] = state["tasks"].to(device)
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
     generator = Generator()
     generator.set_state(state["generator"])
-    updates_generator = Generator(device)
+    updates_generator = Generator(envs.unwrapped.device)
 
     def pause_collecting(done: int, of: int) -> None:
         run.doing("collecting", done, of)
@@ -489,17 +483,13 @@ def main(argv: list[str] | None = None) -> None:
     leads = join(args.cuda, sees_all=True, **sizes)  # all processes' buffers hold what all worlds have shown
     envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
-        raise records.refusal(f"--dense-training: {args.env_id} has no dense reward, SparseNavigation2D-v0 has")
+        hint = "has no dense reward, SparseNavigation2D-v0 has"
+        raise records.refusal(f"--dense-training: {args.env_id} {hint}")
     generator = Generator().manual_seed(args.seed)
     fresh = init_state(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args),
-        unit="episodes",
-        leads=leads,
+        args, state, envs, "episodes", evaluate=lambda: evaluate(envs, state["theta"], args), leads=leads
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

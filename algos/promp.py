@@ -15,7 +15,7 @@ Algorithm:
     [7]     J = J_clip - eta mean_i KL(pi_theta_o || pi_theta) on D_i: theta must stay near the policy of [2]
     [8]     several times on the same data: theta <- one step of Adam on J, through the inner steps
     [9]     --target-kl: eta doubles if the KL came out above 1.5 times the target, halves if below 1 / 1.5
-    [10]    now and then: return on held-out tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
+    [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, eps = clip, eta = kl_coef, lambda of [3] =
     gae_lambda; pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
@@ -48,7 +48,7 @@ class Args:
     env_id: str = "HalfCheetahDir-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 500
     """meta-updates; 1001 in the authors' code"""
     meta_batch_size: int = 40
@@ -92,7 +92,7 @@ class Args:
     evaluate: str = ""
     """folder of a run to evaluate again, without training; flags beside it count"""
     capture_video: bool = False
-    """at the end, a gif of one held-out task before and after adaptation"""
+    """at the end, a gif of one test task before and after adaptation"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -104,8 +104,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -398,12 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args)[0],
-        unit="inner steps",
-        leads=leads,
+        args, state, envs, "inner steps", lambda: evaluate(envs, state["theta"], args)[0], leads
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

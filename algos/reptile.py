@@ -10,7 +10,7 @@ Algorithm:
     [1] repeat: draw N tasks, and k disjoint minibatches of each
     [2]     phi_i = U^k(theta): k steps of SGD, or of Adam with beta1 = 0, one on each minibatch
     [3]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
-    [4]     now and then: result on held-out tasks after 0, 1, .. inner steps
+    [4]     now and then: result on the test tasks after 0, 1, .. inner steps
 Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, epsilon = outer_lr; L: mean squared error or
     cross-entropy. With SGD, theta - phi_i is alpha times the sum of the gradients on the way. For k = 1 it is
     joint training; for k > 1 it also makes the gradients of a task's minibatches alike (section 5), as MAML.
@@ -47,7 +47,7 @@ class Args:
     data: str = ""
     """folder of Omniglot-v0: it holds images_background/ and images_evaluation/"""
     seed: int = 1
-    """seed of everything: parameters, tasks, examples"""
+    """seed of everything but the test set: parameters, tasks, examples"""
     iterations: int = 10000
     """meta-updates; in the paper 30000 for curves, 100000 for images (20-way: 200000)"""
     meta_batch_size: int | None = None
@@ -73,7 +73,7 @@ class Args:
     eval_every: int = 1000
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 200
-    """held-out tasks of an evaluation"""
+    """test tasks of an evaluation"""
     eval_steps: int = 50
     """inner steps of an evaluation; in the paper 32 for curves, 50 for images"""
     transductive: bool = True
@@ -101,8 +101,7 @@ class Args:
                 low, high = 0, 2**31
             for x in value if isinstance(value, tuple) else (value,):
                 if not isinstance(x, bool | str) and not low <= x <= high:
-                    least = "above 0," if low == 1e-12 else f"{low:,}"
-                    allowed = f"{least} up to {high:,.10g}"
+                    allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                     raise ValueError(f"--{name.replace('_', '-')} {x}: allowed is {allowed}")
 
 
@@ -252,21 +251,15 @@ def main(argv: list[str] | None = None) -> None:
     # images [classes, drawings of each, pixels]: disjoint minibatches use up a class's drawings.
     most = tasks.images.shape[1] // args.inner_shots if tasks.is_classification else args.inner_steps
     if args.inner_steps > most:
-        raise records.refusal(f"--inner-steps {args.inner_steps}: allowed is 1 to {most} disjoint minibatches")
+        hint = f"allowed is 1 to {most} disjoint minibatches"
+        raise records.refusal(f"--inner-steps {args.inner_steps}: {hint}")
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, tasks.device)
-    with (
-        tasks.threads(),
-        records.open_run(
-            args,
-            state,
-            tasks,
-            evaluate=lambda: evaluate(tasks, state["theta"], args),
-            unit="inner steps",
-        ) as run,
-    ):
+    with records.open_run(
+        args, state, tasks, "inner steps", evaluate=lambda: evaluate(tasks, state["theta"], args)
+    ) as run:
         if not args.evaluate:
             train(tasks, args, run, state)
 

@@ -12,7 +12,7 @@ Algorithm:
                 pi_old_i the policy that sampled the batch
     [5]         phi_i <- phi_i + alpha grad J_i, several times on the same batch
     [6]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
-    [7]     now and then: return on held-out tasks after 0, 1, .. inner steps ([2] to [5])
+    [7]     now and then: return on the test tasks after 0, 1, .. inner steps ([2] to [5])
 With one step of [5] and k = 1 theta climbs the mean return of all tasks, which is joint training; whatever
     prepares theta for adaptation is of second order in alpha and grows with more steps (section 5).
 Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, eps = clip, epsilon = outer_lr at the start,
@@ -45,7 +45,7 @@ class Args:
     env_id: str = "HalfCheetahDir-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 500
     """meta-updates"""
     meta_batch_size: int = 40
@@ -85,7 +85,7 @@ class Args:
     evaluate: str = ""
     """folder of a run to evaluate again, without training; flags beside it count"""
     capture_video: bool = False
-    """at the end, a gif of one held-out task before and after adaptation"""
+    """at the end, a gif of one test task before and after adaptation"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -96,8 +96,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -298,11 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args)[0],
-        unit="inner steps",
+        args, state, envs, "inner steps", evaluate=lambda: evaluate(envs, state["theta"], args)[0]
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

@@ -16,7 +16,7 @@ Algorithm:
             gradients through all its steps
     [6]         L = mean[c_V (V - target)^2 - min(rA, clip(r, 1 - c, 1 + c) A) - c_H entropy], r = pi / pi_old
     [7]         theta <- one step of Adam on L, the gradient's norm clipped
-    [8]     now and then: returns of episodes 1, 2, .. E of trials with held-out tasks; theta stays as it is
+    [8]     now and then: returns of episodes 1, 2, .. E of trials with the test tasks; theta stays as it is
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
     gamma, gae_lambda, target = A + V of [4]. Rewards are divided by the standard deviation, over all steps
     of a batch, of the discounted sums of rewards from there on; V and A are in this unit.
@@ -52,7 +52,7 @@ class Args:
     env_id: str = "Bandit5-v0"
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
-    """seed of everything: parameters, tasks, start states, noise"""
+    """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 1000
     """meta-updates"""
     meta_batch_size: int = 500
@@ -109,8 +109,7 @@ class Args:
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
-                least = "above 0," if low == 1e-12 else f"{low:,}"
-                allowed = f"{least} up to {high:,.10g}"
+                allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
 
@@ -397,12 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
     with records.open_run(
-        args,
-        state,
-        envs,
-        evaluate=lambda: evaluate(envs, state["theta"], args),
-        unit="episodes of a trial",
-        leads=leads,
+        args, state, envs, "episodes of a trial", lambda: evaluate(envs, state["theta"], args), leads
     ) as run:
         if not args.evaluate:
             train(envs, args, run, state)

@@ -106,12 +106,21 @@ def kept(env: str) -> dict[str, list[list[tuple[float, float]]]]:
     """By label, the kept seeds' (real steps, return)."""
     found = {}
     for which, (_, metric) in LABELS.items():
-        for path in sorted(RESULTS.glob(f"{env}_{which}_seed*.metrics.jsonl.gz")):
+        paths = sorted(RESULTS.glob(f"{env}_{which}_seed*.metrics.jsonl.gz"))
+        if metric.startswith("test/") and len({has_fixed_tests(path) for path in paths}) > 1:
+            raise SystemExit(f"{env} {which}: only the newer runs' tests have equal start states; keep all anew")
+        for path in paths:
             rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
             found.setdefault(which, []).append([(row["env_steps"], row[metric]) for row in rows if metric in row])
     if not found:
         raise SystemExit(f"--env-id {env}-v0: nothing of that is kept in {RESULTS}; `keep` puts it there")
     return found
+
+
+def has_fixed_tests(path: Path) -> bool:
+    """Whether kept metrics are of a run whose tests have the start states and the noise of all runs."""
+    starts = records.read_starts(path.with_name(path.name.replace(".metrics.jsonl.gz", ".args.json")))
+    return "time" in starts[-1]  # older versions wrote only flags
 
 
 def smooth(run: list[tuple[float, float]], width: int = 5) -> np.ndarray:

@@ -497,7 +497,7 @@ def write(figure: Figure, name: str) -> None:
 
 
 def kept_methods() -> dict[str, list[dict]]:
-    """Lines of `cartpole` by label; those with fixed lengths apart from older ones, with lengths of the seed's."""
+    """Lines of `cartpole` by label; those with fixed lengths apart from older ones, with lengths drawn by the seed."""
     found = {}
     for method, label in LABELS.items():
         for line in kept("cartpole"):

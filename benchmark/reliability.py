@@ -67,7 +67,7 @@ def equal(one, other) -> bool:
     """Whether nested dicts and lists hold the same bits."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(x, other[key]) for key, x in one.items())
-    if isinstance(one, list):
+    if isinstance(one, list | tuple):
         return len(one) == len(other) and all(equal(x, y) for x, y in zip(one, other, strict=True))
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 

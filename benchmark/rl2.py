@@ -67,7 +67,7 @@ def tests_of(rows: list[dict]) -> str:
 def refuse_mixed(runs: Iterable[list[dict]], where: str) -> None:
     """SystemExit if some runs' metrics are of the fixed test tasks, and those of others of tasks drawn by the seed."""
     if len({tests_of(rows) for rows in runs}) > 1:
-        raise SystemExit(f"{where}: some runs were tested on the fixed test tasks, older ones on tasks of their seed's")
+        raise SystemExit(f"{where}: some runs were tested on the fixed test tasks, older ones on tasks that seeds drew")
 
 
 def played(folder: Path, tasks: int, seed: int):

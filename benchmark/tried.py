@@ -33,6 +33,8 @@ sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
 from algos import maml_trpo, pearl_sac  # noqa: E402
 
+PARTS = ("theta", "target", "replay", "recent")  # of PEARL's state
+
 
 @dataclass
 class Options:
@@ -292,7 +294,7 @@ def step_with(theta: dict, gradient: dict, target: dict, foreach: bool, compiled
 
 def updates_with(envs, state: dict, args):
     """A function that makes 10 of learn's updates, of a copy of the state."""
-    tasks, state = state["tasks"], {part: {k: x.clone() for k, x in state[part].items()} for part in pearl_sac.PARTS}
+    tasks, state = state["tasks"], {part: {k: x.clone() for k, x in state[part].items()} for part in PARTS}
     state |= {"tasks": tasks, "updates": 0}
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
 

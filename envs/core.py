@@ -31,7 +31,7 @@ episodes of a batch start together and end together at the horizon.
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import gymnasium as gym
 import numpy as np
@@ -126,10 +126,10 @@ def alternating_signs(num_tasks: int, generator: Generator, split: str) -> Tenso
 
 
 def stratified(points: Tensor, count: int, order: Tensor | None = None) -> Tensor:
-    """The numbers [count] of points [M, P], M >= count, one from each of `count` equally large parts of their space.
+    """The numbers [count] of points [M, P] that cover their space evenly, as do the first n of them for every n.
 
-    The points are halved again and again, each time at the middle of the coordinate in which they differ most, and of
-    a part the first one is taken: a sample of the same distribution that leaves no region out.
+    The points are halved again and again, each time at the middle of the coordinate in which they differ most, until
+    there are `count` parts, a power of two up to M; of each part the first point is taken. The two halves take turns.
     """
     order = torch.arange(len(points)) if order is None else order
     if count == 1:
@@ -137,24 +137,29 @@ def stratified(points: Tensor, count: int, order: Tensor | None = None) -> Tenso
     widest = points[order].std(0, correction=0).argmax()
     order = order.sort().values
     order = order[points[order, widest].argsort(stable=True)]
-    first = count // 2
-    middle = len(order) * first // count
-    return torch.cat([stratified(points, first, order[:middle]), stratified(points, count - first, order[middle:])])
+    halves = order.tensor_split(2)
+    return torch.stack([stratified(points, count // 2, half) for half in halves], 1).flatten()
 
 
 class TestSet:
     """The fixed test set that task families share, on top of their `sample_tasks`."""
 
+    _test_tasks = None
+
     def test_set(self, num_tasks: int) -> tuple[Tensor, Generator]:
         """Test tasks [num_tasks, ..], and a generator of start states and noise: the same ones in every run.
 
-        Neither a run's seed nor its algorithm changes them. The tasks are spread evenly over what "test" tasks are
-        drawn from (`stratified`), each coordinate in units of its standard deviation.
+        Neither a run's seed nor its algorithm changes them, and smaller sets are the beginning of larger ones (up to
+        1,024). They are spread evenly over what "test" tasks are drawn from (`stratified`), each coordinate in units of
+        its standard deviation.
         """
-        drawn = self.sample_tasks(16 * num_tasks, Generator().manual_seed(TEST_SEED), "test")
-        points = drawn.cpu().double()
-        points = points / points.std(0, correction=0).clamp_min(1e-12)
-        return drawn[stratified(points, num_tasks).to(drawn.device)], Generator().manual_seed(TEST_SEED + 1)
+        if self._test_tasks is None or len(self._test_tasks) < num_tasks:
+            size = max(1024, 2 ** math.ceil(math.log2(num_tasks)))
+            drawn = self.sample_tasks(4 * size, Generator().manual_seed(TEST_SEED), "test")
+            points = drawn.cpu().double()
+            points = points / points.std(0, correction=0).clamp_min(1e-12)
+            self._test_tasks = drawn[stratified(points, size).to(drawn.device)]
+        return self._test_tasks[:num_tasks].clone(), Generator().manual_seed(TEST_SEED + 1)
 
     def test_set_name(self) -> str:
         """What test tasks are called: "held-out tasks" only where none of them is a training task."""
@@ -538,10 +543,6 @@ class SupervisedTasks(TestSet):
     def unwrapped(self) -> "SupervisedTasks":
         """Itself, as a batch of worlds without a wrapper."""
         return self
-
-    def threads(self):
-        """A context with as many threads of torch as are worth while: one for curves, whose nets are small."""
-        return nullcontext() if self.is_classification else one_thread()
 
     @abstractmethod
     def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:

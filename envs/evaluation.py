@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from envs.processes import summarise
-from envs.render import evaluation_picture, steps_of
+from envs.render import OWN_TASK, evaluation_picture, steps_of
 from envs.screen import Lenient
 
 
@@ -66,6 +66,7 @@ def tell(args, state: dict, tests: str, stats: dict, unit: str, leads: bool) -> 
     if not leads:
         return
     folder = Path(args.evaluate)
+    tests = tests if "test/tasks" in summary else OWN_TASK
     written = unused(folder, "evaluation.json")
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iteration": state["iteration"]}
     record |= {"tests": tests, "changed": state.get("changed", {}), "flags": vars(args), "metrics": summary}

@@ -76,7 +76,8 @@ def refusal(message: str) -> SystemExit:
         os.close(os.open(said, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return SystemExit(1)  # another process has said it
-    wait = 'while kill -0 "$1" 2>/dev/null; do sleep 0.05; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
+    alive = 'kill -0 "$1" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$1/status"'  # Z: ended, and nobody has asked yet
+    wait = f'while {alive}; do sleep 0.05; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
     subprocess.Popen(["sh", "-c", wait, "sh", str(torchrun), said, message], start_new_session=True)
     return SystemExit(message)
 

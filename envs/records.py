@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from envs import render
-from envs.core import NotFinite
+from envs.core import NotFinite, SupervisedTasks
 from envs.evaluation import tell, unused
 from envs.flags import show_help, wants_help
 from envs.processes import in_any_process, refusal, summarise
@@ -114,7 +114,7 @@ def parse(Args: type, argv: list[str] | None, description: str, algorithm: str, 
 def read_flags(Args: type, argv: list[str], default) -> object:
     """The flags of these words, by tyro; others are those of `default`, if it is given.
 
-    Only one of torchrun's processes tells what is wrong, and once more at the very end.
+    The first one of torchrun's processes tells what is wrong, and once more at the very end (`refusal`).
     """
     import tyro
 
@@ -123,16 +123,15 @@ def read_flags(Args: type, argv: list[str], default) -> object:
         if option(argv, "--evaluate") and hasattr(default, "capture_video"):
             fresh["capture_video"] = False
         default = replace(default, **fresh)
-    leads = int(os.environ.get("RANK", 0)) == 0
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return tyro.cli(Args, args=argv, default=default)
     told = io.StringIO()
     before, sys.stderr = sys.stderr, told
     try:
-        return tyro.cli(Args, args=argv, default=default, console_outputs=leads)
+        return tyro.cli(Args, args=argv, default=default)
     except SystemExit:
         sys.stderr = before
-        raise refusal(told.getvalue().strip()) if leads else SystemExit(2) from None
+        raise refusal(told.getvalue().strip()) from None
     finally:
         sys.stderr = before
 
@@ -637,7 +636,7 @@ def errors_in_one_line(state: dict, folder: Path | None, leads: bool = True) -> 
 
 @contextmanager
 def open_run(
-    args, state: dict, envs, evaluate: Callable[[], dict], unit: str, leads: bool = True
+    args, state: dict, envs, unit: str, evaluate: Callable[[], dict], leads: bool = True
 ) -> Iterator[Follower]:
     """A run to train in, which ends in order whatever happens; with --evaluate, one that has been evaluated.
 
@@ -645,14 +644,16 @@ def open_run(
         args: the flags.
         state: what it begins from, and what is saved of it.
         envs: the worlds or the tasks.
-        evaluate: returns the metrics of an evaluation of `state`.
         unit: what adaptation is counted in, such as "inner steps".
+        evaluate: returns the metrics of an evaluation of what `state` holds.
         leads: whether this process keeps the records.
     """
     threads = torch.get_num_threads()
     folder = args.resume or args.evaluate
     with lenient_output(), errors_in_one_line(state, Path(folder) if folder else None, leads):
         try:
+            if isinstance(envs, SupervisedTasks) and not envs.is_classification:
+                torch.set_num_threads(1)  # more threads only cost where networks are that small
             if args.evaluate:
                 tell(args, state, envs.unwrapped.test_set_name(), evaluate(), unit, leads)
                 yield Asked(args)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from envs.processes import refusal
 
+OWN_TASK = "the run's own task"  # what is tested where an evaluation has no test tasks
 CAPTION_HEIGHT = 24  # pixels above each picture
 
 
@@ -71,6 +72,7 @@ def learning_curve(folder: Path, rows: list[dict], unit: str, tests: str) -> str
         return ""
     names, final = steps_of(rows[-1]), [rows[-1][name] for name in steps_of(rows[-1])]
     what = names[0][5:-3]
+    tests = tests if "test/tasks" in rows[-1] else OWN_TASK
     left, right = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
     for name, label in ((names[0], "unadapted"), (names[-1], f"adapted (on the right: {len(names) - 1})")):
         seen = [row for row in rows if name in row]  # a resumed run may have had fewer

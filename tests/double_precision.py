@@ -56,6 +56,10 @@ class Alone:
     total = TaskVectorEnv.total
     one_thread = TaskVectorEnv.one_thread
 
+    def test_set(self, num_tasks):
+        generator = seeded(1)
+        return self.sample_tasks(num_tasks, generator, "test"), generator
+
     @property
     def unwrapped(self):
         return self

@@ -53,6 +53,15 @@ def test_runs_are_kept_under_the_name_of_what_they_are(finished, capsys):
         study.main(["table", "--env-id", "AntForward-v0"])
 
 
+def test_means_are_not_of_two_kinds_of_tests(finished):
+    study.main(["keep", str(finished()), str(finished(flags=[*SMALL, "--seed", "4"]))])
+    assert len(study.kept("Navigation2D")["mbmpo"]) == 2
+    older = study.RESULTS / "Navigation2D_mbmpo_seed4.args.json"
+    older.write_text(json.dumps(json.loads(older.read_text())[-1]["flags"]))
+    with pytest.raises(SystemExit, match=r"^Navigation2D mbmpo: only the newer runs' tests"):
+        study.main(["table", "--env-id", "Navigation2D-v0"])
+
+
 def test_the_table_against_a_slow_version(finished, monkeypatch):
     runs = {"mbmpo": [[(1000 * i, 10.0 * i) for i in range(1, 101)]], "trpo": [[(4000 * i, i) for i in range(1, 401)]]}
     monkeypatch.setattr(study, "kept", lambda env: runs)

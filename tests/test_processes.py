@@ -83,7 +83,7 @@ def test_several_processes_compute_what_one_computes(name, processes, tmp_path):
         elif path != "/seconds":
             assert bool(torch.as_tensor(found[path] == value).all()), path
     log = (tmp_path / "several/log").read_text()
-    assert log.count("held-out") == 1  # only one process speaks
+    assert log.count(": return unadapted ") == 1  # only one process speaks
 
 
 class Single(gym.Env):
@@ -154,7 +154,7 @@ def test_a_process_that_dies_ends_the_others(running, victim, tmp_path):
     os.kill(children[victim], signal.SIGKILL)
     assert launcher.wait(60) == 1
     log = (tmp_path / "log").read_text()
-    message = rf"process {1 - victim}: another one has ended; the last whole checkpoint is kept \(.+\)"
+    message = rf"process {1 - victim}: another one has ended \(.+\); --resume goes on from what was saved"
     assert len(re.findall(message, log)) == 1
     assert 'algos/maml_trpo.py", line' not in log  # no trace of ours
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
@@ -170,10 +170,66 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(running, to, tmp_path):
     state, logged = checkpoint(tmp_path), rows(tmp_path)
     assert state["iteration"] == len(logged) == logged[-1]["iteration"] < 100000
     log = (tmp_path / "log").read_text()
-    assert ("stopping after this iteration" in log) == (to != "follower")
-    assert "held-out" in log  # the leader came to its end
+    assert ("SIGTERM: saves and ends soon" in log) == (to != "follower")
+    assert f"stopped and saved after iteration {len(logged)}; --resume runs/" in log
+    assert "held-out tasks: return unadapted " in log  # the leader came to its end
     assert "another one has ended" not in log
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def test_a_signal_in_the_midst_of_an_iteration_loses_nothing(tmp_path):
+    """Of PEARL, whose processes stop before the same round or update: the oracle is the run that nobody has stopped."""
+    flags = f"{RUNS['pearl_sac']} --updates 1500 --iterations 1 --eval-every 1".split()
+    names = "tests/torchrun_double.py", "pearl_sac"
+    whole, cut = start(tmp_path / "whole", 2, *names, *flags), start(tmp_path / "cut", 2, *names, *flags)
+    deadline = time.time() + 120
+    while not list((tmp_path / "cut").glob("runs/*/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    children = Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    assert cut.wait(120) == 0, (tmp_path / "cut/log").read_text()
+    state = checkpoint(tmp_path / "cut")
+    assert (state["iteration"], state["unfinished"], rows(tmp_path / "cut")) == (1, 1, [])
+    assert "stopped and saved after iteration 0; --resume runs/" in (tmp_path / "cut/log").read_text()
+    (folder,) = (tmp_path / "cut").glob("runs/*")
+    assert start(tmp_path / "cut", 2, *names, "--resume", f"runs/{folder.name}").wait(120) == 0
+    assert whole.wait(120) == 0
+    found, expected = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    assert [row | {"seconds": 0} for row in found] == [row | {"seconds": 0} for row in expected]
+    found, expected = (leaves(checkpoint(tmp_path / where)) for where in ("cut", "whole"))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[path], value), path
+        elif path not in ("/seconds", "/args/resume"):
+            assert found[path] == value, path
+
+
+REFUSED = {
+    "--meta-batch-size 5": (["--meta-batch-size 5: must be a multiple of 2, the number of torchrun's processes"], 1),
+    "--inner-lr -1": (["--inner-lr -1.0: allowed is above 0, up to 1,000,000"], 5),
+    "--nonsense 3": (["Unrecognized options", "--nonsense, 3"], 5),
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_the_last_lines_under_torchrun_say_what_is_refused(flags, tmp_path):
+    """Below torchrun's own report; once more above it, and no more than that. Reading to the end does not wait long."""
+    words = command(2, "algos/maml_trpo.py", *flags.split())
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=tmp_path, env=env, timeout=120, check=False, **pipe)
+    lines, (parts, number) = done.stdout.rstrip().splitlines(), REFUSED[flags]
+    assert done.returncode == 1
+    assert any("ChildFailedError" in line for line in lines[:-number])
+    for part in parts:
+        assert any(part in line for line in lines[-number:])
+        assert sum(part in line for line in lines[:-number]) in (1, 2)  # a frame's title says it again
+    if number == 1:
+        assert lines[-1:] == parts
+    assert 'algos/maml_trpo.py", line' not in done.stdout  # no trace of ours
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
