@@ -2,6 +2,7 @@
 
     python benchmark/reliability.py kill --kills 50      kill -9 at random moments, then a comparison with a whole run
     python benchmark/reliability.py stop                 at each file's defaults: the first line; Ctrl-C to the end
+    python benchmark/reliability.py tests                what drawing test tasks by a seed does to one policy's return
 
 Each result is a line of benchmark/results/reliability.jsonl. Run it on a machine that does nothing else.
 """
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark/results/reliability.jsonl"
 sys.path.insert(0, str(ROOT))
 
+from algos import maml_trpo  # noqa: E402
+from envs import make  # noqa: E402
 from tests.test_runs import FLAGS  # noqa: E402, the small settings of every file
 
 FILES = tuple(FLAGS)
@@ -33,7 +36,7 @@ FILES = tuple(FLAGS)
 
 @dataclass
 class Options:
-    what: tyro.conf.Positional[Literal["kill", "stop"]]
+    what: tyro.conf.Positional[Literal["kill", "stop", "tests"]]
     """what to measure"""
     files: tuple[str, ...] = field(default=())
     """algorithms; kill: three by default, stop: all"""
@@ -132,19 +135,44 @@ def stopped(name: str) -> dict:
     return told | {"doing": doing, "goes_on": goes_on, "log_bytes": Path("log").stat().st_size}
 
 
+def keep(row: dict) -> None:
+    """Print a result, and add it to the others."""
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    row |= {"cpus": os.cpu_count(), "torch": torch.__version__, "commit": commit.stdout.strip()}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def drawn_tests() -> dict:
+    """Mean return of one untrained policy on 40 test tasks of HalfCheetahVel, drawn by ten seeds, and fixed."""
+    args = maml_trpo.Args(env_id="HalfCheetahVel-v0", episodes_per_task=5)
+    envs = make(args.env_id, 40 * args.episodes_per_task, args.horizon, action_scale=args.action_scale)
+    theta = maml_trpo.init_policy(envs, args.hidden_size, torch.Generator().manual_seed(1))
+
+    def mean_return(tasks_NP: torch.Tensor, generator: torch.Generator) -> float:
+        played = maml_trpo.rollout(envs, tasks_NP, theta, args, generator)
+        return round(float(played["reward"].sum(-1).mean()), 2)
+
+    drawn = []
+    for seed in range(1, 11):
+        generator = torch.Generator().manual_seed(seed + 1)
+        drawn.append(mean_return(envs.unwrapped.sample_tasks(40, generator, "test"), generator))
+    fixed = [mean_return(*envs.unwrapped.test_set(40)) for _ in range(2)]
+    return {"by_seed": drawn, "fixed": fixed}
+
+
 def main() -> None:
     options = tyro.cli(Options)
+    if options.what == "tests":
+        keep({"what": "tests", "file": "maml_trpo"} | drawn_tests())
+        return
     names = options.files or (("maml_trpo", "rl2_ppo", "pearl_sac") if options.what == "kill" else FILES)
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             figures = killed(name, options) if options.what == "kill" else stopped(name)
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        row = {"what": options.what, "file": name} | figures
-        row |= {"cpus": os.cpu_count(), "torch": torch.__version__, "commit": commit.stdout.strip()}
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        keep({"what": options.what, "file": name} | figures)
 
 
 if __name__ == "__main__":

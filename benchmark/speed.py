@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
 from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion  # noqa: E402
-from envs.records import Follower  # noqa: E402
+from envs.records import Follower, first_state  # noqa: E402
 
 
 @dataclass
@@ -218,9 +218,10 @@ def peer(options: Options, args, envs, theta: dict, watch: Stopwatch):
 def from_policy(algorithm: ModuleType, envs, args, watch: Stopwatch, prepare) -> None:
     """train() of a file that begins with a policy, from the state that its main() makes."""
     generator = torch.Generator().manual_seed(args.seed)
-    state = {"theta": algorithm.init_policy(envs, args.hidden_size, generator), "generator": generator.get_state()}
+    fresh = {"theta": algorithm.init_policy(envs, args.hidden_size, generator), "generator": generator.get_state()}
+    state = first_state(args, algorithm.__name__, fresh, {}, envs.unwrapped.device)
     prepare(state["theta"])
-    algorithm.train(envs, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
+    algorithm.train(envs, args, watch, state)
 
 
 PEERS = {"maml_trpo": "peer_maml_trpo"}

@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 
 from benchmark import peer_mbmpo
 from envs import Imagined, ScaleActions, imagine, make
+from envs.records import first_state
 
 FITS, EPOCHS = 5, 5
 
@@ -148,12 +149,13 @@ def measure(algorithm, args, envs: ScaleActions, imagined: Imagined, watch) -> N
     """train() of the algorithm's file, from the state that its main() makes, until the stopwatch ends it."""
     args = replace(args, meta_steps=10**9, model_epochs=min(EPOCHS, args.model_epochs))
     generator, peer = Generator().manual_seed(args.seed), Peer(args, watch)
-    state = {"theta": algorithm.init_policy(envs, args.hidden_size, generator)}
-    state |= {"models": algorithm.init_models(envs, args, generator), "data": {}, "generator": generator.get_state()}
+    fresh = {"theta": algorithm.init_policy(envs, args.hidden_size, generator)}
+    fresh |= {"models": algorithm.init_models(envs, args, generator), "data": {}, "generator": generator.get_state()}
+    state = first_state(args, "mbmpo", fresh, {}, envs.unwrapped.device)
     task = envs.unwrapped.sample_tasks(1, Generator().manual_seed(args.seed))
     algorithm.fit_models = fits(algorithm.fit_models, algorithm.measure, peer, watch)
     algorithm.trpo_step = meta_updates(algorithm.trpo_step, peer, task, watch)
-    algorithm.train(envs, imagined, args, watch, state | {"iteration": 0, "env_steps": 0, "seconds": 0.0})
+    algorithm.train(envs, imagined, args, watch, state)
 
 
 def quicker(watch, name: str) -> int:

@@ -22,6 +22,7 @@ from torch import Generator
 
 from benchmark import peer_pearl
 from envs import make
+from envs.records import first_state
 
 BLOCK = 50
 
@@ -101,8 +102,8 @@ def peer(options, args, envs: VectorEnv, state: dict, clocks: Clocks):
 def measure(options, algorithm, args, envs: VectorEnv, watch) -> None:
     """train() of the algorithm's file, from the state that its main() makes, until the stopwatch ends it."""
     args, clocks, generator = replace(args, updates=min(BLOCK, args.updates)), Clocks(watch), Generator()
-    state = algorithm.init_state(envs, args, generator.manual_seed(args.seed))
-    state |= {"generator": generator.get_state(), "iteration": 0, "env_steps": 0, "seconds": 0.0}
+    fresh = algorithm.init_state(envs, args, generator.manual_seed(args.seed)) | {"generator": generator.get_state()}
+    state = first_state(args, "pearl_sac", fresh, {}, envs.unwrapped.device)
     algorithm.learn = clocks.around("update", algorithm.learn)
     algorithm.collect_episodes = clocks.around("collect", algorithm.collect_episodes)
     if options.peer:

@@ -19,6 +19,7 @@ from torch.optim import Adam
 
 from benchmark import peer_rl2
 from envs import Trials, make
+from envs.records import first_state
 
 
 def make_trials(options, args) -> Trials:
@@ -72,7 +73,8 @@ def measure(options, algorithm, args, envs: Trials, watch) -> None:
         encode = partial(algorithm.ENCODERS[args.encoder], args=args)
         agent = peer_rl2.agent_like(copy) if is_gru else peer_rl2.AttentionAgent(copy, encode)
         watch.extras.append(peer(options, args, envs, agent, watch))
-    state = {"theta": theta, "generator": generator.get_state(), "iteration": 0, "env_steps": 0, "seconds": 0.0}
+    fresh = {"theta": theta, "generator": generator.get_state()}
+    state = first_state(args, options.algorithm, fresh, {}, envs.unwrapped.device)
     algorithm.train(envs, args, watch, state)
 
 

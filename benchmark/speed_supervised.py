@@ -14,6 +14,7 @@ import time
 
 from benchmark import peer_supervised
 from envs import make_supervised
+from envs.records import first_state
 
 GRADIENTS = {"maml": "maml_gradient", "fomaml": "fomaml_gradient", "reptile": "reptile_gradient"}
 EVERY = 4  # iterations from one turn of the others to the next
@@ -47,7 +48,8 @@ def measure(name: str, algorithm, args, watch) -> None:
         return result
 
     setattr(algorithm, GRADIENTS[name], in_turn)
-    state = {"theta": theta, "generator": generator.get_state(), "iteration": 0, "env_steps": 0, "seconds": 0.0}
+    fresh = {"theta": theta, "generator": generator.get_state()}
+    state = first_state(args, name, fresh, {}, tasks.device)
     algorithm.train(tasks, args, watch, state)
 
 

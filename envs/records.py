@@ -668,7 +668,7 @@ def open_run(
 
 
 def running(args, state: dict, envs, evaluate: Callable[[], dict], unit: str, leads: bool) -> Iterator[Follower]:
-    """Open a run, yield it once, and bring it to its end."""
+    """Open a run, yield it once, and bring it to its end; SystemExit if a signal ends it before it is yielded."""
     tests = envs.unwrapped.test_set_name()
     run = Run(args, state, unit, tests) if leads else Follower(args)
     state.pop("changed", None)
@@ -676,8 +676,11 @@ def running(args, state: dict, envs, evaluate: Callable[[], dict], unit: str, le
     try:
         with errors_in_one_line(state, folder, leads), run.listening():
             try:
-                if in_any_process(leads and lacks_evaluation(args, run.rows)):
+                if in_any_process(leads and lacks_evaluation(args, state, run.rows)):
                     run.make_up_for_evaluation(state, evaluate)
+                    if run.should_stop():
+                        run.end(stopped=True)
+                        raise SystemExit(0)  # a context manager cannot leave the body out otherwise
                 yield run
                 run.end(stopped=False)
             except Stopped:
@@ -691,9 +694,8 @@ def nothing_to_do(args, state: dict, leads: bool) -> bool:
     folder = Path(args.resume)
     done = bool(args.resume) and state["iteration"] >= args.iterations and not state.get("unfinished", 0)
     if done and leads:
-        done = (
-            not lacks_evaluation(args, read_metrics(folder, state["iteration"])[0]) and (folder / "curve.png").exists()
-        )
+        rows, _ = read_metrics(folder, state["iteration"])
+        done = not lacks_evaluation(args, state, rows) and (folder / "curve.png").exists()
     if in_any_process(not done):
         return False
     if leads:
@@ -702,6 +704,8 @@ def nothing_to_do(args, state: dict, leads: bool) -> bool:
     return True
 
 
-def lacks_evaluation(args, rows: list[dict]) -> bool:
-    """Whether the last iteration's evaluation is due and was not made."""
-    return bool(rows) and is_due(args, rows[-1]["iteration"]) and not any(name.startswith("test/") for name in rows[-1])
+def lacks_evaluation(args, state: dict, rows: list[dict]) -> bool:
+    """Whether the evaluation of the last iteration is due and was not made, and `state` is still that iteration's."""
+    if not rows or rows[-1]["iteration"] != state["iteration"] or state.get("unfinished", 0):
+        return False
+    return is_due(args, rows[-1]["iteration"]) and not any(name.startswith("test/") for name in rows[-1])

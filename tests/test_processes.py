@@ -179,7 +179,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(running, to, tmp_path):
 
 def test_a_signal_in_the_midst_of_an_iteration_loses_nothing(tmp_path):
     """Of PEARL, whose processes stop before the same round or update: the oracle is the run that nobody has stopped."""
-    flags = f"{RUNS['pearl_sac']} --updates 1500 --iterations 1 --eval-every 1".split()
+    flags = f"{RUNS['pearl_sac']} --updates 700 --iterations 1 --eval-every 1".split()
     names = "tests/torchrun_double.py", "pearl_sac"
     whole, cut = start(tmp_path / "whole", 2, *names, *flags), start(tmp_path / "cut", 2, *names, *flags)
     deadline = time.time() + 120
@@ -230,6 +230,17 @@ def test_the_last_lines_under_torchrun_say_what_is_refused(flags, tmp_path):
         assert lines[-1:] == parts
     assert 'algos/maml_trpo.py", line' not in done.stdout  # no trace of ours
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_is_said_though_the_leader_is_late(tmp_path):
+    """torchrun ends the others as soon as one has ended, before this leader has read its flags."""
+    words = command(2, "algos/maml_trpo.py", "--inner-lr", "-1")
+    late = f'[ "$RANK" = 0 ] && sleep 60; exec {sys.executable} "$@"'
+    words[5:] = ["--no-python", "sh", "-c", late, "sh", *words[5:]]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=tmp_path, timeout=50, check=False, **pipe)
+    assert done.returncode == 1
+    assert any("--inner-lr -1.0: allowed is above 0" in line for line in done.stdout.rstrip().splitlines()[-5:])
 
 
 @pytest.mark.parametrize(

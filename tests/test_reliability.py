@@ -180,6 +180,38 @@ def test_the_last_evaluation_is_made_up_for_too(monkeypatch):
     assert [start["iteration"] for start in starts] == [0, 4]
 
 
+def test_an_evaluation_that_is_cut_while_it_is_made_up_for_is_made_up_for_later(monkeypatch):
+    whole = run("--iterations", "4")
+    part = run("--iterations", "4", stop_at=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(maml_trpo, "evaluate", lambda *given: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit) as end:
+            run("--resume", str(part))
+    assert end.value.code == 0
+    assert check_whole(part) == 2  # it ended at once
+    run("--resume", str(part))
+    assert rows(part) == rows(whole)
+
+
+def test_a_state_in_the_midst_of_an_iteration_makes_up_for_no_evaluation(monkeypatch):
+    """Of PEARL: with --eval-every 1 that of iteration 3 would be due, but the networks are no longer iteration 3's."""
+    done = []
+
+    def interrupt(self, what, *numbers):
+        done.append(what)
+        if done.count("updating") == 8:  # of 2 an iteration
+            signal.raise_signal(signal.SIGINT)
+
+    whole = run("--iterations", "5", name="pearl_sac")
+    with monkeypatch.context() as patch:
+        patch.setattr(records.Run, "doing", interrupt)
+        part = run("--iterations", "5", name="pearl_sac")
+    assert [row["iteration"] for row in rows(part)] == [1, 2, 3]
+    assert torch.load(part / "checkpoint.pt", weights_only=True)["updates"] == 1
+    run("--resume", str(part), "--eval-every", "1", name="pearl_sac")
+    assert rows(part) == rows(whole)
+
+
 def test_runs_in_a_thread_need_no_signals():
     results = []
     thread = threading.Thread(target=lambda: results.append(run("--iterations", "2")))
