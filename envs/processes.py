@@ -77,7 +77,7 @@ def refusal(message: str) -> SystemExit:
     except FileExistsError:
         return SystemExit(1)  # another process has said it
     alive = 'kill -0 "$1" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$1/status"'  # Z: ended, and nobody has asked yet
-    wait = f'while {alive}; do sleep 0.05; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
+    wait = f'while {alive}; do sleep 0.02; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
     subprocess.Popen(["sh", "-c", wait, "sh", str(torchrun), said, message], start_new_session=True)
     return SystemExit(message)
 

@@ -165,6 +165,7 @@ def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resu
     """The state saved in a run's folder; SystemExit with one line that says what is wrong with it."""
     path = Path(folder) / "checkpoint.pt"
     try:
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load would not notice a flipped bit
         if damaged:
@@ -177,7 +178,7 @@ def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resu
             raise ValueError(f"it lacks {', '.join(lacking[:5])}{' ..' if len(lacking) > 5 else ''}")
         if state["algorithm"] != algorithm:
             raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
-        return state | {"args": Args(**state["args"]), "saved": path.stat().st_mtime_ns}
+        return state | {"args": Args(**state["args"]), "saved": written}
     except Exception as error:
         told = error if isinstance(error, ValueError) else repr(error)
         raise refusal(f"{flag} {folder}: no usable checkpoint.pt there: {told}") from None

@@ -784,7 +784,8 @@ def test_the_arms_of_an_evaluation_start_equal_and_tasks_are_held_out(monkeypatc
     assert torch.equal(extrinsic[1], learned[1])
     assert extrinsic[2] is None
     assert learned[2] is eta
-    assert splits.count("test") == 2  # births draw training tasks
+    assert splits.count("test") == 1  # the test set is drawn once, and births draw training tasks
+    assert torch.equal(learned[0], SymABC(20, args.horizon, dtype=torch.float64).test_set(20)[0])
     cells = ((learned[0][:, 0] + 1) / 2 * 50).floor().long() % 5
     assert (cells == 2).all()
     assert {name for name in stats if name.startswith("test/")} == {

@@ -753,13 +753,10 @@ def begin(args, seed=3):
 
 
 def begin_with_models(args):
-    """Real worlds, imagined ones that still follow other models, and what a run has learned and seen."""
+    """Real worlds, imagined ones that follow models, and a policy, as train leaves them to evaluate."""
     envs, imagined = make_envs(args)
-    models, scales = drifting_models(DRIFTS)
-    follow(imagined, nearby(models, 0.5), scales)
-    theta = make_theta(args)
-    data, _, _ = play(envs, make_tasks(envs, args), theta, args, seeded(8))
-    return envs, imagined, {"theta": theta, "models": models, "data": data}
+    follow(imagined, *drifting_models(DRIFTS))
+    return envs, imagined, make_theta(args)
 
 
 def test_training_against_iterations_by_hand():
@@ -794,8 +791,7 @@ def test_training_against_iterations_by_hand():
         assert env_steps == steps
         totals = {"imagined_pre": support.reward.sum(-1), "imagined_post": query.reward.sum(-1), "return_post": returns}
         expected |= step | {f"train/{name}": float(x.mean()) for name, x in totals.items()}
-        expected |= {"train/diverged": diverged}
-        expected |= ours.evaluate(envs, imagined, {"theta": theta, "models": models, "data": data}, args)
+        expected |= {"train/diverged": diverged} | ours.evaluate(envs, imagined, theta, args)
         assert stats == pytest.approx(summarise(expected), rel=1e-9)
     assert len(run.logged) == 2
     assert run.saved == [1, 2]
@@ -879,12 +875,11 @@ def test_evaluation_by_hand():
     """Real episodes of theta and of the adapted policies, from equal start states and with equal noise: the task is
     that of the run's seed, starts and noise are those of the test set."""
     args = make_args(seed=5)
-    envs, imagined, state = begin_with_models(args)
-    theta, tasks = state["theta"], envs.unwrapped.sample_tasks(1, seeded(5)).repeat(K, 1)
-    stats = summarise(ours.evaluate(envs, imagined, state, args))
+    envs, imagined, theta = begin_with_models(args)
+    tasks = envs.unwrapped.sample_tasks(1, seeded(5)).repeat(K, 1)
+    stats = summarise(ours.evaluate(envs, imagined, theta, args))
     generator = envs.unwrapped.test_set(K)[1]
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    follow(imagined, state["models"], ours.measure(state["data"]))
     support = ours.collect(imagined, tasks, theta, args, generator)
     policies, returns = (theta, slow_adapted(theta, support, args)), []
     for params in policies:
@@ -897,17 +892,18 @@ def test_evaluation_by_hand():
 
 def test_evaluation_is_repeatable_and_paired():
     args = make_args()
-    envs, imagined, state = begin_with_models(args)
-    before = copy.deepcopy(state)
+    envs, imagined, theta = begin_with_models(args)
+    models, _ = imagined.dynamics.args
+    before = copy.deepcopy((models, theta))
 
     def evaluated(args):
-        return summarise(ours.evaluate(envs, imagined, state, args))
+        return summarise(ours.evaluate(envs, imagined, theta, args))
 
     first = evaluated(args)
     torch.rand(7)  # the global generator has no part in it
     assert evaluated(args) == first
-    for part, old in before.items():
-        assert all(torch.equal(old[name], state[part][name]) for name in old)
+    for old, new in zip(before, (models, theta), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
     other = evaluated(make_args(seed=9))
     assert other != first
     still = evaluated(make_args(inner_lr=0.0))
