@@ -2,20 +2,20 @@
 
 Paper: Rakelly et al. 2019, arXiv:1903.08254, Algorithms 1 and 2. SAC: 1801.01290, 1812.05905.
 Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0   (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahVel3, held-out targets, episodes 1, 2, 3: -193, -55, -63 after 294 k steps (paper's curve:
-    about -50 at 1 M); SparseNavigation2D, episodes 1 and 20: 1.8 and 8.6; docs/pearl_sac.md
+Result: HalfCheetahVel3, held-out targets, episodes 1, 2, 3: -193, -55, -63 after 21 iterations, 294 k steps
+    (paper's curve: about -50 at 1 M); SparseNavigation2D (docs/pearl_sac.md), episodes 1 and 20: 1.8, 8.6
 Algorithm:
-    [1] draw M training tasks; play episodes of each, z from the prior N(0, 1), into its replay and context
+    [1] draw M training tasks, with two buffers each, replay and context; play episodes into both, z ~ N(0, 1)
     [2] repeat: empty the contexts of N tasks; play episodes of each, which go into replay and context, too,
-    [3]         the first with z from the prior, the others with z ~ q(z|c), c drawn from the task's context
-    [4]     many times: of N tasks, draw a batch (s, a, r, s') from the replay, and c from the context
+    [3]         the first ones with z from the prior, the others with z ~ q(z|c), c drawn from the context
+    [4]     many times: of N of the M tasks, draw a batch (s, a, r, s') from the replay, c from the context
     [5]         z ~ q(z|c), the product of a Gaussian for each transition of c
     [6]         L_Q = (Q(s, a, z) - r - gamma (min Q'(s', a', z) - alpha log pi(a'|s', z)))^2, a' ~ pi
     [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi
-    [8]         one step of Adam on L_Q + L_pi + beta KL(q(z|c) || N(0, 1))
+    [8]         one step of Adam on L_Q + L_pi + beta (sum over the N tasks of KL(q(z|c) || N(0, 1)))
     [9]         the target critics Q' follow the critics Q slowly
     [10]    now and then: returns of episodes 1, 2, .. of the test tasks, z ~ q(z|all transitions before)
-    L_Q moves the critics and, through z, the encoder; L_pi only the policy; the KL only the encoder.
+    L_Q moves Q and, through the z of Q(s, a, z), the encoder; L_pi only the policy; the KL the encoder.
 Symbols: theta = encoder, policy, critics q1 and q2 (min: the smaller Q); Q' = target; the contexts = recent;
     alpha = entropy_coef, or learned; beta = kl_weight; r of [6] = reward_scale * training_reward
 Shapes: a suffix names a tensor's axes (obs_NBO): N tasks at once (those played, or those of an update), M
@@ -134,7 +134,7 @@ class Transitions(NamedTuple):
     reward: Tensor  # [N, T] that the encoder sees, and that returns are made of
     next_obs: Tensor  # [N, T, O]
     training_reward: Tensor  # [N, T] that the critics learn: the reward, or the dense one (--dense-training)
-    ended: Tensor  # [N, T] 1 if the episode ended early with this step; the horizon is no end
+    ended: Tensor  # [N, T] 1 from the step on with which the episode ended early; the horizon is no end
     mask: Tensor  # [N, T] 1 while the episode runs, 0 after an early end
 
 
@@ -268,7 +268,7 @@ def sample_posterior(theta: Params, context: Transitions, args: Args, generator:
 
 
 def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_prior: bool) -> Tensor:
-    """Play an episode of each of these training tasks, into its replay and context: returns [N]."""
+    """Play an episode of each of these training tasks into its replay and context; gives its return [N]."""
     tasks_NP = state["tasks"][index_N]
     if from_prior:
         z_NZ = sample_prior(tasks_NP, args, generator)
@@ -289,9 +289,9 @@ def critics_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, a
         next_action_NBA, log_prob_NB = act(theta, batch.next_obs, z_NBZ, noise["next_action"])
         next_q_CNB = critics(target, batch.next_obs, next_action_NBA, z_NBZ)
         next_value_NB = next_q_CNB.amin(0) - alpha * log_prob_NB
-        goal_NB = args.reward_scale * batch.training_reward + args.gamma * (1 - batch.ended) * next_value_NB
+        aim_NB = args.reward_scale * batch.training_reward + args.gamma * (1 - batch.ended) * next_value_NB
     q_CNB = critics(theta, batch.obs, batch.action, z_NBZ)
-    return (q_CNB - goal_NB).square().mean((1, 2)).sum()  # [6]
+    return (q_CNB - aim_NB).square().mean((1, 2)).sum()  # [6]
 
 
 def policy_loss(theta, batch: Transitions, z_NBZ, noise: dict, alpha) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,7 +314,7 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
     z_NBZ = z_NZ[:, None].expand(*batch.mask.shape, -1)  # all transitions of a task with the same z
     q_loss = critics_loss(theta, target, batch, z_NBZ, noise, alpha, args)
     pi_loss, value, entropy = policy_loss(theta, batch, z_NBZ, noise, alpha)
-    # kl is a mean over tasks; the loss has their sum, while its other terms are means over all transitions.
+    # As in the paper's code the loss has the sum of the tasks' KL, of which kl is the mean, beside means.
     loss = q_loss + pi_loss + args.kl_weight * args.meta_batch_size * kl
     if args.auto_entropy:  # alpha rises while the entropy is below -A
         loss = loss + theta["log_alpha"] * (entropy + batch.action.shape[-1])
@@ -323,7 +323,7 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
 
 
 def loss_gradient(theta: Params, *data) -> tuple[Params, dict]:
-    """As torch.func.grad(pearl_loss, has_aux=True), which is slower where nothing is compiled."""
+    """Gradient by theta, and statistics: as torch.func.grad, which is slower where nothing is compiled."""
     weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
     loss, stats = pearl_loss(weights, *data)
     gradient = torch.autograd.grad(loss, list(weights.values()))
@@ -331,28 +331,29 @@ def loss_gradient(theta: Params, *data) -> tuple[Params, dict]:
 
 
 def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause) -> dict[str, Tensor]:
-    """An iteration's updates, which change theta and target in place; statistics of the last one.
+    """An iteration's updates, which change theta and target in place; returns the last one's statistics.
 
-    `generator` is of the worlds' device. `pause` is called before each update with the number of those done;
-    of a run that was stopped among them, state["updates"] are done already.
+    `generator` is on the device of the worlds. `pause(k)` is called before each update, with k of them done.
+    Where a run was stopped among them, it goes on after state["updates"] of them.
     """
     theta = state["theta"]
     target = state["target"]
-    random = envs.unwrapped.noise  # standard normal, or uniform from 0 to 1
+    numbers = envs.unwrapped.noise  # random ones: standard normal, or uniform from 0 to 1
     N = args.meta_batch_size
     action_shape = N, args.batch_size, *envs.single_action_space.shape
     take_gradient = loss_gradient
     if args.compile:
         take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
-    for k in range(min(state["updates"], args.updates - 1), args.updates):
+    done = min(state["updates"], args.updates - 1)  # at least one is left, also where --updates was lowered
+    for k in range(done, args.updates):
         pause(k)
         # N different tasks, below random numbers for them; under torchrun this process's part of both.
         index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
-        batch = draw(state["replay"], index_N, random(generator, N, args.batch_size, uniform=True))
-        context = draw(state["recent"], index_N, random(generator, N, args.context_size, uniform=True))
-        noise = {"z": random(generator, N, args.latent_size)}
-        noise["next_action"] = random(generator, *action_shape)
-        noise["action"] = random(generator, *action_shape)
+        batch = draw(state["replay"], index_N, numbers(generator, N, args.batch_size, uniform=True))
+        context = draw(state["recent"], index_N, numbers(generator, N, args.context_size, uniform=True))
+        noise = {"z": numbers(generator, N, args.latent_size)}
+        noise["next_action"] = numbers(generator, *action_shape)
+        noise["action"] = numbers(generator, *action_shape)
         gradient, stats = take_gradient(theta, target, batch, context, noise, args)
         for weight, slope in zip(theta.values(), average(*gradient.values()), strict=True):
             weight.grad = slope
@@ -362,7 +363,7 @@ def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause)
     return dict(zip(stats, average(*stats.values()), strict=True))
 
 
-def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
+def evaluate(envs, theta: Params, args: Args) -> dict:
     """Returns of successive episodes of the test tasks, the same in every run, with the policy's means."""
     tasks_NP, generator = envs.unwrapped.test_set(args.tasks_per_iteration)
     seen = []
@@ -379,7 +380,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
 
 
 def init_state(envs, args: Args, generator: Generator) -> dict:
-    """Networks, training tasks and empty buffers; a context has room for the episodes of an iteration."""
+    """Networks, tasks and empty buffers; a context has room for an iteration's or the initial episodes."""
     theta = init_networks(envs, args, generator)
     episodes = max(args.initial_episodes, args.prior_episodes + args.posterior_episodes)
     return {
@@ -388,9 +389,9 @@ def init_state(envs, args: Args, generator: Generator) -> dict:
         "tasks": envs.unwrapped.sample_tasks(args.train_tasks, generator, "train"),
         "replay": init_buffer(envs, args.train_tasks, args.replay_size),
         "recent": init_buffer(envs, args.train_tasks, episodes * args.horizon),
-        # Of the iteration that is under way:
+        "initial": 0,  # rounds of initial episodes that are played
+        # Of the iteration that is under way: whether there is one, returns [N] of its episodes, updates made.
         "unfinished": 0,
-        "initial": 0,
         "returns": [],
         "updates": 0,
         "updates_generator": None,
@@ -400,13 +401,13 @@ def init_state(envs, args: Args, generator: Generator) -> dict:
 def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause) -> None:
     """An iteration's episodes, and before the first iteration's the initial ones.
 
-    What is collected already stands in `state`: "initial" counts the initial rounds, "returns" [N] are those
-    of this iteration's episodes. `pause` is called before each round with the numbers of those done and all.
+    What is collected already stands in `state` ("initial" and "returns"). `pause` is called before a round,
+    with the numbers of those done and of all, but not before the first of an iteration.
     """
     worlds_N = torch.arange(args.tasks_per_iteration, device=state["tasks"].device)
-    initial = math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))
-    while state["iteration"] == 1 and state["initial"] < initial:  # [1]
-        pause(state["initial"], initial)
+    initial_rounds = math.ceil(args.initial_episodes * args.train_tasks / len(worlds_N))
+    while state["iteration"] == 1 and state["initial"] < initial_rounds:  # [1]
+        pause(state["initial"], initial_rounds)
         index_N = (state["initial"] * len(worlds_N) + worlds_N) % args.train_tasks  # all tasks in turn
         collect_episodes(envs, index_N, state, args, generator, from_prior=True)
         state["initial"] += 1
@@ -415,7 +416,7 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
         state["index"] = index_N
         state["recent"]["count"][index_N] = 0  # [2]
     while len(state["returns"]) < args.prior_episodes + args.posterior_episodes:
-        if state["returns"]:
+        if state["returns"]:  # not before: a run that goes on from there would draw other tasks
             pause(len(state["returns"]), args.prior_episodes + args.posterior_episodes)
         from_prior = len(state["returns"]) < args.prior_episodes
         return_N = collect_episodes(envs, state["index"], state, args, generator, from_prior)
@@ -423,7 +424,7 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
 
 
 def train(envs, args: Args, run, state: dict) -> None:
-    """The paper's Algorithm 1, from `state` on, whose tensors it changes.
+    """The paper's Algorithm 1, going on from `state`, which it changes in place.
 
     An iteration takes minutes, so a run may stop in its midst, in `pause`. "unfinished" in `state` is 1 while
     an iteration is under way, whose number "iteration" is.
@@ -431,7 +432,7 @@ def train(envs, args: Args, run, state: dict) -> None:
     optimizer = torch.optim.Adam(state["theta"].values(), args.lr, fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = args.lr  # a flag beside --resume
+        optimizer.param_groups[0]["lr"] = args.lr  # --lr beside --resume
     generator = Generator()
     generator.set_state(state["generator"])
     updates_generator = Generator(envs.unwrapped.device)
@@ -447,6 +448,7 @@ def train(envs, args: Args, run, state: dict) -> None:
             now = {"optimizer": optimizer.state_dict(), "updates_generator": updates_generator.get_state()}
             run.stop(state | now | {"updates": done})
 
+    # An unfinished iteration goes on; else the next one begins.
     for iteration in range(state["iteration"] + 1 - state["unfinished"], args.iterations + 1):
         state.update(iteration=iteration, unfinished=1)
         collect_iteration(envs, state, args, generator, pause_collecting)
@@ -483,8 +485,7 @@ def main(argv: list[str] | None = None) -> None:
     leads = join(args.cuda, sees_all=True, **sizes)  # all processes' buffers hold what all worlds have shown
     envs = make(args.env_id, args.tasks_per_iteration, args.horizon, args.cuda, physics=args.physics)
     if args.dense_training and not hasattr(envs.unwrapped, "dense_reward"):
-        hint = "has no dense reward, SparseNavigation2D-v0 has"
-        raise records.refusal(f"--dense-training: {args.env_id} {hint}")
+        raise records.refusal(f"--dense-training: {args.env_id} has no dense reward")
     generator = Generator().manual_seed(args.seed)
     fresh = init_state(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)

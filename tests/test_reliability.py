@@ -25,9 +25,23 @@ from tests.test_runs import FLAGS, ROOT, SCRIPT, TINY, _in_a_folder_of_its_own, 
 LONG = [*TINY, "--iterations", "100000", "--eval-every", "100000"]
 
 
+BEGUN = []  # processes of the test that runs
+
+
 def begin(*flags: str, script: Path = SCRIPT, **options) -> subprocess.Popen:
-    """A run in a process of its own, in this folder."""
-    return subprocess.Popen([sys.executable, str(script), *flags], **options)
+    """A run in a process of its own, in this folder; SIGHUP counts there, also where the tests run under nohup."""
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)} | options
+    BEGUN.append(subprocess.Popen([sys.executable, str(script), *flags], **options))
+    return BEGUN[-1]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process():
+    yield
+    while BEGUN:
+        process = BEGUN.pop()
+        process.kill()
+        process.communicate()
 
 
 def folder_with_metrics(process: subprocess.Popen | None = None) -> Path:
@@ -94,6 +108,7 @@ def test_ctrl_c_with_a_dead_pipe_saves():
 def test_a_closed_terminal_saves():
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, str(SCRIPT), *LONG])
     folder = folder_with_metrics()
     os.read(terminal, 100)
