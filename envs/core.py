@@ -56,6 +56,13 @@ class Unsuitable(TypeError, ValueError):  # noqa: N818
     """An environment that does not keep to this contract; the message says what to change."""
 
 
+def refuse_not_finite(line: dict[str, float]) -> None:
+    """NotFinite that names those of a line's numbers which are not."""
+    wrong = {name: value for name, value in line.items() if not math.isfinite(value)}
+    if wrong:
+        raise NotFinite(f"not finite: {wrong}")
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread of torch inside; afterwards, also after an error, as many as before."""

@@ -3,18 +3,21 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
+from envs.core import refuse_not_finite
+from envs.files import CannotWriteError, replace_file
 from envs.processes import summarise
 from envs.render import OWN_TASK, evaluation_picture, steps_of
 from envs.screen import Lenient
 
 
 def intervals(stats: dict) -> dict[str, Tensor | tuple]:
-    """For each metric that is a tensor over tasks, what `summarise` makes its 95 % interval of, under the same name.
+    """For each metric x that is a tensor over tasks an entry x_ci95, of which `summarise` makes its 95 % interval.
 
     An evaluation pairs its gain with the tasks; the other metrics are of the same tasks, in the same order.
     """
@@ -40,10 +43,12 @@ def table(summary: dict[str, float], unit: str) -> str:
 
 
 def unused(folder: Path, name: str) -> Path:
-    """A file of this name in the folder, or with a number if there is one."""
+    """A new file of this name in the folder, or with a number if there is one."""
     stem, suffix = name.split(".")
-    paths = (folder / (name if k == 1 else f"{stem}-{k}.{suffix}") for k in count(1))
-    return next(path for path in paths if not path.exists())
+    for k in count(1):
+        path = folder / (name if k == 1 else f"{stem}-{k}.{suffix}")
+        with suppress(FileExistsError), open(path, "x"):  # claimed: two processes get two names
+            return path
 
 
 def interval(summary: dict[str, float], name: str) -> str:
@@ -67,16 +72,21 @@ def tell(args, state: dict, tests: str, stats: dict, unit: str, leads: bool) -> 
         return
     folder = Path(args.evaluate)
     tests = tests if "test/tasks" in summary else OWN_TASK
-    written = unused(folder, "evaluation.json")
-    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iteration": state["iteration"]}
-    record |= {"tests": tests, "changed": state.get("changed", {}), "flags": vars(args), "metrics": summary}
-    written.write_text(json.dumps(record, indent=2) + "\n")
-    names = steps_of(summary)
-    widths = [summary.get(f"{name}_ci95", 0.0) for name in names]
-    title = f"{folder.name}\niteration {state['iteration']}, {tests}"
-    means = [summary[name] for name in names]
-    evaluation_picture(written.with_suffix(".png"), means, widths, title, unit, what=names[0][5:-3])
+    refuse_not_finite(summary)
     number = int(summary.get("test/tasks", 0))
     over = f"{number} {tests}" if number > 1 else tests
-    told = f"{folder}, iteration {state['iteration']}: {over}\n{table(summary, unit)}\nwritten: {written}"
-    Lenient(sys.stdout).write(f"{told}\n")
+    stdout = Lenient(sys.stdout)
+    stdout.write(f"{folder}, iteration {state['iteration']}: {over}\n{table(summary, unit)}\n")
+    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iteration": state["iteration"]}
+    record |= {"tests": tests, "changed": state.get("changed", {}), "flags": vars(args), "metrics": summary}
+    try:
+        written = unused(folder, "evaluation.json")
+    except OSError as error:
+        raise CannotWriteError(str(error)) from error
+    replace_file(written, f"{json.dumps(record, indent=2)}\n".encode())
+    names = steps_of(summary)
+    means = [summary[name] for name in names]
+    widths = [summary.get(f"{name}_ci95", 0.0) for name in names]
+    title = f"{folder.name}\niteration {state['iteration']}, {tests}"
+    evaluation_picture(written.with_suffix(".png"), means, widths, title, unit, what=names[0][5:-3])
+    stdout.write(f"written: {written}\n")

@@ -76,6 +76,8 @@ def refusal(message: str) -> SystemExit:
         os.close(os.open(said, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return SystemExit(1)  # another process has said it
+    except OSError:  # no room for temporary files
+        return SystemExit(message)
     alive = 'kill -0 "$1" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$1/status"'  # Z: ended, and nobody has asked yet
     wait = f'while {alive}; do sleep 0.02; done; rm -f "$2"; printf "%s\\n" "$3" >&2'
     subprocess.Popen(["sh", "-c", wait, "sh", str(torchrun), said, message], start_new_session=True)

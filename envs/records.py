@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from envs import render
-from envs.core import NotFinite, SupervisedTasks
+from envs.core import NotFinite, SupervisedTasks, refuse_not_finite
 from envs.evaluation import tell, unused
+from envs.files import CannotWriteError, replace_file
 from envs.flags import show_help, wants_help
 from envs.processes import in_any_process, refusal, summarise
 from envs.screen import Lenient, Progress, fill_standard_streams, lenient_output, say
@@ -40,11 +41,25 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# Flags without which a run's curve would be of two things: the environment, the seed and the test set.
+# Flags that a resumed run must leave as they are: its curve would be of two environments, seeds or test sets.
 ENVIRONMENT = ("env_id", "seed", "horizon", "action_scale", "task_given", "delay", "data", "ways", "shots")
-TESTS = ("eval_tasks", "tasks_per_iteration", "meta_batch_size", "num_models", "num_worlds")  # first: how many tasks
+TESTS = (
+    "eval_tasks",
+    "tasks_per_iteration",
+    "meta_batch_size",
+    "num_models",
+    "num_worlds",
+)  # the first that a file has: its test set's size
 EPISODES = ("episodes_per_task", "real_episodes")  # of each test task
-NAMELESS = ("env_id", "seed", "iterations", "eval_every", "cuda", "physics", "compile")  # not in a folder's name
+NAMELESS = (
+    "env_id",
+    "seed",
+    "iterations",
+    "eval_every",
+    "cuda",
+    "physics",
+    "compile",
+)  # not among the flags in a folder's name
 NAMELESS += ("resume", "evaluate", "capture_video", "track", "wandb_mode")
 ON_CPU = (
     "generator",
@@ -52,32 +67,29 @@ ON_CPU = (
     "optimizer",
     "worlds",
     "args",
-)  # parts of a state that do not move to the device at once
-
-
-class CannotWriteError(OSError):
-    """The system does not let a run write its records."""
+)  # stay on the CPU; `train` moves what it needs
 
 
 class Stopped(BaseException):
     """A signal has asked the run to end, and it has saved what is needed to go on."""
 
 
-class EvaluationCut(Stopped):
-    """A signal has asked the run to end while it evaluated, which changes nothing that is saved."""
+class EvaluationCut(BaseException):
+    """A signal has asked the run to end while it evaluated."""
 
 
 # ---------------------------------------------------------------- flags
 
 
 def option(argv: list[str], name: str) -> str:
-    """The value of a flag among these words, empty if it is not there."""
+    """The value of a flag among these words, the last one if there are several, empty if it is not there."""
+    value = ""
     for word, following in pairwise([*argv, ""]):
-        if word in (name, name.replace("-", "_")):
-            return following
+        if word == name:
+            value = following
         if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return ""
+            value = word.removeprefix(f"{name}=")
+    return value
 
 
 def parse(Args: type, argv: list[str] | None, description: str, algorithm: str, fixed: tuple = ()) -> tuple:
@@ -192,20 +204,6 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     replace_file(folder / "checkpoint.pt", buffer.getbuffer())
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that at every moment it is whole, the old one or the new one; OSError where that fails."""
-    draft = path.with_suffix(".tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()  # a full disk
-        raise CannotWriteError(f"{error}: {path}") from error
-
-
 def keys(state: dict | list, prefix: str = "") -> Iterator[str]:
     """The names of all that is in nested dicts and lists, as "optimizer.state.0.exp_avg"."""
     for name, x in state.items() if isinstance(state, dict) else enumerate(state):
@@ -294,7 +292,10 @@ def lock(folder: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    number = os.open(folder, os.O_RDONLY)
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CannotWriteError(str(error)) from error
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -408,7 +409,8 @@ class Follower:
         stop = self.should_stop()
         if stop or is_due(self.args, state["iteration"], first=False):
             self.save(state)
-        if stop:
+        whole = state["iteration"] == self.args.iterations and any(name.startswith("test/") for name in stats)
+        if stop and not whole:
             raise Stopped
 
     def make_up_for_evaluation(self, state: dict, evaluate: Callable[[], dict]) -> None:
@@ -447,7 +449,7 @@ class Follower:
     def end(self, stopped: bool) -> None:
         """Nothing: the leader draws the curve."""
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Nothing: there is nothing to let go of."""
 
 
@@ -464,7 +466,7 @@ class Run(Follower):
     def __init__(self, args, state: dict, unit: str, tests: str):
         super().__init__(args)
         self.unit, self.tests = unit, tests
-        self.since = time.time()
+        self.since = time.monotonic()
         self.rows = []
         self.bar = None
         self.tracker = None
@@ -473,7 +475,7 @@ class Run(Follower):
         try:
             self.open(state, changed=state.pop("changed", {}))
         except BaseException:
-            self.close()
+            self.close(failed=True)
             with suppress(OSError):
                 self.folder.rmdir()  # a new one, in which nothing is
             raise
@@ -513,14 +515,16 @@ class Run(Follower):
         lines = "".join(f"{json.dumps(row)}\n" for row in self.rows)
         replace_file(self.folder / "metrics.jsonl", lines.encode())
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Let go of the terminal, of Weights & Biases and of the folder."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.tracker is not None:
-            self.tracker.finish()
-        if self.locked is not None:
-            os.close(self.locked)
+        try:
+            if self.bar is not None:
+                self.bar.close()
+            if self.tracker is not None:
+                self.tracker.finish(failed)
+        finally:
+            if self.locked is not None:
+                os.close(self.locked)
 
     def make_up_for_evaluation(self, state: dict, evaluate: Callable[[], dict]) -> None:
         stats = summarise(self.evaluated(evaluate))
@@ -548,15 +552,15 @@ class Run(Follower):
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise CannotWriteError(str(error)) from error
+            raise CannotWriteError(f"{error}: {self.folder / 'metrics.jsonl'}") from error
         self.rows.append(line)
         self.bar.end_iteration(line)
         if self.tracker is not None:
             self.tracker.log(line)
 
     def count_time(self, state: dict) -> None:
-        state["seconds"] = round(state["seconds"] + time.time() - self.since, 3)
-        self.since = time.time()
+        state["seconds"] = round(state["seconds"] + time.monotonic() - self.since, 3)
+        self.since = time.monotonic()
 
     def save(self, state: dict) -> None:
         """Replace checkpoint.pt."""
@@ -565,7 +569,10 @@ class Run(Follower):
 
     def film(self, envs, policy, params: dict[str, dict[str, Tensor]]) -> None:
         """adaptation.gif: one test task, with a policy's means under several parameters, by their captions."""
-        film(self.folder / "adaptation.gif", envs, policy, params)
+        try:
+            film(self.folder / "adaptation.gif", envs, policy, params)
+        except (OSError, RuntimeError) as error:
+            self.tell(f"adaptation.gif could not be drawn: {error}")
 
     def end(self, stopped: bool) -> None:
         """Draw curve.png, and say in a line what adaptation changed, or how to go on."""
@@ -594,20 +601,13 @@ class Done(Follower):
 
 
 def is_due(args, iteration: int, first: bool = True) -> bool:
-    """Whether this iteration ends with an evaluation, or without the first one, with a checkpoint.
+    """Whether this iteration ends with an evaluation, as every `--eval-every`th does, the last, and the first.
 
-    `--eval-every` is 1 where there is no such flag.
+    Without `first`, whether it ends with a checkpoint: the first does not. (`--eval-every` is 1 where there is none.)
     """
     if iteration == args.iterations or iteration % getattr(args, "eval_every", 1) == 0:
         return True
     return first and iteration == 1
-
-
-def refuse_not_finite(line: dict[str, float]) -> None:
-    """NotFinite that names the numbers which are not."""
-    wrong = {name: value for name, value in line.items() if value - value != 0}
-    if wrong:
-        raise NotFinite(f"not finite: {wrong}")
 
 
 def film(path: Path, envs, policy, params: dict[str, dict[str, Tensor]]) -> None:
@@ -655,14 +655,17 @@ def open_run(
         try:
             if isinstance(envs, SupervisedTasks) and not envs.is_classification:
                 torch.set_num_threads(1)  # more threads only cost where networks are that small
+            video = getattr(args, "capture_video", False)
             if args.evaluate:
+                if leads and video:
+                    render.try_pictures(envs)
                 tell(args, state, envs.unwrapped.test_set_name(), evaluate(), unit, leads)
-                yield Asked(args)
+                yield Asked(args) if leads else Follower(args)
             elif nothing_to_do(args, state, leads):
                 yield Done(args)
             else:
                 if leads:
-                    render.try_pictures(envs if getattr(args, "capture_video", False) else None)
+                    render.try_pictures(envs if video else None)
                 yield from running(args, state, envs, evaluate, unit, leads)
         finally:
             torch.set_num_threads(threads)
@@ -686,8 +689,10 @@ def running(args, state: dict, envs, evaluate: Callable[[], dict], unit: str, le
                 run.end(stopped=False)
             except Stopped:
                 run.end(stopped=True)
-    finally:
-        run.close()
+    except BaseException:
+        run.close(failed=True)
+        raise
+    run.close(failed=False)
 
 
 def nothing_to_do(args, state: dict, leads: bool) -> bool:

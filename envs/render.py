@@ -12,6 +12,7 @@ from textwrap import fill
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from envs.files import replace_file
 from envs.processes import refusal
 
 OWN_TASK = "the run's own task"  # what is tested where an evaluation has no test tasks
@@ -83,7 +84,7 @@ def learning_curve(folder: Path, rows: list[dict], unit: str, tests: str) -> str
     right.plot([final[0]] * len(final), "C0-", final, "C1o-")
     right.set(xlabel=unit, title=f"iteration {rows[-1]['iteration']}")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(folder / "curve.png", dpi=120)
+    save(figure, folder / "curve.png")
     return f"{tests}: {what} {change(rows[-1])}: {folder}"
 
 
@@ -112,7 +113,14 @@ def evaluation_picture(path: Path, means: list[float], widths: list[float], titl
     axes.set(xlabel=unit, ylabel=what)
     axes.set_title("\n".join(fill(line, 75) for line in title.splitlines()), size=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a picture that is whole at every moment; CannotWriteError if that fails."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    replace_file(path, picture.getbuffer())
 
 
 def try_pictures(envs=None) -> None:

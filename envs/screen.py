@@ -41,14 +41,15 @@ class Lenient:
         try:
             if self.stream is not None:
                 self.stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):
             self.discard()
 
     def discard(self) -> None:
         """From now on the stream leads nowhere, which always works."""
         with suppress(OSError, ValueError, AttributeError):
+            number = self.stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
+            os.dup2(nowhere, number)
             os.close(nowhere)
             self.stream.flush()
 
@@ -81,7 +82,7 @@ def fill_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number
 
 
 def say(text: str) -> None:

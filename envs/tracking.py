@@ -21,7 +21,9 @@ class Tracker:
     def __init__(self, args, name: str, number: str = ""):
         try:
             import wandb
-        except ImportError:
+
+            wandb.init  # noqa: B018, a folder of that name can be imported, too
+        except (ImportError, AttributeError):
             raise refusal("--track: wandb is not installed: pip install wandb") from None
         if args.wandb_mode == "online":
             if not wandb.api.api_key:  # W&B itself would prompt for it
@@ -35,7 +37,9 @@ class Tracker:
             )
         except Exception as error:
             hint = "--wandb-mode offline keeps the run here, `wandb sync` sends it later"
-            raise refusal(f"--track: W&B did not start ({str(error).splitlines()[0]}); {hint}") from None
+            raise refusal(
+                f"--track: W&B did not start ({(str(error) or repr(error)).splitlines()[0]}); {hint}"
+            ) from None
         self.number = self.run.id
         self.has_failed = False
 
@@ -43,9 +47,9 @@ class Tracker:
         """Send an iteration's metrics."""
         self._try(lambda: self.run.log(line, step=line["iteration"]))
 
-    def finish(self) -> None:
-        """Send what is still to be sent; the next run in this process is another one."""
-        self._try(lambda: self.run.finish())
+    def finish(self, failed: bool = False) -> None:
+        """Send what is still to be sent, and whether the run has failed; this process may then begin another one."""
+        self._try(lambda: self.run.finish(exit_code=int(failed)))
 
     def _try(self, action) -> None:
         try:
@@ -62,7 +66,7 @@ def check_network(address: str) -> None:
         return
     url = urlparse(address)
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
     except OSError as error:
         hint = "--wandb-mode offline keeps the run here, `wandb sync` sends it later"
         raise refusal(f"--track: {url.hostname} cannot be reached ({error}); {hint}") from None
