@@ -42,7 +42,7 @@ class Options:
     """algorithms; kill: three by default, stop: all"""
     kills: int = 50
     """of each file"""
-    iterations: int = 400
+    iterations: int = 150
     """of the runs that are killed"""
     seed: int = 1
     """of the moments"""
