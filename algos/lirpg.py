@@ -33,7 +33,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.func import grad
 from torch.nn.functional import linear, one_hot
 
 Params = dict[str, Tensor]
@@ -353,12 +352,12 @@ def mixed_loss(theta: Params, eta: Params, batch: Batch, rows_B: Tensor, args: A
     return clipped_loss(theta, theta, batch, rows_B, advantage_NT, target_NT, args.entropy_coef, args)
 
 
-def adam_step(params: Params, gradient: Params, adam: Params, lr: float) -> tuple[Params, Params]:
+def adam_step(params: Params, gradient: tuple, adam: Params, lr: float) -> tuple[Params, Params]:
     """Parameters and moments after a step of Adam on the gradient, which is shortened to a norm of 0.5.
 
     params - lr m / (sqrt(v) + 1e-5), the moments corrected. Differentiable in m; v counts as a constant.
     """
-    gradient_W = torch.cat([gradient[name].flatten() for name in params])
+    gradient_W = torch.cat([x.flatten() for x in gradient])
     norm = (gradient_W.square().sum() + 1e-20).sqrt()
     gradient_W = gradient_W * (0.5 / norm).clamp(max=1)
     steps = adam["steps"] + 1
@@ -374,13 +373,16 @@ def adam_step(params: Params, gradient: Params, adam: Params, lr: float) -> tupl
 def extrinsic_loss(eta: Params, theta: Params, theta_adam: Params, batch: Batch, rows_B: Tensor, args: Args):
     """L_ex at theta'(eta), the policy after its own update: its gradient in eta is the meta-gradient.
 
-    Also returns theta' and its Adam's moments.
+    Also returns theta' and its Adam's moments, which are functions of eta, too.
     """
-    gradient = grad(mixed_loss)(theta, eta, batch, rows_B, args)
+    theta_leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
+    loss = mixed_loss(theta_leaves, eta, batch, rows_B, args)
+    # create_graph: as a function of eta. Nested torch.func.grad would give the same numbers, but more slowly.
+    gradient = torch.autograd.grad(loss, list(theta_leaves.values()), create_graph=True)
     new_theta, new_adam = adam_step(theta, gradient, theta_adam, args.lr)  # [6]
     advantage_NT, target_NT = batch.extrinsic_advantage, batch.extrinsic_target
     loss = clipped_loss(new_theta, eta, batch, rows_B, advantage_NT, target_NT, 0.0, args)  # [7]: no entropy
-    return loss, (new_theta, new_adam)
+    return loss, new_theta, new_adam
 
 
 def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> None:
@@ -389,13 +391,14 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
         order = torch.randperm(batch.log_prob.numel(), generator=generator)
         for rows_B in order.tensor_split(args.minibatches):
             inputs = state["theta"], state["theta_adam"], batch, rows_B.to(batch.obs.device), args
-            if args.intrinsic_coef:
-                gradient, policy_update = grad(extrinsic_loss, has_aux=True)(state["eta"], *inputs)  # [8]
+            eta_leaves = {name: x.detach().requires_grad_() for name, x in state["eta"].items()}
+            loss, theta, theta_adam = extrinsic_loss(eta_leaves, *inputs)
+            if args.intrinsic_coef:  # else PPO: eta has no effect
+                gradient = torch.autograd.grad(loss, list(eta_leaves.values()))  # [8]
                 eta_adam = state["eta_adam"]
                 state["eta"], state["eta_adam"] = adam_step(state["eta"], gradient, eta_adam, args.reward_lr)
-            else:  # PPO: eta has no effect
-                _, policy_update = extrinsic_loss(state["eta"], *inputs)
-            state["theta"], state["theta_adam"] = policy_update  # theta <- theta'
+            state["theta"] = {name: x.detach() for name, x in theta.items()}  # theta <- theta'
+            state["theta_adam"] = {name: x.detach() for name, x in theta_adam.items()}
 
 
 def task_of_run(envs, args: Args) -> Tensor:
@@ -409,7 +412,7 @@ def test_returns(envs, state: dict, args: Args) -> Tensor:
     seed = int(torch.randint(2**31, (1,), generator=generator))
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": task_of_run(envs, args)})
     _, stream = play_steps(envs, obs_NO, state, args.horizon, generator)
-    return stream.reward.sum(1).cpu()  # a world whose episode has ended pays 0
+    return stream.reward.sum(1)  # a world whose episode has ended pays 0
 
 
 def evaluate(envs, state: dict, args: Args) -> dict[str, Tensor]:
