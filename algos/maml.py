@@ -216,7 +216,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
 def train(tasks, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 2, from `state` on."""
     theta = {name: value.to(tasks.device, copy=True) for name, value in state["theta"].items()}
-    optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
+    optimizer = torch.optim.Adam(theta.values(), args.outer_lr, fused=True)
     optimizer.load_state_dict(state.get("optimizer") or optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = args.outer_lr  # a flag beside --resume
     generator = Generator()
