@@ -7,7 +7,7 @@
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
     python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
-    python benchmark/speed.py meta_critic                    (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
+    python benchmark/speed.py meta_critic --peer             (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
 maml_trpo and its like, in the same process (machines are noisy), it times the physics alone (`mujoco.rollout` with the
@@ -69,7 +69,7 @@ class Options:
     PEARL's and MB-MPO's are always all"""
     peer_tasks: int = 0
     """tasks of the peer's iterations, fewer to save time: its rates stay comparable; 0 is all, as it always is for the
-    models of MB-MPO"""
+    models of MB-MPO and the worlds of LIRPG"""
 
 
 def load(path: Path) -> ModuleType:
@@ -340,12 +340,10 @@ def run_mbmpo(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
 
 
 def run_lives(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
-    if options.peer:
-        raise SystemExit(f"--peer: {options.algorithm} has none")
     about = describe(options, args)
     with suppress(FinishedError):
-        speed_lives.measure(options.algorithm, algorithm, args, watch)
-    return speed_lives.report(watch) | about
+        speed_lives.measure(options, algorithm, args, watch)
+    return speed_lives.report(options, watch) | speed_lives.sizes(options, args, watch) | about
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
