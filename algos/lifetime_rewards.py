@@ -181,6 +181,7 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
     return -(-torch.rand(*size, generator=generator).log()).log()
 
 
+@torch.no_grad()
 def play(envs, obs_NO: Tensor, theta: Params, args: Args, generator: Generator) -> Trajectory:
     """The next T steps of every lifetime. Nothing is learned."""
     N = len(obs_NO)
@@ -253,6 +254,19 @@ def update_policies(theta: Params, data: Trajectory, reward_NT: Tensor, args: Ar
     return updated
 
 
+def learn_by_reward(eta: Params, theta: Params, memory: Memory, data: Trajectory, args: Args) -> tuple:
+    """log pi_theta(a|s) [N, T] of a trajectory, and the policies and the reward's memory after it.
+
+    These are functions of eta: theta_k played trajectory k, theta_k+1 = theta_k + alpha grad(theta_k, r_eta).
+    So log pi_theta_k(a|s) depends on eta through k updates, and the gradient of its product with A_life is
+    the paper's (3): A_life grad log pi_theta_k(a|s) dtheta_k / deta.
+    """
+    log_prob_NTA, _ = policies(theta, data.obs)
+    log_prob_NT = log_prob_NTA.take_along_dim(data.action[..., None], -1).squeeze(-1)
+    reward_NT, memory = learned_reward(eta, data, memory)
+    return log_prob_NT, update_policies(theta, data, reward_NT, args), memory
+
+
 def value_loss(phi: Params, window: list[Trajectory], memory: Memory, args: Args) -> tuple:
     """The loss of V, A_life [N, S] in units of its standard deviation, and V's memory after the window."""
     reward_NS = torch.cat([data.reward for data in window], 1)
@@ -274,41 +288,20 @@ def value_loss(phi: Params, window: list[Trajectory], memory: Memory, args: Args
     return loss, advantage_NS / (advantage_NS.std() + 1e-6), memory
 
 
-def meta_loss(eta: Params, theta: Params, window: list, memory: Memory, advantage_NS: Tensor, args) -> Tensor:
-    """-mean log pi_theta(a|s) A_life as a function of eta; theta and memory are those before the window.
-
-    The window has been played. Here its updates are made once more, now as functions of eta: theta_k played
-    trajectory k, and theta_k+1 = theta_k + alpha grad(theta_k, r_eta). So log pi_theta_k(a|s) depends on eta
-    through k updates, and the gradient is the paper's (3): A_life grad log pi_theta_k(a|s) dtheta_k / deta.
-    """
-    gain = 0.0
-    for data, advantage_NT in zip(window, advantage_NS.split(args.steps, 1), strict=True):
-        log_prob_NTA, _ = policies(theta, data.obs)
-        log_prob_NT = log_prob_NTA.take_along_dim(data.action[..., None], -1).squeeze(-1)
-        gain = gain + (data.mask * log_prob_NT * advantage_NT).mean()  # of theta_k, which eta has made
-        reward_NT, memory = learned_reward(eta, data, memory)
-        theta = update_policies(theta, data, reward_NT, args)  # theta_k+1, by r_eta
-    return -gain / len(window)
-
-
-def meta_step(eta: Params, phi: Params, optimizer, theta: Params, memory: dict, window: list, args) -> tuple:
-    """A step of Adam on eta and phi, in place; theta and memory are those before the window.
+def meta_step(optimizer, phi: Params, memory: Memory, window: list, log_prob_NS: Tensor, args) -> tuple:
+    """A step of Adam on phi, and on eta, which has made log_prob_NS; `memory` is V's before the window.
 
     Returns statistics, and V's memory after the window.
     """
-    eta_leaves = {name: x.detach().requires_grad_() for name, x in eta.items()}
-    phi_leaves = {name: x.detach().requires_grad_() for name, x in phi.items()}
-    loss, advantage_NS, phi_memory = value_loss(phi_leaves, window, memory["phi"], args)
-    outer_loss = meta_loss(eta_leaves, theta, window, memory["eta"], advantage_NS, args)
-    eta_gradient = torch.autograd.grad(outer_loss, list(eta_leaves.values()))
-    phi_gradient = torch.autograd.grad(loss, list(phi_leaves.values()))
-    for x, gradient in zip([*eta.values(), *phi.values()], [*eta_gradient, *phi_gradient], strict=True):
-        x.grad = gradient
+    loss, advantage_NS, memory = value_loss(phi, window, memory, args)
+    gain = (log_prob_NS * advantage_NS).mean()
+    optimizer.zero_grad()
+    (loss - gain).backward()  # only the loss depends on phi, and only the gain on eta
     optimizer.step()  # [7]
     earned = sum((data.mask * data.reward).sum() for data in window)
     episodes = sum((data.mask * data.over).sum() for data in window)
     stats = {"train/return_post": earned / episodes.clamp_min(1), "train/value_loss": loss}
-    return stats, [x.detach() for x in phi_memory]
+    return stats, [x.detach() for x in memory]
 
 
 def whole_lifetimes(envs, tasks_NP: Tensor, eta: Params | None, args: Args, generator: Generator) -> Tensor:
@@ -359,14 +352,18 @@ def init_lifetimes(envs, args: Args, generator: Generator) -> dict:
     }
 
 
+def detached(params: Params) -> Params:
+    return {name: x.detach() for name, x in params.items()}
+
+
 def train(envs, test_envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     device = envs.unwrapped.device
-    eta = {name: x.to(device, copy=True) for name, x in state["eta"].items()}
-    phi = {name: x.to(device, copy=True) for name, x in state["phi"].items()}
+    eta = {name: x.to(device, copy=True).requires_grad_() for name, x in state["eta"].items()}
+    phi = {name: x.to(device, copy=True).requires_grad_() for name, x in state["phi"].items()}
     theta = {name: x.to(device) for name, x in state["theta"].items()}
     memory = {name: [x.to(device) for x in value] for name, value in state["memory"].items()}
-    optimizer = torch.optim.Adam([{"params": list(eta.values())}, {"params": list(phi.values())}])
+    optimizer = torch.optim.Adam([{"params": list(eta.values())}, {"params": list(phi.values())}], fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     obs_NO = envs.load_worlds(state["worlds"])
@@ -377,20 +374,22 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         remaining = 1 - (iteration - 1) / args.iterations
         optimizer.param_groups[0]["lr"] = remaining * args.lr
         optimizer.param_groups[1]["lr"] = remaining * args.value_lr
-        theta_before = theta
-        memory_before = dict(memory)
         window = []
+        log_probs = []
         run.doing("collecting")
-        for _ in range(args.unroll):  # [1]; meta_step will make these updates again, as functions of eta
+        for _ in range(args.unroll):  # [1]
             data = play(envs, obs_NO, theta, args, generator)
-            reward_NT, memory["eta"] = learned_reward(eta, data, memory["eta"])
-            theta = update_policies(theta, data, reward_NT, args)
+            log_prob_NT, theta, memory["eta"] = learn_by_reward(eta, theta, memory["eta"], data, args)
             obs_NO = data.obs_after
             window.append(data)
+            log_probs.append(log_prob_NT)
         run.doing("updating")
-        stats, memory["phi"] = meta_step(eta, phi, optimizer, theta_before, memory_before, window, args)
+        log_prob_NS = torch.cat(log_probs, 1)
+        stats, memory["phi"] = meta_step(optimizer, phi, memory["phi"], window, log_prob_NS, args)
+        theta = detached(theta)  # the next window's gradient ends here
+        memory["eta"] = [x.detach() for x in memory["eta"]]
         state["env_steps"] += args.unroll * args.steps * len(obs_NO)
-        state.update(eta=eta, phi=phi, optimizer=optimizer.state_dict(), theta=theta)
+        state.update(eta=detached(eta), phi=detached(phi), optimizer=optimizer.state_dict(), theta=theta)
         state.update(memory=memory, worlds=envs.save_worlds(), generator=generator.get_state())
         run.end_iteration(state, stats, evaluate=lambda: evaluate(test_envs, state["eta"], args))
 

@@ -321,22 +321,25 @@ def signal(options: Options) -> None:
         obs_NO, optimizer = envs.load_worlds(state["worlds"]), torch.optim.Adam(phi.values(), args.value_lr)
         gradients = {gae_lambda: [] for gae_lambda in (1.0, 0.9, 0.7)}
         for number in range(fitting + windows):
-            window, before, memory_before = [], theta, dict(memory)
+            window, log_probs = [], []
+            etas = {name: x.detach().requires_grad_() for name, x in eta.items()}
             for _ in range(args.unroll):
                 data = algorithm.play(envs, obs_NO, theta, args, generator)
-                reward_NT, memory["eta"] = algorithm.learned_reward(eta, data, memory["eta"])
-                theta, obs_NO = algorithm.update_policies(theta, data, reward_NT, args), data.obs_after
+                log_prob_NT, theta, memory["eta"] = algorithm.learn_by_reward(etas, theta, memory["eta"], data, args)
+                obs_NO = data.obs_after
                 window.append(data)
+                log_probs.append(log_prob_NT)
+            theta, memory["eta"] = algorithm.detached(theta), [x.detach() for x in memory["eta"]]
             weights = {name: x.detach().requires_grad_() for name, x in phi.items()}
             fitted = replace(args, gae_lambda=1.0)
-            loss, _, after = algorithm.value_loss(weights, window, memory_before["phi"], fitted)
-            memory["phi"] = [x.detach() for x in after]
+            loss, _, after = algorithm.value_loss(weights, window, memory["phi"], fitted)
             for gae_lambda, found in gradients.items() if number >= fitting else ():
                 now = replace(args, gae_lambda=gae_lambda)
-                _, advantage_NS, _ = algorithm.value_loss(phi, window, memory_before["phi"], now)
-                etas = {name: x.detach().requires_grad_() for name, x in eta.items()}
-                outer = algorithm.meta_loss(etas, before, window, memory_before["eta"], advantage_NS, now)
-                found.append(torch.cat([x.flatten() for x in torch.autograd.grad(outer, list(etas.values()))]))
+                _, advantage_NS, _ = algorithm.value_loss(phi, window, memory["phi"], now)
+                outer = -(torch.cat(log_probs, 1) * advantage_NS).mean()
+                slope = torch.autograd.grad(outer, list(etas.values()), retain_graph=True)
+                found.append(torch.cat([x.flatten() for x in slope]))
+            memory["phi"] = [x.detach() for x in after]
             for x, gradient in zip(phi.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
                 x.grad = gradient
             optimizer.step()

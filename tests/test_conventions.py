@@ -515,7 +515,7 @@ def test_every_suffix_is_true(path, tmp_path):
         assert {"tasks_NP", "z_NZ", "trace_NTI", "action_NTCA", "feature_NTH", "born_B", "target_NT"} <= checked
     elif path.stem == "lifetime_rewards":
         assert {"obs_NTO", "number_NK", "feature_NKH", "log_prob_NTA", "value_NS", "return_NE", "alive_N1"} <= checked
-        assert {"x_NI", "known_NS", "noise_TNA", "mask_N", "advantage_NT", "norm_N", "tasks_NP", "died_N"} <= checked
+        assert {"x_NI", "known_NS", "noise_TNA", "mask_N", "advantage_NS", "norm_N", "tasks_NP", "died_N"} <= checked
     elif path.stem == "lirpg":
         assert {"obs_NO", "gae_weight_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_SF"} <= checked
     elif path.stem.startswith("rl2"):

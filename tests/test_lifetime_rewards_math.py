@@ -208,6 +208,21 @@ def gradient(weights, loss):
     return dict(zip(weights, grads, strict=True))
 
 
+def log_probs(eta, theta, window, memory, args):
+    """[N, S]: the window's updates made once more, as functions of eta."""
+    parts = []
+    for data in window:
+        log_prob, theta, memory = lives.learn_by_reward(eta, theta, memory, data, args)
+        parts.append(log_prob)
+    return torch.cat(parts, 1)
+
+
+def meta_loss(eta, theta, window, memory, advantage, args):
+    """What eta descends; advantages count until their lifetime's end."""
+    mask = torch.cat([data.mask for data in window], 1)
+    return -(mask * advantage * log_probs(eta, theta, window, memory, args)).mean()
+
+
 @pytest.mark.parametrize("max_norm", [3.0, 3.5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_meta_gradient_against_one_lifetime_after_the_other(seed, max_norm):
@@ -215,7 +230,7 @@ def test_the_meta_gradient_against_one_lifetime_after_the_other(seed, max_norm):
     args = replace(ARGS, inner_max_norm=max_norm)
     eta, phi, theta, memory, window = example(seed)
     advantage = torch.randn(N, T * U, generator=seeded(9))
-    loss = lambda eta: lives.meta_loss(eta, theta, window, memory["eta"], advantage, args)  # noqa: E731
+    loss = lambda eta: meta_loss(eta, theta, window, memory["eta"], advantage, args)  # noqa: E731
 
     def slow_loss(eta):
         total = 0
@@ -238,7 +253,7 @@ def test_the_meta_gradient_against_central_differences():
     """In 40 directions, in each of eta's tensors; data, births and advantages are fixed."""
     eta, phi, theta, memory, window = example(2)
     _, advantage, _ = lives.value_loss(phi, window, memory["phi"], ARGS)
-    loss = lambda eta: lives.meta_loss(eta, theta, window, memory["eta"], advantage, ARGS)  # noqa: E731
+    loss = lambda eta: meta_loss(eta, theta, window, memory["eta"], advantage, ARGS)  # noqa: E731
     slope, generator, step = gradient(eta, loss), seeded(3), 1e-5
     for i in range(40):
         name = list(eta)[i % len(eta)]
@@ -256,7 +271,7 @@ def test_the_first_trajectory_of_a_policy_owes_the_reward_nothing():
     for place, depends in zip(places, (False, False, True), strict=True):
         advantage = torch.zeros(N, T * U)
         advantage[place] = 1
-        slope = flat(gradient(eta, lambda eta: lives.meta_loss(eta, theta, window, memory["eta"], advantage, ARGS)))  # noqa: B023
+        slope = flat(gradient(eta, lambda eta: meta_loss(eta, theta, window, memory["eta"], advantage, ARGS)))  # noqa: B023
         assert bool(slope.abs().max() > 1e-6) == depends
 
 
@@ -271,11 +286,12 @@ def test_a_step_of_adam_on_both_networks(seed):
     gradients = [*gradient(eta, lambda eta: slow(eta, phi)[0]).values()]
     gradients += gradient(phi, lambda phi: slow(eta, phi)[1]).values()
     _, expected_loss, _, _, ends = slow(eta, phi)
-    optimizer = torch.optim.Adam([*eta.values(), *phi.values()], 0.01)
-    stats, after = lives.meta_step(eta, phi, optimizer, theta, memory, window, ARGS)
+    leaves = [x.requires_grad_() for x in (*eta.values(), *phi.values())]
+    made = log_probs(eta, theta, window, memory["eta"], ARGS)
+    stats, after = lives.meta_step(torch.optim.Adam(leaves, 0.01), phi, memory["phi"], window, made, ARGS)
     old = [*before[0].values(), *before[1].values()]
-    for now, x, slope in zip([*eta.values(), *phi.values()], old, gradients, strict=True):
-        close(now, x - 0.01 * slope / (slope.abs() + 1e-8), 1e-7)
+    for now, x, slope in zip(leaves, old, gradients, strict=True):
+        close(now.detach(), x - 0.01 * slope / (slope.abs() + 1e-8), 1e-7)
     assert all(torch.equal(x, y) for x, y in zip(theta.values(), before[2].values(), strict=True))
     assert all(torch.equal(memory[key][i], before[3][key][i]) for key in memory for i in (0, 1))
     for i in (0, 1):
@@ -353,7 +369,7 @@ def test_what_lies_behind_an_end_of_a_lifetime_has_no_influence():
 
     def everything(window):
         loss, advantage, after = lives.value_loss(phi, window, memory["phi"], ARGS)
-        slope = gradient(eta, lambda eta: lives.meta_loss(eta, theta, window, memory["eta"], advantage, ARGS))
+        slope = gradient(eta, lambda eta: meta_loss(eta, theta, window, memory["eta"], advantage, ARGS))
         return torch.cat([loss[None], advantage.flatten(), *[x.flatten() for x in after], flat(slope)])
 
     assert torch.equal(everything(window), everything(other))
@@ -865,22 +881,37 @@ def test_the_gradient_over_a_whole_lifetime_is_not_truncated():
     own = expected != 0
     unit = unit_of(advantage, expected)
     only = torch.where(own, advantage, 0.0)  # the lifetimes that began in the window's midst belong to others
-    found = gradient(eta, lambda eta: lives.meta_loss(eta, start, window, nothing, only, args))
+    found = gradient(eta, lambda eta: meta_loss(eta, start, window, nothing, only, args))
     assert flat(slope).abs().max() > 1e-4
     close(-unit * flat(found), flat(slope))
 
 
+def copied(params):
+    return {name: x.detach().clone() for name, x in params.items()}
+
+
 class Spy:
-    """Keeps what `meta_step` is given, and lets it step."""
+    """Keeps what every window starts from and leads to: what `learn_by_reward` and `meta_step` are given."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.meta_step = [], lives.meta_step
-        monkeypatch.setattr(lives, "meta_step", self)
+        self.calls, self.start = [], None
+        self.learn_by_reward, self.meta_step = lives.learn_by_reward, lives.meta_step
+        monkeypatch.setattr(lives, "learn_by_reward", self.learned)
+        monkeypatch.setattr(lives, "meta_step", self.stepped)
 
-    def __call__(self, eta, phi, optimizer, *rest):
-        given, lr = copy.deepcopy((eta, phi, *rest[:-2])), [group["lr"] for group in optimizer.param_groups]
-        result = self.meta_step(eta, phi, optimizer, *rest)
-        self.calls.append((*given, list(rest[-2]), lr, copy.deepcopy((eta, phi))))
+    def learned(self, eta, theta, memory, *rest):
+        if self.start is None:  # a window's first trajectory
+            assert not any(x.requires_grad for x in (*theta.values(), *memory))  # the window before is given
+            self.start = eta, copied(eta), copied(theta), [x.clone() for x in memory]
+        return self.learn_by_reward(eta, theta, memory, *rest)
+
+    def stepped(self, optimizer, phi, memory, window, *rest):
+        eta, old_eta, theta, eta_memory = self.start
+        given = old_eta, copied(phi), theta, {"eta": eta_memory, "phi": [x.clone() for x in memory]}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        result = self.meta_step(optimizer, phi, memory, window, *rest)
+        self.calls.append((*given, list(window), rates, (copied(eta), copied(phi))))
+        self.start = None
         return result
 
 
