@@ -30,6 +30,11 @@ SIDE = len(ROOMS)
 GOALS = [i for i, letter in enumerate("".join(ROOMS)) if letter == "."]
 
 
+def at_objects(obs: Tensor) -> Tensor:
+    """Whether the agent is at A, B, C [.., 3], of observations [.., O]. (A list as an index is copied to a GPU.)"""
+    return torch.stack([obs[..., cell] for cell in OBJECTS], dim=-1)
+
+
 class GridWorld(TaskVectorEnv):
     """Base class: a map, from which cells [B] move by a table; its edge and walls (#) stop a move, s is the start.
 
@@ -151,11 +156,11 @@ class RandomABC(GridWorld):
 
     @staticmethod
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
-        return (next_obs[..., OBJECTS] * task).sum(-1)
+        return (at_objects(next_obs) * task).sum(-1)
 
     @staticmethod
     def ended(obs: Tensor) -> Tensor:
-        return obs[..., OBJECTS].sum(-1) > 0
+        return at_objects(obs).sum(-1) > 0
 
     def colours(self, index):
         return dict(zip(OBJECTS, ((210, 60, 60), (120, 120, 120), (60, 160, 80)), strict=True))
@@ -262,11 +267,11 @@ class KeyBox(RandomABC):
     @staticmethod
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
         has_key = next_obs[..., -1]
-        return has_key * (next_obs[..., OBJECTS] * task).sum(-1) - 0.1 * (has_key - obs[..., -1])
+        return has_key * (at_objects(next_obs) * task).sum(-1) - 0.1 * (has_key - obs[..., -1])
 
     @staticmethod
     def ended(obs: Tensor) -> Tensor:
-        return obs[..., -1] * obs[..., OBJECTS].sum(-1) > 0
+        return obs[..., -1] * at_objects(obs).sum(-1) > 0
 
     def _start(self, task, generator):
         self._key = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)

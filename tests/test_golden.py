@@ -147,7 +147,7 @@ def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
 
 def test_every_file_is_guarded():
     names = {path.stem for path in (GOLDEN.parent.parent / "algos").glob("*.py")}
-    assert names == set(RUNS) == {path.stem for path in GOLDEN.glob("*.json")}
+    assert names == set(RUNS) == {path.stem for path in GOLDEN.glob("*.json")} - {"gpu_budgets"}
 
 
 DRAWN = [name for name, runs in RUNS.items() if any("Glyphs" in flags for flags in runs)]
