@@ -1,9 +1,8 @@
-"""benchmark/scaling.py measures and draws; gpu.sh runs its steps; the commands of docs/speed.md parse."""
+"""benchmark/scaling.py measures and draws; the commands of docs/speed.md parse."""
 
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -91,78 +90,6 @@ def test_what_cannot_be_measured_is_said(tmp_path, capsys):
     (tmp_path / "points.jsonl").write_text("")
     with pytest.raises(SystemExit, match=r"points\.jsonl holds no points of maml_trpo"):
         run(tmp_path, "draw")
-
-
-# ---------------------------------------------------------------- gpu.sh
-
-PYTHON = """#!/usr/bin/env bash
-# Stands in for Python: `-` is the summary, speed.py prints a line or fails, with warp the tests never end.
-case "$1 $2" in
-"- ") exec {python} - ;;
-"-c import mujoco_warp") exit {warp} ;;
-"benchmark/speed.py maml_trpo") echo '{{"sample_s": 0.5, "update_s": 0.1, "physics_steps_per_s": 100.0, "end_to_end_steps_per_s": 40.0}}' ;;
-"benchmark/speed.py pearl_sac") [[ "$*" != *--compile* ]] || {{ echo 'no compiler' && exit 3; }}
-    echo '{{"iteration_s": 2.0, "updates_per_s": 55.5}}' ;;
-"-m pytest") [[ {warp} = 1 ]] || sleep 60 ;;
-esac
-"""  # noqa: E501
-
-
-def gpu(where: Path, warp: bool, *words: str) -> tuple[str, int]:
-    """What gpu.sh prints when the stand-in runs its commands, and its exit status."""
-    python = where / "python"
-    python.write_text(PYTHON.format(python=sys.executable, warp=int(not warp)))
-    python.chmod(0o755)
-    places = {"PYTHON": str(python), "OUT": str(where / "out"), "SITE": str(where / "site"), "LIMIT": "8"}
-    command = ["bash", str(ROOT / "benchmark/gpu.sh"), *words]
-    done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True, timeout=60)
-    return done.stdout + done.stderr, done.returncode
-
-
-def commands(log: str) -> list[list[str]]:
-    """Words of the started commands, behind `python`."""
-    return [line.split()[1:] for line in re.findall(r"^== [^:]*: (.*/python .*)$", log, re.MULTILINE)]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["with warp", "without"])
-def steps(request, tmp_path_factory):
-    where = tmp_path_factory.mktemp("gpu")
-    return request.param, where, gpu(where, request.param)[0]
-
-
-def test_every_step_runs_whatever_became_of_the_others(steps):
-    warp, where, log = steps
-    assert ("== warp: left out" in log) != warp
-    assert len(re.findall(r"^== (.*): exit status", log, re.MULTILINE)) == (10 if warp else 8) - 1
-    assert re.search(r"== pearl_sac, compiled: exit status 3 after \d+ s\nno compiler", log)
-    assert re.search(rf"== tests: exit status {124 if warp else 0} after \d+ s", log)
-    summary = (where / "out/summary.md").read_text()
-    for name in ("warp", "mujoco", "CPU") if warp else ("mujoco", "CPU"):
-        assert f"| maml_trpo, {name} | 0.600 | 5.0 | 0.40 | |" in summary  # 500 iterations of 0.6 s
-    assert "| pearl_sac | 2.000 | | | 55.5 |" in summary
-    assert summary.count("\n") == (6 if warp else 5)
-    assert (where / "out/log.txt").read_text() in log
-    assert len(list((where / "out").iterdir())) <= 8
-
-
-def test_all_flags_of_the_steps_exist(steps, tmp_path):
-    warp, _, log = steps
-    started = commands(log) + commands(gpu(tmp_path, False, "--cpu")[0])
-    assert len(started) == (9 if warp else 7) + 7
-    for words in started:
-        if words[0] == "benchmark/speed.py":
-            options, _, args, _ = speed.parse(words[1:])
-            assert (options.algorithm, args.cuda) == (words[1], "--cuda" in words)
-        elif words[0] == "benchmark/scaling.py":
-            _, rest = tyro.cli(scaling.Options, args=words[1:], return_unknown_args=True)
-            assert rest == [] or words[1] == "run"
-            tyro.cli(maml_trpo.Args, args=rest)
-
-
-def test_an_unknown_word_is_refused(tmp_path):
-    log, status = gpu(tmp_path, False, "--gpu")
-    assert (log, status) == ("benchmark/gpu.sh --gpu: allowed is nothing, wheels, --cpu\n", 2)
-    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- speed_all.py
