@@ -134,9 +134,9 @@ def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     axes = (0, *range(2, x.ndim))
     channels = (-1, *(1,) * (x.ndim - 2))
-    share = x.shape[1] / x.numel()  # share * sum is .mean(), but quicker under vmap and grad
-    centred = x - share * x.sum(axes, keepdim=True)
-    rstd = torch.rsqrt(share * centred.square().sum(axes, keepdim=True) + 1e-5)
+    part = x.shape[1] / x.numel()  # part * sum is .mean(), but quicker under vmap and grad
+    centred = x - part * x.sum(axes, keepdim=True)
+    rstd = torch.rsqrt(part * centred.square().sum(axes, keepdim=True) + 1e-5)
     return centred * (rstd * scale.view(channels)) + shift.view(channels)
 
 
