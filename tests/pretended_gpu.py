@@ -191,21 +191,14 @@ class _Device(TorchDispatchMode):
         self.count(function, name, args, ours, theirs, comes)
         args_host, kwargs_host = tree_unflatten([_hosts(x) for x in leaves], structure)
         result = function(*args_host, **kwargs_host)
-        return self.wrapped(function, args, kwargs, result, ours) if comes else result
+        return self.wrapped(function, args, kwargs, result) if comes else result
 
-    def wrapped(self, function, args: tuple, kwargs: dict, result, ours: list):
-        """The result on the device; what an operation changes in place keeps its wrapper."""
-        owners = {id(x.host): x for x in ours}
+    def wrapped(self, function, args: tuple, kwargs: dict, result):
+        """The result on the device. (Where it is an argument, changed in place, C++ gives back the argument.)"""
         if torch.Tag.inplace_view in function.tags:  # the wrapper's own shape changes, too
             with torch._C._DisableTorchDispatch():
                 function(*args, **kwargs)
-
-        def wrap(x):
-            if not isinstance(x, Tensor):
-                return x
-            return owners[id(x)] if id(x) in owners else Pretended(x)
-
-        return tree_map(wrap, result)
+        return tree_map(lambda x: Pretended(x) if isinstance(x, Tensor) else x, result)
 
     def count(self, function, name: str, args: tuple, ours: list, theirs: list, comes: bool) -> None:
         """Note what this operation would cost on a GPU."""

@@ -338,6 +338,8 @@ def test_it_says_that_it_is_on_the_device_and_gives_true_gradients():
         optimizer.step()
         assert (X.device.type, X.is_cuda, x.grad.device) == ("cpu", False, x.device)
         assert torch.device("cuda").type == "cuda"
+        y = X.to("cuda")
+        assert y.add_(1) is y
         found = x.grad.cpu(), gradient[1].cpu(), x.detach().cpu()
     assert said == [("cuda", True, True)] * 2
     expected = X.clone().requires_grad_()
