@@ -13,7 +13,7 @@ Algorithm:
     [6]         J(theta) = mean_k mean_query [ pi_theta'_k(a|s) / pi_old_k(a|s) A ], theta'_k depends on theta
     [7]         g = grad J(theta), through the inner step
     [8]         d = F^-1 g by conjugate gradient, F the Hessian of mean_k KL(pi_old_k || pi_theta'_k)
-    [9]         theta <- theta + the longest backtracked step along d with mean KL <= delta and a better J
+    [9]         theta <- theta + the longest step along d found with mean KL <= delta and a better J
     [10]    real return of pi_theta, and of the policies adapted to the models
 Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda = gae_lambda;
     pi_old, pi_old_k are the policies that played: pi_theta, pi_theta'_k at the theta before the update.
@@ -85,8 +85,8 @@ class Args:
     """trust region (delta), mean KL of a meta-update; 0.01 in the paper"""
     cg_damping: float = 1e-5
     """added to the Fisher matrix's diagonal; 1e-5 in the authors' code"""
-    fisher_fraction: float = 0.25
-    """share of the episodes in the Fisher products; smaller is faster, and noisier in the step's direction"""
+    fisher_fraction: float = 0.1
+    """share of the query's episodes in the Fisher products; smaller is faster, and noisier in direction"""
     cuda: bool = False
     """policy, models and imagination on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
@@ -354,10 +354,10 @@ def unflatten(vector_W: Tensor, like: Params) -> Params:
     return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
-    """Solve F x = b for a positive definite F, given as the function v -> F v."""
+def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """x, which about solves F x = b for a positive definite F, given as the function v -> F v; and F x."""
     x_W = torch.zeros_like(b_W)
-    r_W = b_W
+    r_W = b_W  # b - F x
     p_W = b_W
     for _ in range(iterations):
         Fp_W = product(p_W)
@@ -366,24 +366,19 @@ def conjugate_gradient(product, b_W: Tensor, iterations: int = 10) -> Tensor:
         x_W = x_W + step * p_W
         r_W = r_W - step * Fp_W
         p_W = r_W + (r_W @ r_W) / rr.clamp_min(1e-30) * p_W
-    return x_W
-
-
-def first_episodes(batch: Episodes, count: int) -> Episodes:
-    """The first episodes of each task."""
-    return Episodes(*(x[:, :count] for x in batch))
+    return x_W, b_W - r_W
 
 
 def fisher_product(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args):
-    """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the episodes.
+    """v -> F v + damping v, F the Hessian at theta of the mean KL, on a share of the query's episodes.
 
     The KL is from the adapted policies at theta to those at theta + v, so that v = 0 is its minimum and
     F = Jac^T M Jac: Jac is the derivative by theta of the policies' outputs, M their Fisher matrix, for a
-    Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std. (Inner steps, too, see only the share.)
+    Gaussian diagonal: 1 / std^2 for a mean, 2 / std^2 for a std. The inner steps take the whole support:
+    on a share of it the policies would adapt elsewhere, and F would be that of another objective.
     """
     count = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    supports = [first_episodes(batch, count) for batch in supports]
-    query = first_episodes(query, count)
+    query = Episodes(*(x[:, :count] for x in query))  # the first episodes of each task
     weight_NET = query.mask / query.mask.sum((1, 2), keepdim=True) / len(query.mask)  # 1 / N for each task
 
     def outputs(w_W: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,6 +399,21 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
     return product
 
 
+def longest_allowed(is_allowed) -> float:
+    """The longest fraction of a step found to be allowed, or 0: by backtracking, then by bisection."""
+    allowed = 0.0
+    refused = 1.25  # so that 1 is tried first, and a little more where that is allowed
+    for _ in range(15):
+        fraction = (allowed + refused) / 2 if allowed else 0.8 * refused
+        if is_allowed(fraction):
+            allowed = fraction
+        else:
+            refused = fraction
+        if refused < 1.06 * allowed:  # the KL, about quadratic in it, is at 0.9 of what is allowed or more
+            break
+    return allowed
+
+
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
@@ -418,19 +428,23 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     gradient_W, (J, old) = grad_and_value(mean_objective, has_aux=True)(theta_W)  # [7]
     gradient_W, J = average(gradient_W, J)
     fisher = fisher_product(theta, objectives, supports, query, args)
-    direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
+    direction_W, F_direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
     # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
-    step_W = direction_W * (2 * args.max_kl / (direction_W @ fisher(direction_W)).clamp_min(1e-30)).sqrt()
-    for fraction in (0.8**k for k in range(15)):
+    step_W = direction_W * (2 * args.max_kl / (direction_W @ F_direction_W).clamp_min(1e-30)).sqrt()
+    tried = {0.0: (torch.zeros_like(J), J)}  # KL and J at a fraction of the step
+
+    def is_allowed(fraction: float) -> bool:
         with torch.no_grad():
             J_new, new = mean_objective(theta_W + fraction * step_W)
         kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
         kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
-        if (kl <= args.max_kl) & (J_new > J):  # [9]; & and not `and`: one wait for the GPU
-            theta = unflatten(theta_W + fraction * step_W, theta)
-            break
-    else:  # no step along d is good enough, theta stays
-        fraction, kl, J_new = 0.0, torch.zeros_like(J), J
+        tried[fraction] = kl, J_new
+        return bool((kl <= args.max_kl) & (J_new > J))  # & and not `and`: one wait for the GPU
+
+    fraction = longest_allowed(is_allowed)  # [9]
+    if fraction:  # otherwise theta stays
+        theta = unflatten(theta_W + fraction * step_W, theta)
+    kl, J_new = tried[fraction]
     stats = {"kl": kl, "improvement": J_new - J, "step": fraction, "gradient_norm": gradient_W.norm()}
     return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 

@@ -210,6 +210,41 @@ def set_vector(theta: Params, vector: Tensor) -> Params:
     }
 
 
+def line_search(is_allowed) -> float:
+    """A fraction of the step that is allowed, or 0: 1, 0.8, 0.64, .. until one is, then the middle between the longest
+    allowed and the shortest refused one, until they differ by less than 6 %; 15 trials in all."""
+    fraction, refused, trials = 1.0, 1.25, 1  # 1.25 has not been tried: no step is longer
+    while not is_allowed(fraction):
+        if trials == 15:
+            return 0.0
+        fraction, refused, trials = 0.8 * fraction, fraction, trials + 1
+    while refused >= 1.06 * fraction and trials < 15:
+        middle, trials = (fraction + refused) / 2, trials + 1
+        if is_allowed(middle):
+            fraction = middle
+        else:
+            refused = middle
+    return fraction
+
+
+def search(theta: Params, step: Tensor, max_kl: float, before: float, losses_at) -> tuple[Params, dict]:
+    """The longest step found whose KL is at most max_kl and that improves the surrogate, or theta itself."""
+    vector = flatten(theta.values()).detach()
+    found = theta, {"kl": 0.0, "improvement": 0.0, "step": 0.0}
+
+    def is_allowed(fraction: float) -> bool:
+        nonlocal found
+        tried = set_vector(theta, vector + fraction * step)
+        after, kl, _ = losses_at(tried)
+        allowed = bool(kl <= max_kl and after > before)
+        if allowed:  # the search never returns to a shorter one
+            found = tried, {"kl": float(kl), "improvement": float(after) - before, "step": fraction}
+        return allowed
+
+    line_search(is_allowed)
+    return found
+
+
 def trpo_step(theta: Params, batches: list[list[Episodes]], args) -> tuple[Params, dict]:
     """One constrained step on theta; theta stays where no tried step satisfies the constraint."""
     surrogate, kl, old = losses(theta, batches, args)
@@ -217,14 +252,9 @@ def trpo_step(theta: Params, batches: list[list[Episodes]], args) -> tuple[Param
     product = fisher_product(kl, theta, args.cg_damping)
     direction = conjugate_gradient(product, gradient)
     step = direction * (2 * args.max_kl / (direction @ product(direction))).sqrt()
-    vector, before = flatten(theta.values()).detach(), surrogate.item()
+    before = surrogate.item()
     del surrogate, kl, product
-    for k in range(15):
-        tried = set_vector(theta, vector + 0.8**k * step)
-        after, kl, _ = losses(tried, batches, args, old)
-        if kl <= args.max_kl and after > before:
-            return tried, {"kl": float(kl), "improvement": float(after) - before, "step": 0.8**k}
-    return theta, {"kl": 0.0, "improvement": 0.0, "step": 0.0}
+    return search(theta, step, args.max_kl, before, lambda tried: losses(tried, batches, args, old))
 
 
 def sample(envs: SyncVectorEnv, tasks: np.ndarray, theta: Params, args) -> list[list[Episodes]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, kl_divergence
 from torch.nn import functional
 
-from benchmark.peer_maml_trpo import Params, conjugate_gradient, fisher_product, flatten, gaussian, set_vector
+from benchmark.peer_maml_trpo import Params, conjugate_gradient, fisher_product, flatten, gaussian, search
 
 
 class Model(nn.Module):
@@ -216,11 +216,6 @@ def trpo_step(theta: Params, batches: list[tuple[Episodes, Episodes]], args) -> 
     product = fisher_product(kl, theta, args.cg_damping)
     direction = conjugate_gradient(product, gradient)
     step = direction * (2 * args.max_kl / (direction @ product(direction))).sqrt()
-    vector, before = flatten(theta.values()).detach(), gain.item()
+    before = gain.item()
     del gain, kl, product
-    for k in range(15):
-        tried = set_vector(theta, vector + 0.8**k * step)
-        after, kl, _ = losses(tried, batches, args, old)
-        if kl <= args.max_kl and after > before:
-            return tried, {"kl": float(kl), "improvement": float(after) - before, "step": 0.8**k}
-    return theta, {"kl": 0.0, "improvement": 0.0, "step": 0.0}
+    return search(theta, step, args.max_kl, before, lambda tried: losses(tried, batches, args, old))

@@ -200,11 +200,11 @@ def maml_trpo_parts(args) -> dict:
     still, vector_W = Still(envs, query), torch.cat([x.flatten() for x in theta.values()])
     candidate_W = vector_W + 0.01 * torch.randn(vector_W.shape, generator=generator)  # where J is not 0
     data = candidate_W, theta, [support], query, args
-    keep = max(1, round(args.fisher_fraction * args.episodes_per_task))
-    few = [maml_trpo.Episodes(*(x[:, :keep] for x in batch)) for batch in (support, query)]
+    few = max(1, round(args.fisher_fraction * args.episodes_per_task))  # of the query, as in fisher_product
+    shortened = maml_trpo.Episodes(*(x[:, :few] for x in query))
     undamped = replace(args, cg_damping=0.0)
     product = maml_trpo.fisher_product(theta, maml_trpo.surrogate, [support], query, undamped)
-    anew = vector_W, vector_W, theta, few[:1], few[1], args
+    anew = vector_W, vector_W, theta, [support], shortened, args
 
     def rolls(rollout):
         return lambda: rollout(still, tasks_NP, params, args, torch.Generator().manual_seed(0))

@@ -193,7 +193,7 @@ def meta_gradient(theta, supports, query, args, monkeypatch):
     """What trpo_step itself passes to conjugate_gradient."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or b)
+        patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or (b, b))
         ours.trpo_step(theta, ours.surrogate, supports, query, args)
     return seen[0]
 
@@ -565,8 +565,7 @@ def test_fisher_product_against_the_hessian_of_the_kl(estimator, inner_steps, le
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
     product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
-    half = slice(None, round(fraction * E))
-    *supports, query = (ours.Episodes(*(x[:, half] for x in batch)) for batch in (*supports, query))
+    query = ours.Episodes(*(x[:, : round(fraction * E)] for x in query))  # the supports stay whole
     assert 0 < query.mask.mean() < 1
     expected = explicit_fisher(theta, supports, query, args) + 0.01 * torch.eye(len(flat(theta)))
     vectors = torch.randn(4, len(expected), generator=seeded(3))
@@ -619,11 +618,76 @@ def test_linear_baseline_against_ridge_regression():
 def test_conjugate_gradient_against_solve():
     root = torch.randn(8, 8, generator=seeded(0))
     F, b = root @ root.T + torch.eye(8), torch.randn(8, generator=seeded(1))
-    close(ours.conjugate_gradient(lambda v: F @ v, b), torch.linalg.solve(F, b), 1e-8)
-    early = ours.conjugate_gradient(lambda v: F @ v, b, iterations=2)  # the minimiser on span(b, F b), not the solution
+    x, F_x = ours.conjugate_gradient(lambda v: F @ v, b)
+    close(x, torch.linalg.solve(F, b), 1e-8)
+    close(F_x, b, 1e-8)
+    early, F_early = ours.conjugate_gradient(lambda v: F @ v, b, iterations=2)
     basis = torch.stack([b, F @ b], 1)
-    close(early, basis @ torch.linalg.solve(basis.T @ F @ basis, basis.T @ b), 1e-8)
-    assert ours.conjugate_gradient(lambda v: F @ v, torch.zeros(8)).eq(0).all()
+    close(early, basis @ torch.linalg.solve(basis.T @ F @ basis, basis.T @ b), 1e-8)  # the minimiser on span(b, F b)
+    close(F_early, F @ early, 1e-12)
+    assert relative_error(F_early, b) > 0.1  # not yet the solution
+    assert all(result.eq(0).all() for result in ours.conjugate_gradient(lambda v: F @ v, torch.zeros(8)))
+
+
+def searched(is_allowed) -> tuple[float, list[float]]:
+    """What longest_allowed finds, and the fractions that it asked for."""
+    asked = []
+    found = ours.longest_allowed(lambda fraction: asked.append(fraction) or is_allowed(fraction))
+    return found, asked
+
+
+def test_the_line_search_comes_near_the_border():
+    """A fraction is allowed up to a border: the KL, quadratic in the fraction, is 1 there."""
+    borders = 0.04 + (1.25 - 0.04) * torch.rand(2000, generator=seeded(0))
+    for border in borders.tolist():
+        found, asked = searched(lambda fraction, border=border: (fraction / border) ** 2 <= 1)
+        if border < 0.8**14:  # the shortest of 15 fractions
+            assert found == 0
+            continue
+        assert found in asked
+        if border >= 0.8**11:  # below it no trial is left for bisection, or too few
+            assert border / 1.06 < found <= border
+        else:
+            assert 0.8 * border < found <= border
+        backtracked = max(0, math.ceil(math.log(border) / math.log(0.8)))  # refused ones before the first allowed
+        assert len(asked) <= min(15, backtracked + 1 + 3)  # 1.25 / 2^3 is less than 6 %
+        assert asked[: backtracked + 1] == pytest.approx([0.8**k for k in range(backtracked + 1)])
+
+
+def test_the_line_search_takes_a_little_more_than_the_whole_step():
+    found, asked = searched(lambda fraction: True)
+    assert 1.25 / 1.06 < found < 1.25
+    assert asked[0] == 1
+    assert len(asked) == 3
+
+
+def test_the_line_search_gives_up_after_15_trials():
+    found, asked = searched(lambda fraction: False)
+    assert found == 0
+    assert asked == pytest.approx([0.8**k for k in range(15)])
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9])
+def test_the_line_search_never_takes_a_refused_fraction(chance):
+    """Also where what is allowed is not an interval: the one taken was asked for and allowed, a near one refused."""
+    generator = seeded(int(10 * chance))
+    for _ in range(300):
+        answers = {}
+
+        def is_allowed(fraction, answers=answers):
+            assert fraction not in answers
+            answers[fraction] = bool(torch.rand((), generator=generator) < chance)
+            return answers[fraction]
+
+        found, asked = searched(is_allowed)
+        allowed = [fraction for fraction in asked if answers[fraction]]
+        assert found == max(allowed, default=0)
+        assert 1 <= len(asked) <= 15
+        if allowed and len(asked) < 15:
+            assert (
+                any(found < fraction < 1.06 * found for fraction in asked if not answers[fraction])
+                or found > 1.25 / 1.06
+            )
 
 
 @pytest.mark.parametrize("per_task", [False, True])
@@ -796,8 +860,8 @@ def test_nothing_after_an_early_end_matters(estimator):
 @pytest.mark.parametrize("max_kl", [0.01, 1.0])
 @pytest.mark.parametrize(("estimator", "inner_steps"), [("lvc", 1), ("dice", 2), ("e_maml", 1)])
 def test_trpo_step(estimator, inner_steps, max_kl, monkeypatch):
-    """The first of the steps 0.8^k s d, d = F^-1 g and s^2 d'Fd / 2 = max_kl, that keeps the KL and improves J: with
-    the explicit Hessian, and KL and J of the reference."""
+    """A step along s d, d = F^-1 g and s^2 d'Fd / 2 = max_kl, that keeps the KL and improves J, where no step that is
+    6 % longer does: with the explicit Hessian, and KL and J of the reference."""
     args = make_args(estimator=estimator, inner_steps=inner_steps, max_kl=max_kl, cg_damping=0.5, inner_lr=0.2)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
@@ -821,30 +885,69 @@ def test_trpo_step(estimator, inner_steps, max_kl, monkeypatch):
     assert stats["train/gradient_norm"] == pytest.approx(float(g.norm()))
     assert 0 < kl <= max_kl
     assert improvement > 0
-    fraction = 1.0
-    while fraction > stats["train/step"] * 1.001:  # every longer step had to be rejected
+    taken = stats["train/step"]
+    longer = [0.8**k for k in range(15) if 0.8**k > 1.001 * taken]  # tried, and refused
+    if 1.06 * taken < 1.25:
+        longer.append(1.06 * taken)
+    for fraction in longer:
         kl, improvement = tried(flat(theta) + fraction * step)
         assert kl > max_kl or improvement <= 0
-        fraction *= 0.8
-    assert fraction == pytest.approx(stats["train/step"])
+    if longer and improvement > 0:  # the KL is what limits the step: it is used
+        assert stats["train/kl"] > 0.88 * max_kl
 
 
-@pytest.mark.parametrize("obstacle", ["downhill", "too far"])
+@pytest.mark.parametrize("curvature", [0.2, 1.0, 1.3, 5.0, 30.0])
+def test_a_step_uses_the_trust_region(curvature, monkeypatch):
+    """Whatever the error of the step's length: the Fisher products here are not those of the KL, but `curvature`
+    times too small, so that the first step is too long by its root, or too short."""
+    args = make_args(inner_lr=0.2, cg_damping=0.0)
+    theta = make_theta(args)
+    supports, query = make_batches(args, theta)
+    product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
+    monkeypatch.setattr(ours, "fisher_product", lambda *_: lambda v: product(v) / curvature)
+    moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
+    assert stats["train/improvement"] > 0
+    kl = float(ref_kl(theta, moved, supports, query, args).detach())
+    assert stats["train/kl"] == pytest.approx(kl, rel=1e-6)
+    if curvature < 0.7:  # the longest fraction tried is short of the border
+        assert stats["train/step"] == pytest.approx(1.1875)
+        assert kl < 0.88 * args.max_kl
+    else:
+        assert 0.88 * args.max_kl < kl <= args.max_kl
+
+
+OBSTACLES = ["downhill", "too far", "no direction", "no gradient"]
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_theta_stays_when_no_step_is_acceptable(obstacle, monkeypatch):
+    """It is the same object, so that nothing has touched it; what is not a number is so for one statistic at most."""
     args = make_args()
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
-    assert ours.trpo_step(theta, ours.surrogate, supports, query, args)[1]["train/step"] > 0
+    objectives = ours.surrogate
+    assert ours.trpo_step(theta, objectives, supports, query, args)[1]["train/step"] > 0
     if obstacle == "downhill":  # a direction that lowers J, with a small enough step
-        monkeypatch.setattr(ours, "conjugate_gradient", lambda product, b: -b)
-    else:  # a curvature that is underestimated, hence steps that are 1000 times too long
-        product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
+        monkeypatch.setattr(ours, "conjugate_gradient", lambda product, b: (-b, -product(b)))
+    elif obstacle == "too far":  # a curvature that is underestimated, hence steps that are 1000 times too long
+        product = ours.fisher_product(theta, objectives, supports, query, args)
         monkeypatch.setattr(ours, "fisher_product", lambda *_: lambda v: 1e-6 * product(v))
-    moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
-    assert all(torch.equal(moved[name], theta[name]) for name in theta)
+    elif obstacle == "no direction":
+        monkeypatch.setattr(ours, "fisher_product", lambda *_: lambda v: torch.nan * v)
+    else:  # the derivative of the root of 0 is infinite, times 0
+
+        def objectives(params, *data):
+            J_N, policies = ours.surrogate(params, *data)
+            return J_N + (0 * params["b0"]).abs().sum().sqrt(), policies
+
+    kept = {name: value.clone() for name, value in theta.items()}
+    moved, stats = ours.trpo_step(theta, objectives, supports, query, args)
+    assert moved is theta
+    assert all(torch.equal(moved[name], kept[name]) for name in kept)
     assert stats["train/step"] == 0
     assert abs(stats["train/kl"]) < 1e-12
     assert stats["train/improvement"] == 0
+    assert math.isfinite(stats["train/gradient_norm"]) == (obstacle != "no gradient")
 
 
 @every_estimator
@@ -857,7 +960,7 @@ def test_no_reward_no_step_no_nan(estimator):
     assert query.reward.eq(0).all()
     assert query.advantage.eq(0).all()
     moved, stats = ours.trpo_step(theta, ours.surrogate, supports, query, args)
-    assert all(torch.equal(moved[name], theta[name]) for name in theta)
+    assert moved is theta
     assert all(math.isfinite(x) for x in stats.values())
     assert stats["train/gradient_norm"] == 0
 

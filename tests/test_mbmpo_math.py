@@ -227,7 +227,7 @@ def meta_gradient(theta, supports, query, args, monkeypatch):
     """What trpo_step itself passes to conjugate_gradient."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or b)
+        patch.setattr(ours, "conjugate_gradient", lambda product, b, *rest: seen.append(b) or (b, b))
         ours.trpo_step(theta, ours.imagined_surrogate, supports, query, args)
     return seen[0]
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,11 +31,11 @@ ours, peer, speed = (load(path) for path in ("algos/maml_trpo.py", "benchmark/pe
 def small(env_id: str, **kwargs):
     """Sizes, worlds in float64, and a policy that is not the start one."""
     sizes = {"meta_batch_size": 3, "episodes_per_task": 4, "horizon": 7, "hidden_size": 5, "fisher_fraction": 1.0}
-    args = ours.Args(env_id=env_id, action_scale=3.0, **sizes, **kwargs)
+    args = ours.Args(env_id=env_id, **(sizes | {"action_scale": 3.0, "seed": 3} | kwargs))
     mode, worlds = "vector_entry_point", args.meta_batch_size * args.episodes_per_task
     batch = gym.make_vec(env_id, worlds, mode, max_episode_steps=args.horizon, dtype=torch.float64)
     batch = ScaleActions(batch, args.action_scale)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(args.seed)
     theta = ours.init_policy(batch, args.hidden_size, generator)
     theta = {
         name: value.double() + 0.1 * torch.randn(value.shape, generator=generator) for name, value in theta.items()
@@ -129,9 +130,75 @@ def test_gradient_fisher_product_and_step_agree(inner_steps, variant):
     new, stats = ours.trpo_step(theta, ours.surrogate, batches[:-1], batches[-1], args)
     peer_new, peer_stats = peer.trpo_step(leaves, lists, args)
     assert peer_stats["step"] == stats["train/step"] > 0
+    assert peer_stats["improvement"] == pytest.approx(stats["train/improvement"], rel=1e-5)
     assert peer_stats["kl"] == pytest.approx(stats["train/kl"], rel=1e-5)
     for name, value in new.items():
         torch.testing.assert_close(value, peer_new[name].detach(), rtol=1e-5, atol=1e-7)
+
+
+def asked(search, answers: torch.Tensor) -> tuple[float, list[tuple[float, bool]]]:
+    """What a line search finds where its k-th question is answered by answers[k], and what it asked."""
+    questions, found = [], iter(answers.tolist())
+
+    def is_allowed(fraction):
+        questions.append((fraction, next(found)))
+        return questions[-1][1]
+
+    return search(is_allowed), questions
+
+
+def test_line_searches_agree():
+    generator = torch.Generator().manual_seed(0)
+    fractions = set()
+    for chance in torch.linspace(0, 1, 200).tolist():
+        answers = torch.rand(15, generator=generator) < chance
+        assert asked(peer.line_search, answers) == asked(ours.longest_allowed, answers)
+        fractions.add(asked(peer.line_search, answers)[0])
+    assert len(fractions) > 20
+    assert 0 in fractions
+
+
+def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(x @ y / (x.norm() * y.norm()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_share_of_the_query_keeps_the_direction_and_a_share_of_the_support_does_not(seed):
+    """The directions of a step by the default fraction and by all episodes, by double backward.
+
+    The inner step is so long that the derivative through it decides: on other supports the policies would adapt
+    elsewhere, and their KL is another function of theta. Which part of the support is taken shows in it far more than
+    which part of the query.
+    """
+    long_steps = {"inner_lr": 5.0, "action_scale": 10.0}
+    sizes = {"meta_batch_size": 20, "episodes_per_task": 20, "horizon": 20, "hidden_size": 8}
+    args, batch, theta, generator = small("Navigation2D-v0", seed=seed, **sizes, **long_steps)
+    args.fisher_fraction = ours.Args().fisher_fraction
+    batches, lists = ours_and_peers_data(args, batch, theta, generator)
+    leaves = peer.set_vector(theta, peer.flatten(theta.values()))
+    surrogate, _, _ = peer.losses(leaves, lists, args)
+    gradient = peer.flatten(torch.autograd.grad(surrogate, list(leaves.values())))
+
+    def direction(lists):
+        _, kl, _ = peer.losses(leaves, lists, args)
+        return peer.conjugate_gradient(peer.fisher_product(kl, leaves, args.cg_damping), gradient)
+
+    def first(episodes, count):
+        return peer.Episodes(*(x[:count] for x in episodes))
+
+    exact = direction(lists)
+    fisher = ours.fisher_product(theta, ours.surrogate, batches[:-1], batches[-1], args)
+    own, _ = ours.conjugate_gradient(fisher, gradient)
+    assert cosine(own, exact) > 0.99
+    for fraction in (0.1, 0.25):  # of both, as it was before
+        count = round(fraction * args.episodes_per_task)
+        both = direction([[first(episodes, count) for episodes in task] for task in lists])
+        assert cosine(both, exact) < 0.8
+    all_queries, _ = ours.conjugate_gradient(
+        ours.fisher_product(theta, ours.surrogate, batches[:-1], batches[-1], replace(args, fisher_fraction=1.0)),
+        gradient,
+    )
+    assert cosine(all_queries, exact) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("env_id", peer.ENVS)

@@ -15,6 +15,7 @@ from torch.func import grad
 from algos import mbmpo as ours
 from benchmark import peer_mbmpo as peer
 from benchmark import speed, speed_mbmpo
+from benchmark.peer_maml_trpo import set_vector
 from envs import ScaleActions, imagine
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -80,7 +81,7 @@ def ours_and_peers_episodes(args, envs, theta, models, scales, generator, monkey
     starts, noises = (chain.from_iterable(x) for x in (starts, noises))
     monkeypatch.setattr(peer, "start", lambda envs, task: next(starts))
     monkeypatch.setattr(peer, "noise", lambda like: next(noises))
-    leaves = peer.set_vector(theta, flat(theta))
+    leaves = set_vector(theta, flat(theta))
     batches = peer.sample(envs, task, peer.models_like(models, scales), leaves, args)
     assert not [*starts, *noises]
     return support, params, query, leaves, batches

@@ -170,22 +170,34 @@ def test_no_minibatch_of_a_models_fit_waits(monkeypatch):
     assert waits(partial(mbmpo.fit_models, envs, models, data, args, seeded(1))) == 1  # an epoch's end
 
 
-def trpo_step(max_kl: float) -> tuple[int, dict]:
-    args, envs, stats = maml_trpo.Args(horizon=6, episodes_per_task=E, max_kl=max_kl), Worlds(N * E), {}
+def trpo_step(objectives, monkeypatch) -> tuple[int, int, dict]:
+    """The waits of a step, the candidates of its line search, and its statistics."""
+    args, envs, stats = maml_trpo.Args(horizon=6, episodes_per_task=E), Worlds(N * E), {}
+    longest_allowed, candidates = maml_trpo.longest_allowed, []
     theta = maml_trpo.init_policy(envs, 8, seeded(0))
     support = maml_trpo.collect(envs, TASKS, theta, args, seeded(1))
     query = maml_trpo.collect(envs, TASKS, maml_trpo.adapt(theta, support, args), args, seeded(2))
 
     def step() -> None:
-        stats.update(maml_trpo.trpo_step(theta, maml_trpo.surrogate, [support], query, args)[1])
+        stats.update(maml_trpo.trpo_step(theta, objectives, [support], query, args)[1])
 
-    return waits(step), stats
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            maml_trpo, "longest_allowed", lambda ask: longest_allowed(lambda x: candidates.append(x) or ask(x))
+        )
+        return waits(step), len(candidates), stats
 
 
-def test_a_trpo_step_waits_once_a_candidate_and_for_its_statistics():
-    count, stats = trpo_step(0.01)
-    candidates = [0.8**k for k in range(15)].index(stats["train/step"]) + 1
+def test_a_trpo_step_waits_once_a_candidate_and_for_its_statistics(monkeypatch):
+    def no_better(*data):
+        J_N, policies = maml_trpo.surrogate(*data)
+        return 0 * J_N, policies
+
+    count, candidates, stats = trpo_step(maml_trpo.surrogate, monkeypatch)
+    assert stats["train/step"] > 0
+    assert 1 < candidates < 10
     assert count == candidates + 3
-    rejected, stats = trpo_step(1e6)  # so far away that no candidate is better
+    rejected, candidates, stats = trpo_step(no_better, monkeypatch)
     assert stats["train/step"] == 0
+    assert candidates == 15
     assert rejected == 15 + 3
