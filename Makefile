@@ -1,8 +1,6 @@
 # Every target sets up .venv by itself; all it needs is Python 3.11 or later with venv (choose one: make PYTHON=python3.12).
 PYTHON ?= python3
 .PHONY: train test lint sync speed clean
-# Idle OpenMP threads that spin take the cores from the physics (docs/maml_trpo.md, "Speed").
-export OMP_WAIT_POLICY ?= passive
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cleanmeta needs Python 3.11 or later: make PYTHON=python3.11")'

@@ -28,10 +28,13 @@ Differs from the paper: r_eta = r + tanh(LSTM), near r at first (without "r +" i
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 from torch import Generator, Tensor

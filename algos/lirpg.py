@@ -25,10 +25,13 @@ Differs from the paper: several worlds, fewer minibatches; V_mix has a level tha
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 from torch import Generator, Tensor

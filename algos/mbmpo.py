@@ -25,12 +25,15 @@ Differs from the paper: `--action-scale` 10 (1), the setting that matters most; 
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 import torch.distributed as dist
@@ -400,16 +403,19 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 
 def longest_allowed(is_allowed) -> float:
-    """The longest fraction of a step found to be allowed, or 0: by backtracking, then by bisection."""
+    """A fraction of a step that is allowed, or 0: almost all of it, or by backtracking, then by bisection."""
+    fraction = 0.96  # the whole step would end on the border, at best: its KL is only about quadratic
+    if is_allowed(fraction):
+        return fraction
     allowed = 0.0
-    refused = 1.25  # so that 1 is tried first, and a little more where that is allowed
-    for _ in range(15):
+    refused = fraction
+    for _ in range(14):
         fraction = (allowed + refused) / 2 if allowed else 0.8 * refused
         if is_allowed(fraction):
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # the KL, about quadratic in it, is at 0.9 of what is allowed or more
+        if refused < 1.06 * allowed:  # then the KL has at least 0.89 of what it may have
             break
     return allowed
 
@@ -524,8 +530,9 @@ def average(*values: Tensor) -> list[Tensor]:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import imagine, join, make, records
+    from envs import imagine, join, make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     leads = join(args.cuda, num_models=args.num_models)  # torchrun's processes; one keeps records

@@ -26,11 +26,14 @@ Differs from the paper: one form for all experiments; for CartPole the authors' 
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 from torch import Generator, Tensor

@@ -25,11 +25,14 @@ Differs from usual PPO: the baseline is no network but that of maml_trpo.py, lin
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 from torch import Generator, Tensor
@@ -250,8 +253,8 @@ def ppo_step(params: Params, batch: Episodes, args: Args) -> Params:
 def gain_and_entropy(theta: Params, minibatch: Episodes, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """J + c H, and both of them for the log."""
     gain = clipped_gain(theta, minibatch, args)
-    _, std_1A = policy(theta, minibatch.obs.flatten(0, 1))
-    entropy = normal(torch.zeros_like(std_1A), std_1A).entropy().sum()  # the same for every mean and state
+    mean_1A, std_1A = policy(theta, minibatch.obs[0, :1])  # one state: the entropy is the same in all
+    entropy = normal(mean_1A, std_1A).entropy().sum()
     return gain + args.entropy_coef * entropy, {"train/gain": gain, "train/entropy": entropy}
 
 
@@ -296,7 +299,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
 def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
-    optimizer = torch.optim.Adam(theta.values(), args.lr)
+    optimizer = torch.optim.Adam(theta.values(), args.lr, fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     generator = Generator()
@@ -321,8 +324,9 @@ def train(envs, args: Args, run, state: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import TaskGiven, make, records
+    from envs import TaskGiven, make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     worlds = args.meta_batch_size * args.episodes_per_task

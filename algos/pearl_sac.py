@@ -27,11 +27,14 @@ Differs from the paper: many tasks collect at once, an episode each; all recent 
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 import torch.distributed as dist
@@ -477,8 +480,9 @@ def average(*values: Tensor) -> list[Tensor]:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import join, make, records
+    from envs import join, make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     sizes = {"tasks_per_iteration": args.tasks_per_iteration, "meta_batch_size": args.meta_batch_size}

@@ -27,11 +27,14 @@ Differs from the paper's code: one eta for all inner steps (there one for each).
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 import torch.distributed as dist
@@ -340,7 +343,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
 def train(envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
-    optimizer = torch.optim.Adam(theta.values(), args.outer_lr)
+    optimizer = torch.optim.Adam(theta.values(), args.outer_lr, fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = args.outer_lr  # a resumed run may have another
@@ -385,8 +388,9 @@ def average(*values: Tensor) -> list[Tensor]:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import join, make, records
+    from envs import join, make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     leads = join(args.cuda, meta_batch_size=args.meta_batch_size)  # torchrun's processes; one keeps records

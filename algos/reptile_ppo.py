@@ -25,11 +25,14 @@ Differs from the paper: it does not say how RL was tried. The inner optimiser is
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 from torch import Generator, Tensor
@@ -286,8 +289,9 @@ def train(envs, args: Args, run, state: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import make, records
+    from envs import make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     worlds = args.meta_batch_size * args.episodes_per_task

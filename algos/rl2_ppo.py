@@ -31,10 +31,13 @@ Differs from the paper: PPO instead of TRPO (the authors' code has PPO, too); on
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 import torch.distributed as dist
@@ -350,7 +353,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
 def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
-    optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
+    optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
     generator = Generator()
     generator.set_state(state["generator"])

@@ -25,10 +25,13 @@ Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned po
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its idle threads soon sleep
 
 import torch
 import torch.distributed as dist
@@ -412,7 +415,7 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
 def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
-    optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5)
+    optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
     generator = Generator()
     generator.set_state(state["generator"])
@@ -444,8 +447,9 @@ def average(*values: Tensor) -> list[Tensor]:
 def main(argv: list[str] | None = None) -> None:
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
-    from envs import Trials, join, make, records
+    from envs import Trials, join, make, multiply_by_onednn, records
 
+    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     # torchrun's processes, if any: each moves a part of the worlds and, by sees_all, has the steps of all.

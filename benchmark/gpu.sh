@@ -44,7 +44,7 @@ CPU=() CUDA=(--cuda)
 if [ "${1:-}" = --cpu ]; then CPU=(--cpu) CUDA=() && shift && OUT=${OUT:-$(mktemp -d)}; fi
 PYTHON=$(realpath -s "$(command -v "${PYTHON:-python3}")")  # not the Python behind a virtual environment's link
 OUT=${OUT:-$PWD/benchmark/results/gpu} SITE=${SITE:-/tmp/cleanmeta-site} LIMIT=${LIMIT:-570}
-export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive PYTHONPATH=$SITE
+export PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=1000 PYTHONPATH=$SITE
 
 wheels() {
     local needed tag tags=()

@@ -188,7 +188,7 @@ class Case:
         self.name, self.since = name, time.monotonic()
         self.printed = [Path(folder) / f"{name}.{kind}" for kind in ("out", "errors")]
         command = [sys.executable, str(Path(__file__).resolve()), "one", name, *(["--cuda"] if cuda else [])]
-        env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | os.environ
+        env = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"} | os.environ
         with open(self.printed[0], "w") as out, open(self.printed[1], "w") as errors:
             self.process = subprocess.Popen(command, stdout=out, stderr=errors, env=env)
 

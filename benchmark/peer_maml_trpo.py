@@ -211,14 +211,14 @@ def set_vector(theta: Params, vector: Tensor) -> Params:
 
 
 def line_search(is_allowed) -> float:
-    """A fraction of the step that is allowed, or 0: 1, 0.8, 0.64, .. until one is, then the middle between the longest
-    allowed and the shortest refused one, until they differ by less than 6 %; 15 trials in all."""
-    fraction, refused, trials = 1.0, 1.25, 1  # 1.25 has not been tried: no step is longer
+    """A fraction of the step that is allowed, or 0: 0.96, and otherwise 0.8 of the last one until one is, then the
+    middle between the longest allowed and the shortest refused one, until they differ by less than 6 %; 15 trials."""
+    fraction, refused, trials = 0.96, None, 1
     while not is_allowed(fraction):
         if trials == 15:
             return 0.0
         fraction, refused, trials = 0.8 * fraction, fraction, trials + 1
-    while refused >= 1.06 * fraction and trials < 15:
+    while refused and refused >= 1.06 * fraction and trials < 15:
         middle, trials = (fraction + refused) / 2, trials + 1
         if is_allowed(middle):
             fraction = middle

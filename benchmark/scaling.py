@@ -161,7 +161,7 @@ def commands(options: Options, rest: list[str]) -> list[tuple[int, int, list[str
 
 def measure(words: list[str], threads: int, limit: int) -> tuple[str, str]:
     """The line of JSON that a point prints, and what went wrong, if something did."""
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    env = {"GOMP_SPINCOUNT": "1000"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -33,6 +33,8 @@ from statistics import median
 from types import ModuleType
 from typing import Literal
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the files of algos/ do
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -43,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
 from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
-from envs import locomotion  # noqa: E402
+from envs import locomotion, processor  # noqa: E402
 from envs.records import Follower, first_state  # noqa: E402
 
 
@@ -301,6 +303,9 @@ def parse(flags: list[str] | None = None) -> tuple:
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
     options.iterations = options.iterations or iterations
     algorithm.evaluate = lambda *_, **__: ({}, {}) if options.algorithm in SAMPLING else {}
+    processor.keep_memory()  # these two as a run of the file does
+    if "multiply_by_onednn()" in Path(algorithm.__file__).read_text():
+        processor.multiply_by_onednn()
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     return options, algorithm, args, run

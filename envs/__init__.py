@@ -53,6 +53,7 @@ from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, SparseNavigation2D
 from envs.processes import all_worlds, join, refusal, shard, summarise
+from envs.processor import multiply_by_onednn
 from envs.random_params import HopperRandParams, WalkerRandParams
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 from envs.render import adaptation_gif, learning_curve
@@ -113,7 +114,7 @@ __all__ = [
     "TaskGiven",
 ]
 __all__ += ["TaskVectorEnv", "Trials", "Unsuitable", "adaptation_gif", "held_out_uniform", "imagine", "join"]
-__all__ += ["learning_curve", "make", "make_supervised", "one_thread", "summarise"]
+__all__ += ["learning_curve", "make", "make_supervised", "multiply_by_onednn", "one_thread", "summarise"]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:

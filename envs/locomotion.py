@@ -258,9 +258,10 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
         after, good = state.clone(), torch.ones_like(self._alive)
         if len(worlds) == 0:
             return after, good
-        initial = state.numpy()[worlds]
+        rows = worlds if len(worlds) < len(state) else slice(None)  # without copies where all of them move
+        initial = state.numpy()[rows]
         control, trajectory = self._control[: len(worlds)], self._trajectory[: len(worlds)]
-        control[:] = action.cpu().numpy()[worlds, None]
+        control[:] = action.cpu().numpy()[rows, None]
         process = os.getpid()
         with _rollout_lock:
             _thread_pool(self.num_threads, process).rollout(
@@ -275,8 +276,8 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
         final = trajectory[:, -1]
         # MuJoCo resets a diverging world and goes on with finite numbers: only its clock tells.
         clock_error = np.abs(final[:, 0] - initial[:, 0] - self.step_time)
-        after.numpy()[worlds] = final
-        good.numpy()[worlds] = (clock_error < 0.5 * self.model.opt.timestep) & np.isfinite(final).all(axis=1)
+        after.numpy()[rows] = final
+        good.numpy()[rows] = (clock_error < 0.5 * self.model.opt.timestep) & np.isfinite(final).all(axis=1)
         return after, good
 
     def render_frame(self, index=0, height=240, width=320):

@@ -33,6 +33,7 @@ from envs.evaluation import tell, unused
 from envs.files import CannotWriteError, replace_file
 from envs.flags import show_help, wants_help
 from envs.processes import in_any_process, refusal, summarise
+from envs.processor import keep_memory
 from envs.screen import Lenient, Progress, fill_standard_streams, lenient_output, say
 from envs.tracking import Tracker
 
@@ -649,6 +650,7 @@ def open_run(
         evaluate: returns the metrics of an evaluation of what `state` holds.
         leads: whether this process keeps the records.
     """
+    keep_memory()
     threads = torch.get_num_threads()
     folder = args.resume or args.evaluate
     with lenient_output(), errors_in_one_line(state, Path(folder) if folder else None, leads):

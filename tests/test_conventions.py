@@ -20,10 +20,10 @@ from tools.sync import sources, sync
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "algos").glob("*.py"))
 SUPERVISED = ("maml", "fomaml", "reptile")
-LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 450 for those that are not named here
-LONGEST |= {"maml_trpo": 495}  # four inner estimators, TRPO
-LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 540}  # two encoders, each with a cache; models beside TRPO
-LONGEST |= {"pearl_sac": 500, "lirpg": 495}  # three networks and their losses; an update that is differentiated
+LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 455 for those that are not named here
+LONGEST |= {"maml_trpo": 500}  # four inner estimators, TRPO
+LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 565}  # two encoders, each with a cache; models beside TRPO
+LONGEST |= {"pearl_sac": 505, "lirpg": 495}  # three networks and their losses; an update that is differentiated
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -60,7 +60,7 @@ def test_the_tag_checker_can_fail():
 @each_file
 def test_sizes(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= LONGEST.get(path.stem, 450)
+    assert len(lines) <= LONGEST.get(path.stem, 455)
     longest = {
         node.name: node.end_lineno - node.lineno + 1
         for node in ast.walk(parse(path))
