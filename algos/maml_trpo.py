@@ -365,7 +365,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 def longest_allowed(is_allowed) -> float:
     """A fraction of a step that is allowed, or 0: almost all of it, or by backtracking, then by bisection."""
-    fraction = 0.94  # the whole step would end on the border, at best: its KL is only about quadratic
+    fraction = 0.92  # the whole step would end on the border, at best: its KL is only about quadratic
     if is_allowed(fraction):
         return fraction
     allowed = 0.0

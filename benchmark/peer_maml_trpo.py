@@ -211,9 +211,9 @@ def set_vector(theta: Params, vector: Tensor) -> Params:
 
 
 def line_search(is_allowed) -> float:
-    """A fraction of the step that is allowed, or 0: 0.94, and otherwise 0.8 of the last one until one is, then the
+    """A fraction of the step that is allowed, or 0: 0.92, and otherwise 0.8 of the last one until one is, then the
     middle between the longest allowed and the shortest refused one, until they differ by less than 6 %; 15 trials."""
-    fraction, refused, trials = 0.94, None, 1
+    fraction, refused, trials = 0.92, None, 1
     while not is_allowed(fraction):
         if trials == 15:
             return 0.0

@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from algos import maml_trpo, pearl_sac  # noqa: E402
+from algos import maml_trpo, pearl_sac, promp  # noqa: E402
+from envs import processor  # noqa: E402
 
 PARTS = ("theta", "target", "replay", "recent")  # of PEARL's state
 
@@ -176,6 +177,52 @@ def objective_alone(*data):
     return objective(*data)
 
 
+def in_chunks(function, size: int, supports: list, query, combine):
+    """A function that calls `function(supports, query)` on chunks of this many tasks, one after the other."""
+    parts = [
+        (
+            [type(batch)(*(x[k : k + size] for x in batch)) for batch in supports],
+            type(query)(*(x[k : k + size] for x in query)),
+        )
+        for k in range(0, len(query.mask), size)
+    ]
+    return lambda: combine([function(*part) for part in parts])
+
+
+def mean_of(results: list):
+    """The means over chunks of equal sizes, of nested tuples and dicts of tensors; outputs by task are put together."""
+    first = results[0]
+    if isinstance(first, dict):
+        return {name: mean_of([x[name] for x in results]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(mean_of(list(x)) for x in zip(*results, strict=True))
+    return torch.cat(results) if first.ndim == 3 else torch.stack(results).mean(0)
+
+
+def by_mkl(function):
+    """The same function, with MKL's matrix products in place of oneDNN's."""
+
+    def called():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        try:
+            return function()
+        finally:
+            processor.multiply_by_onednn()
+
+    return called
+
+
+def promp_gradient(theta: dict, args):
+    """A function of supports and query: the gradient of ProMP's objective at theta, whose policies are the old ones."""
+    own = promp.Args(inner_lr=args.inner_lr)
+
+    def gradient(supports: list, query) -> dict:
+        old = [maml_trpo.normal(*maml_trpo.policy(theta, batch.obs.flatten(1, 2))) for batch in supports]
+        return grad(promp.promp_objective, has_aux=True)(theta, old, supports, query, own, 1.0)[0]
+
+    return gradient
+
+
 def product_anew(v_W: Tensor, w_W: Tensor, theta: dict, supports: list, query, args) -> Tensor:
     """fisher_product's product without damping for unit masks, linearised in every call, so that it can be compiled."""
 
@@ -221,6 +268,22 @@ def maml_trpo_parts(args) -> dict:
             for action_NEA in query.action.unbind(2):
                 envs.step(action_NEA.flatten(0, 1))
 
+    def gradient_of(supports: list, query):
+        return objective_and_gradient(candidate_W, theta, supports, query, args)
+
+    def candidate_of(supports: list, query):
+        return objective_alone(candidate_W, theta, supports, query, args)
+
+    def product_of(size: int):
+        """The mean of products that are linearised for chunks of so many tasks, once."""
+        made = in_chunks(
+            lambda supports, query: maml_trpo.fisher_product(theta, maml_trpo.surrogate, supports, query, undamped),
+            size, [support], query, lambda products: products,
+        )()  # fmt: skip
+        return lambda: torch.stack([part(vector_W) for part in made]).mean(0)
+
+    promp_of = promp_gradient(theta, args)
+    sizes = {f"chunks of {size} tasks": size for size in (10, 4, 1) if args.meta_batch_size % size == 0}
     inference = torch.inference_mode()(rollout_with(maml_trpo.policy).__wrapped__)
     return {
         "iteration": {"present": iteration, "its worlds alone": physics},
@@ -240,16 +303,27 @@ def maml_trpo_parts(args) -> dict:
             "present": partial(objective_and_gradient, *data),
             "fused bias": with_policy(fused_policy, partial(objective_and_gradient, *data)),
             "compiled": partial(torch.compile(objective_and_gradient), *data),
+            "by MKL": by_mkl(partial(objective_and_gradient, *data)),
+            **{name: in_chunks(gradient_of, size, [support], query, mean_of) for name, size in sizes.items()},
         },
         "candidate": {
             "present": partial(objective_alone, *data),
             "fused bias": with_policy(fused_policy, partial(objective_alone, *data)),
             "compiled": partial(torch.compile(objective_alone), *data),
+            "by MKL": by_mkl(partial(objective_alone, *data)),
+            **{name: in_chunks(candidate_of, size, [support], query, mean_of) for name, size in sizes.items()},
         },
         "product": {
             "present": partial(product, vector_W),
             "linearised anew": partial(product_anew, *anew),
             "linearised anew, compiled": partial(torch.compile(product_anew), *anew),
+            "by MKL": by_mkl(partial(product, vector_W)),
+            **{name: product_of(size) for name, size in sizes.items()},
+        },
+        "ProMP's gradient": {
+            "present": partial(promp_of, [support], query),
+            "by MKL": by_mkl(partial(promp_of, [support], query)),
+            **{name: in_chunks(promp_of, size, [support], query, mean_of) for name, size in sizes.items()},
         },
     }
 
@@ -369,6 +443,8 @@ def main() -> None:
         options.algorithm
     ]
     args = tyro.cli(algorithm.Args, args=rest)
+    processor.keep_memory()  # these two as a run does
+    processor.multiply_by_onednn()
     harness = ("resume", "evaluate", "capture_video", "track", "wandb_mode", "iterations", "eval_every", "cuda")
     about = {
         "algorithm": options.algorithm,

@@ -30,7 +30,7 @@ RUNS = {  # several of them with physics, early ends, chance during episodes, un
     "pearl_sac": "--env-id AntDir-v0 --horizon 25 --train-tasks 6 --tasks-per-iteration 4 --meta-batch-size 4 "
     "--updates 3 --batch-size 5 --context-size 6 --hidden-size 8 --auto-entropy",
     "mbmpo": "--env-id HopperForward-v0 --horizon 25 --num-models 4 --meta-steps 1 --episodes-per-task 3 "
-    "--model-size 8 --model-epochs 100 --model-lr 0.1 --real-episodes 2",
+    "--model-size 8 --model-epochs 100 --model-lr 0.1 --real-episodes 2 --fisher-fraction 1",
 }
 
 
