@@ -327,19 +327,27 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
     return log_ratio.exp()
 
 
-def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
-    """One inner step of all tasks at once, from the same parameters for all or from one set per task.
+def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tensor, Tensor]]:
+    """What an inner step climbs, of all tasks at once; and the policy's mean and deviation on the support.
 
     Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. But the
     second derivative of r has grad log pi grad log pi^T on top, by which theta changes what is sampled: of
     single steps, not of pairs of steps, which is its part of low variance (LVC).
     """
 
-    def objective(params: Params, batch: Episodes) -> Tensor:
-        return (ratios(params, batch) * batch.advantage).sum() / batch.mask.sum()
+    def objective(params: Params, batch: Episodes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        mean_BA, std_1A = policy(params, batch.obs.flatten(0, 1))
+        log_prob_B = normal(mean_BA, std_1A).log_prob(batch.action.flatten(0, 1)).sum(-1)
+        ratio_ET = ((log_prob_B.view(batch.mask.shape) - batch.log_prob) * batch.mask).exp()
+        return (ratio_ET * batch.advantage).sum() / batch.mask.sum(), (mean_BA, std_1A)
 
     params_axis = 0 if params["b0"].ndim == 2 else None  # None: the same for all tasks
-    gradient = vmap(grad(objective), in_dims=(params_axis, 0))(params, support)
+    return vmap(grad(objective, has_aux=True), in_dims=(params_axis, 0))(params, support)
+
+
+def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
+    """One inner step of all tasks at once, from the same parameters for all or from one set per task."""
+    gradient, _ = lvc_gradient(params, support)
     return {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
 
 

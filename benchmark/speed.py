@@ -63,6 +63,9 @@ class Options:
     the last three 20, supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
+    mkl: bool = False
+    """products of matrices by MKL also where the file asks oneDNN for them. (Any variable whose name begins with
+    MALLOC_, such as MALLOC_PERTURB_=0, which does nothing, leaves the C library's handling of memory alone.)"""
     peer: bool = False
     """also measure the same algorithm written the usual way (always done for supervised ones and MB-MPO; of RL2 for its
     GRU)"""
@@ -267,13 +270,15 @@ def sizes(options: Options, args, envs) -> dict:
 
 def describe(options: Options, args) -> dict:
     """What was measured, and on what; `harness` is not what is measured."""
+    settings = "OMP_", "GOMP_", "MKL_", "MALLOC_"
     harness = ("iterations", "eval_every", "resume", "evaluate", "capture_video", "track", "wandb_mode")
     return {
         "args": {name: value for name, value in vars(args).items() if name not in harness},
         "iterations": options.iterations,
         "torch_threads": torch.get_num_threads(),
+        "products": torch.backends.mkldnn.matmul.fp32_precision,  # "bf16": by oneDNN
         "cpus": locomotion.available_cpus(),
-        "omp": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "MKL_"))},
+        "omp": {name: value for name, value in os.environ.items() if name.startswith(settings)},
         "load_at_start": os.getloadavg()[0],
         "device": torch.cuda.get_device_name() if args.cuda else platform.machine(),
         "versions": {module.__name__: module.__version__ for module in (torch, mujoco, gym, np)}
@@ -304,7 +309,7 @@ def parse(flags: list[str] | None = None) -> tuple:
     options.iterations = options.iterations or iterations
     algorithm.evaluate = lambda *_, **__: ({}, {}) if options.algorithm in SAMPLING else {}
     processor.keep_memory()  # these two as a run of the file does
-    if "multiply_by_onednn()" in Path(algorithm.__file__).read_text():
+    if "multiply_by_onednn()" in Path(algorithm.__file__).read_text() and not options.mkl:
         processor.multiply_by_onednn()
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
