@@ -4,9 +4,10 @@
     python benchmark/speed_all.py run --only promp     those that name promp
     python benchmark/speed_all.py table                the table, from the results
 
-Each command is one of benchmark/speed.py, in a process of its own in which ours and the usual way take turns, with one
-torch thread (the physics has all cores). Run again, it adds to the results; the table then has medians, and the lowest
-and highest ratio. Ratios of processor time are the ones to trust where other work loads the machine.
+Each command is one of benchmark/speed.py, in a process of its own in which ours and the usual way take turns. Torch has
+all cores in the rows of ALL_CORES, as by default, and one thread in the others, whose tensors are too small for more;
+the physics always has all cores. Run again, it adds to the results; the table then has medians, and the lowest and
+highest ratio. Ratios of processor time are the ones to trust where other work loads the machine.
 """
 
 import json
@@ -22,7 +23,9 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark.scaling import keep  # noqa: E402
+from envs.locomotion import available_cpus  # noqa: E402
 
+ALL_CORES = "maml_trpo", "promp", "reptile_ppo", "multitask_ppo"
 FAMILY = "--peer --peer-tasks 10 --peer-iterations 3 --iterations 3"
 CHEETAH = "--env-id HalfCheetahVel-v0 --episodes-per-trial 2 --meta-batch-size 40 --peer --peer-iterations 3"
 RUNS = (
@@ -77,11 +80,16 @@ class Options:
     """where the measurements are kept"""
 
 
+def threads(command: str) -> int:
+    """Torch's threads for a row."""
+    return available_cpus() if command.split()[0] in ALL_CORES else 1
+
+
 def run(options: Options) -> None:
     failed = 0
     for command in RUNS:
         if options.only in command:
-            record = keep(["benchmark/speed.py", *command.split()], 1, options.limit, options.results)
+            record = keep(["benchmark/speed.py", *command.split()], threads(command), options.limit, options.results)
             failed += not record
             print(command, {name: value for name, value in record.items() if "speedup" in name}, flush=True)
     if failed:
@@ -96,14 +104,14 @@ def table(options: Options) -> None:
     found = defaultdict(list)
     for line in options.results.read_text().splitlines():
         record = json.loads(line)
-        command = record["command"].removeprefix("OMP_NUM_THREADS=1 python benchmark/speed.py ")
+        setting, command = record["command"].split(" python benchmark/speed.py ")
         if command in RUNS:  # others were measured before RUNS changed
-            found[command].append(record)
-    print("| `python benchmark/speed.py ..` | ours, per s | the usual way | ratio | of processor time |")
-    print("|---|---|---|---|---|")
-    for command, records in sorted(found.items(), key=lambda item: RUNS.index(item[0])):
+            found[command, setting.removeprefix("OMP_NUM_THREADS=")].append(record)
+    print("| `python benchmark/speed.py ..` | threads | ours, per s | the usual way | ratio | of processor time |")
+    print("|---|---|---|---|---|---|")
+    for (command, setting), records in sorted(found.items(), key=lambda item: RUNS.index(item[0][0])):
         rate = next(rate for rate in RATES if rate.ours in records[0])
-        cells = [f"`{command}`", f"{number(median(x[rate.ours] for x in records))} {rate.unit}"]
+        cells = [f"`{command}`", setting, f"{number(median(x[rate.ours] for x in records))} {rate.unit}"]
         cells.append(number(median(x[rate.peer] for x in records)) if rate.peer in records[0] else "none")
         for name in (rate.ratio, rate.cpu_ratio):
             values = [record[name] for record in records if name in record]

@@ -100,6 +100,13 @@ def test_every_algorithm_is_in_the_table_and_its_commands_parse():
     assert named == {path.stem for path in (ROOT / "algos").glob("*.py")}
 
 
+def test_rows_with_large_tensors_have_all_cores(monkeypatch):
+    monkeypatch.setattr(speed_all, "available_cpus", lambda: 7)
+    with_all = {command.split()[0] for command in speed_all.RUNS if speed_all.threads(command) == 7}
+    assert with_all == {"maml_trpo", "promp", "reptile_ppo", "multitask_ppo"}
+    assert {speed_all.threads(command) for command in speed_all.RUNS} == {1, 7}
+
+
 def test_the_table_has_medians_of_ours_and_the_peers(tmp_path, capsys):
     def record(command, **figures):
         return json.dumps({"command": f"OMP_NUM_THREADS=1 python benchmark/speed.py {command}"} | figures) + "\n"
@@ -113,8 +120,8 @@ def test_the_table_has_medians_of_ours_and_the_peers(tmp_path, capsys):
     speed_all.table(speed_all.Options("table", results=tmp_path / "all.jsonl"))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [
-        [f"`{pearl}`", "20.0 updates", "5.0", "4.00 (2.00 to 14.00)", "2.00 (1.00 to 7.00)"],
-        [f"`{meta_critic}`", "1,234 steps", "none", "", ""],
+        [f"`{pearl}`", "1", "20.0 updates", "5.0", "4.00 (2.00 to 14.00)", "2.00 (1.00 to 7.00)"],
+        [f"`{meta_critic}`", "1", "1,234 steps", "none", "", ""],
     ]
 
 
