@@ -1,5 +1,6 @@
 """Settings of the processor: what they are for happens, and nothing else does."""
 
+import json
 import os
 import platform
 import resource
@@ -128,3 +129,20 @@ def test_threads_that_wait_soon_sleep_but_where_the_user_says_otherwise(path):
         command = [sys.executable, "-c", stop, str(path.parent)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=outside | env)
         assert result.stdout.strip() == expected, result.stderr
+
+
+def test_the_benchmark_of_products(monkeypatch, capsys):
+    from benchmark import processor as benchmark
+
+    monkeypatch.setattr(benchmark, "SHAPES", (((30, 20), (20, 10)), ((2, 30, 20), (2, 20, 10))))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        benchmark.products(benchmark.Options("products", repeats=1))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["left"] for record in records] == [[30, 20], [2, 30, 20]]
+    for record in records:
+        assert record["mkl_ms"] > 0
+        assert record["mkl_error"] < 1e-6
+        assert record.get("onednn_error", 0) < 1e-6  # absent where it would round
