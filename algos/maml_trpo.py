@@ -8,7 +8,8 @@ Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta, the support D_i
     [3]     per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
-    [4]     theta'_i = theta - alpha grad L(theta; D_i), L = -mean(log pi(a|s) A); [2] to [4] K times
+    [4]     theta'_i = theta - alpha grad L(theta; D_i); [2] to [4] K times. L = -mean(log pi(a|s) A), or what
+            has the same gradient there (`inner_objective`)
     [5]     per task: sample E episodes with pi_theta'_i, the query D'_i
     [6]     J(theta) = mean_i mean_D'_i [ pi_theta'_i(a|s) / pi_old_i(a|s) A ], theta'_i a function of theta
     [7]     g = grad J(theta), through the inner steps
@@ -19,8 +20,8 @@ Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, l
     pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
     O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time, W all of
-    theta in one vector. Entries of parameter dicts gain N by adaptation. (Under torchrun each process holds
-    its part of the N tasks: `envs` draws tasks and noise and counts steps for all, gradients are averaged.)
+    theta in one vector. Entries of parameter dicts (not alpha.*) gain N by adaptation. (Under torchrun each
+    process has its part of the N tasks: `envs` draws and counts for all, gradients are averaged.)
 Differs from the paper: the inner step climbs `lvc`, not the plain score function (`--estimator score`); two
     tanh layers of 64 (ReLU, 100); `--action-scale`; exact Fisher products (its code: finite differences) on a
     share of the query; the line search ends with a bisection. As there, the horizon is part of the task: the
@@ -167,7 +168,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -241,12 +242,13 @@ def discounted_units(batch: Episodes, gamma: float) -> Tensor:
 
 
 def inner_objective(log_prob_ET: Tensor, batch: Episodes, args: Args) -> Tensor:
-    """What an inner step climbs, [E]. Derivatives, with l_t = log pi(a_t|s_t) and c_t = l_0 + .. + l_t:
+    """What an inner step climbs, [E].
 
-    All have the policy gradient, sum_t grad l_t A_t (dice: terms times gamma^t, and lambda 1). They differ
-    in the second derivative, that is in what MAML's meta-gradient knows of theta's influence on which
-    trajectories are sampled. box(x) = exp(x - x of the policy that sampled), which is 1 at that policy:
-        score, e_maml   sum_t l_t A_t                             nothing of it (e_maml: see `surrogate`)
+    All have the policy gradient, sum_t grad l_t A_t (dice: terms times gamma^t, and lambda 1). They differ in
+    the second derivative: in what the meta-gradient knows of theta's influence on what is sampled. Here
+    l_t = log pi(a_t|s_t), c_t = l_0 + .. + l_t, box(x) = exp(x - x of the sampling policy), 1 there:
+        estimator       objective                                 what it knows of that influence
+        score, e_maml   sum_t l_t A_t                             nothing (e_maml: see `surrogate`)
         lvc             sum_t box(l_t) A_t                        each step's own part, which has low variance
         dice            sum_t box(c_t) gamma^t r_t + (1 - box(l_t)) gamma^t V_t           all of it
         loaded          sum_t (box(c_t) - box(c_t - l_t)) A_t     all of it, with less variance than dice
@@ -282,7 +284,7 @@ def adapt(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> 
 def exploration_credit(query: Episodes, args: Args) -> Tensor:
     """E-MAML's weight [N] of a task's supports: the reward that they led to, less the other tasks' mean.
 
-    The reward is in the units of J_i: discounted, over the task's std, and per step.
+    The reward is over the task's std and per step, as J_i is; unlike J_i's terms it is discounted.
     """
     reward_NET = discounted_units(query, args.gamma) * query.reward
     return_N = reward_NET.sum((1, 2)) / query.mask.sum((1, 2))
@@ -299,7 +301,7 @@ def surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Ar
     params = theta
     log_likelihood_N = torch.zeros_like(query.std[:, 0])  # of all supports; 0 at the theta that sampled them
     for support in supports:
-        if args.estimator == "e_maml":  # the product over all samples, hence the sum of logarithms
+        if args.estimator == "e_maml":  # over all samples; its value and gradient count at the old theta only
             log_ratio_NET = (batch_log_prob(params, support) - support.log_prob) * support.mask
             log_likelihood_N = log_likelihood_N + log_ratio_NET.sum((1, 2))
         params = adapt(params, support, args)
@@ -364,7 +366,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 
 def longest_allowed(is_allowed) -> float:
-    """A fraction of a step that is allowed, or 0: almost all of it, or by backtracking, then by bisection."""
+    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
     fraction = 0.92  # the whole step would end on the border, at best: its KL is only about quadratic
     if is_allowed(fraction):
         return fraction
@@ -376,7 +378,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # then the KL has at least 0.89 of what it may have
+        if refused < 1.06 * allowed:  # where the KL is what refuses, it is now 1 / 1.06^2 of delta or more
             break
     return allowed
 
@@ -419,8 +421,8 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
-    stands for half the width of that mean's 95 % interval, taken over different tasks.
+    Of metrics over tasks a run logs the means; of a pair (x, tasks) half the 95 % interval of x's mean, where
+    equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta

@@ -183,7 +183,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -330,9 +330,9 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tensor, Tensor]]:
     """What an inner step climbs, of all tasks at once; and the policy's mean and deviation on the support.
 
-    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. But the
-    second derivative of r has grad log pi grad log pi^T on top, by which theta changes what is sampled: of
-    single steps, not of pairs of steps, which is its part of low variance (LVC).
+    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. The second
+    derivative of r is that of log pi and grad log pi grad log pi^T: the influence of theta on what is
+    sampled. LVC keeps it for each step alone, and drops the products of different steps, which vary most.
     """
 
     def objective(params: Params, batch: Episodes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -411,7 +411,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 
 def longest_allowed(is_allowed) -> float:
-    """A fraction of a step that is allowed, or 0: almost all of it, or by backtracking, then by bisection."""
+    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
     fraction = 0.92  # the whole step would end on the border, at best: its KL is only about quadratic
     if is_allowed(fraction):
         return fraction
@@ -423,7 +423,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # then the KL has at least 0.89 of what it may have
+        if refused < 1.06 * allowed:  # where the KL is what refuses, it is now 1 / 1.06^2 of delta or more
             break
     return allowed
 

@@ -65,7 +65,7 @@ class Args:
     action_scale: float = 10.0
     """worlds divide actions by it, then clip: first noise spans a tenth of the bounds; 10 in authors' code"""
     inner_lr: float = 0.1
-    """step size of adaptation (alpha); 0.1 in the authors' code, 0.05 for random parameters"""
+    """step size of adaptation (alpha); 0.1 in the authors' code, 0.05 where bodies differ"""
     inner_steps: int = 1
     """inner steps in training (K), each on fresh episodes; 1 in the authors' code, up to 3 in its sweeps"""
     outer_lr: float = 1e-3
@@ -77,7 +77,7 @@ class Args:
     kl_coef: float = 5e-4
     """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code"""
     target_kl: float = 0.0
-    """KL that eta is adapted to; 0: eta stays; 0.01 in the authors' code for random parameters"""
+    """KL that eta is adapted to; 0: eta stays; 0.01 in the authors' code where bodies differ"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
     gae_lambda: float = 1.0
@@ -162,7 +162,7 @@ def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal, for these worlds
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -238,9 +238,9 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
 def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tensor, Tensor]]:
     """What an inner step climbs, of all tasks at once; and the policy's mean and deviation on the support.
 
-    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. But the
-    second derivative of r has grad log pi grad log pi^T on top, by which theta changes what is sampled: of
-    single steps, not of pairs of steps, which is its part of low variance (LVC).
+    Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. The second
+    derivative of r is that of log pi and grad log pi grad log pi^T: the influence of theta on what is
+    sampled. LVC keeps it for each step alone, and drops the products of different steps, which vary most.
     """
 
     def objective(params: Params, batch: Episodes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -295,7 +295,7 @@ def promp_objective(
     for old_policy, new_policy, support in zip(old, new, supports, strict=True):
         kl_NB = kl_divergence(old_policy, new_policy).sum(-1)  # over the dimensions of the action
         kl = kl + step_mean(kl_NB.view(support.mask.shape), support.mask) / len(supports)
-    is_clipped_NET = (ratio_NET != clipped_NET).to(gain)
+    is_clipped_NET = (ratio_NET != clipped_NET).to(gain)  # whether or not the minimum takes that term
     parts = {"gain": gain, "kl": kl, "clipped": step_mean(is_clipped_NET, query.mask)}
     return gain - kl_coef * kl, parts  # [7]
 
@@ -303,7 +303,10 @@ def promp_objective(
 def meta_update(
     theta: Params, optimizer, supports: list[Episodes], query: Episodes, args: Args, kl_coef: float
 ) -> dict[str, float]:
-    """Steps of Adam on J, which change theta in place; J's parts afterwards (gain and kl were 0)."""
+    """Steps of Adam on J, which change theta in place; J's parts after them, and the last gradient's norm.
+
+    Before, gain and kl are 0: all ratios are 1, and advantages have the mean 0.
+    """
     with torch.no_grad():  # theta has not changed yet: it is the one that sampled
         old, _ = repeat_inner_steps(theta, supports, args)
     for _ in range(args.epochs):
