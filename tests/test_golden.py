@@ -53,7 +53,7 @@ RUNS = {
         f"{TRPO}--episodes-per-task 4 --inner-steps 2 --estimator dice --learn-inner-lr "
         "--inner-lr 0.02 --gae-lambda 0.9",
         f"{TRPO}--episodes-per-task 2 --inner-steps 2 --first-order",
-        f"{HOPPER}--episodes-per-task 3 --estimator dice",
+        f"{HOPPER}--episodes-per-task 3 --estimator dice --inner-lr 0.001 --cg-damping 1 --fisher-fraction 1",
         f"{HOPPER}--episodes-per-task 3 --inner-steps 2 --estimator e_maml --cg-damping 1",
         "--env-id HalfCheetahDir-v0 --meta-batch-size 4 --episodes-per-task 5 --horizon 20",
     ],
