@@ -327,27 +327,19 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
     return log_ratio.exp()
 
 
-def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tensor, Tensor]]:
-    """What an inner step climbs, of all tasks at once; and the policy's mean and deviation on the support.
+def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
+    """One inner step of all tasks at once, from the same parameters for all or from one set per task.
 
     Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. The second
     derivative of r is that of log pi and grad log pi grad log pi^T: the influence of theta on what is
     sampled. LVC keeps it for each step alone, and drops the products of different steps, which vary most.
     """
 
-    def objective(params: Params, batch: Episodes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mean_BA, std_1A = policy(params, batch.obs.flatten(0, 1))
-        log_prob_B = normal(mean_BA, std_1A).log_prob(batch.action.flatten(0, 1)).sum(-1)
-        ratio_ET = ((log_prob_B.view(batch.mask.shape) - batch.log_prob) * batch.mask).exp()
-        return (ratio_ET * batch.advantage).sum() / batch.mask.sum(), (mean_BA, std_1A)
+    def objective(params: Params, batch: Episodes) -> Tensor:
+        return (ratios(params, batch) * batch.advantage).sum() / batch.mask.sum()
 
     params_axis = 0 if params["b0"].ndim == 2 else None  # None: the same for all tasks
-    return vmap(grad(objective, has_aux=True), in_dims=(params_axis, 0))(params, support)
-
-
-def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
-    """One inner step of all tasks at once, from the same parameters for all or from one set per task."""
-    gradient, _ = lvc_gradient(params, support)
+    gradient = vmap(grad(objective), in_dims=(params_axis, 0))(params, support)
     return {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
 
 

@@ -235,9 +235,10 @@ def ratios(params: Params, batch: Episodes) -> Tensor:
     return log_ratio.exp()
 
 
-def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tensor, Tensor]]:
-    """What an inner step climbs, of all tasks at once; and the policy's mean and deviation on the support.
+def inner_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> tuple[Params, Normal]:
+    """One inner step of all tasks at once, from the same parameters for all or from one set per task.
 
+    Returns the adapted parameters, and the policy before the step at the support's observations [N, B, A].
     Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. The second
     derivative of r is that of log pi and grad log pi grad log pi^T: the influence of theta on what is
     sampled. LVC keeps it for each step alone, and drops the products of different steps, which vary most.
@@ -250,13 +251,10 @@ def lvc_gradient(params: Params, support: Episodes) -> tuple[Params, tuple[Tenso
         return (ratio_ET * batch.advantage).sum() / batch.mask.sum(), (mean_BA, std_1A)
 
     params_axis = 0 if params["b0"].ndim == 2 else None  # None: the same for all tasks
-    return vmap(grad(objective, has_aux=True), in_dims=(params_axis, 0))(params, support)
-
-
-def lvc_step(params: Params, support: Episodes, args: Args, scale: float = 1.0) -> Params:
-    """One inner step of all tasks at once, from the same parameters for all or from one set per task."""
-    gradient, _ = lvc_gradient(params, support)
-    return {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
+    gradient_and_policy = vmap(grad(objective, has_aux=True), in_dims=(params_axis, 0))
+    gradient, (mean_NBA, std_N1A) = gradient_and_policy(params, support)
+    adapted = {name: value + scale * args.inner_lr * gradient[name] for name, value in params.items()}  # [4]
+    return adapted, normal(mean_NBA, std_N1A)
 
 
 def repeat_inner_steps(theta: Params, supports: list[Episodes], args: Args) -> tuple[list[Normal], Params]:
@@ -268,9 +266,8 @@ def repeat_inner_steps(theta: Params, supports: list[Episodes], args: Args) -> t
     params = theta
     policies = []
     for support in supports:
-        gradient, (mean_NBA, std_N1A) = lvc_gradient(params, support)
-        policies.append(normal(mean_NBA, std_N1A))
-        params = {name: value + args.inner_lr * gradient[name] for name, value in params.items()}
+        params, before = inner_step(params, support, args)
+        policies.append(before)
     return policies, params
 
 
@@ -346,7 +343,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
         batch = collect(envs, tasks_NP, params, args, generator)
         returns.append(batch.reward.sum(-1).mean(1))  # [10]
         if k < args.eval_steps:
-            params = lvc_step(params, batch, args, scale=0.5 if k else 1.0)
+            params, _ = inner_step(params, batch, args, scale=0.5 if k else 1.0)
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}
     return stats | {"test/gain_ci95": (returns[-1] - returns[0], tasks_NP)}, params
 
@@ -371,7 +368,7 @@ def train(envs, args: Args, run, state: dict) -> None:
         supports = []
         for _ in range(args.inner_steps):
             supports.append(collect(envs, tasks_NP, params, args, generator))  # [2]
-            params = lvc_step(params, supports[-1], args)
+            params, _ = inner_step(params, supports[-1], args)
         query = collect(envs, tasks_NP, params, args, generator)  # [5]
         run.doing("updating")
         stats = meta_update(theta, optimizer, supports, query, args, kl_coef)

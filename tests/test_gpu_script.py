@@ -160,13 +160,13 @@ def test_a_file_that_takes_too_long_is_ended(tmp_path):
 
 def test_a_difference_is_found_and_the_rest_is_still_tried(monkeypatch, capsys):
     """The control: steps a thousandth longer where the run is "on the GPU", that is, has a flag more."""
-    step, main, longer = promp.lvc_step, promp.main, [1.0]
+    step, main, longer = promp.inner_step, promp.main, [1.0]
 
     def noting_the_device(argv):
         longer[0] = 1.001 if "--wandb-mode" in argv else 1.0
         main(argv)
 
-    monkeypatch.setattr(promp, "lvc_step", lambda *given, scale=1.0: step(*given, scale * longer[0]))
+    monkeypatch.setattr(promp, "inner_step", lambda *given, scale=1.0: step(*given, scale * longer[0]))
     monkeypatch.setattr(promp, "main", noting_the_device)
     threads = torch.get_num_threads()
     gpu_check.one("promp", ["--wandb-mode", "offline"])

@@ -45,7 +45,7 @@ def test_promp_updates_agree(inner_steps):
     params, batches = theta, []
     for _ in range(inner_steps):
         batches.append(promp.collect(worlds, tasks, params, args, generator))
-        params = promp.lvc_step(params, batches[-1], args)
+        params = promp.inner_step(params, batches[-1], args)[0]
     batches.append(promp.collect(worlds, tasks, params, args, generator))
     new, own = {name: value.clone() for name, value in theta.items()}, copy(theta)
     stats = promp.meta_update(new, Adam(new.values(), 0.01), batches[:-1], batches[-1], args, args.kl_coef)

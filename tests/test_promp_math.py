@@ -91,7 +91,7 @@ def make_batches(args, theta, seed=0):
     tasks, params, batches = envs.sample_tasks(N, generator), theta, []
     for _ in range(args.inner_steps):
         batches.append(ours.collect(envs, tasks, params, args, generator))
-        params = ours.lvc_step(params, batches[-1], args)
+        params = ours.inner_step(params, batches[-1], args)[0]
     batches.append(ours.collect(envs, tasks, params, args, generator))
     for batch in batches:  # some episodes end early, most steps count, and tasks differ in how many do
         assert 0.5 < batch.mask.mean() < 0.97
@@ -199,7 +199,7 @@ def test_ratios_of_the_policy_that_sampled_are_one():
     theta = make_theta(args)
     (support,), query = make_batches(args, theta)
     close(ours.ratios(theta, support), torch.ones(N, E, T), 1e-12)
-    close(ours.ratios(ours.lvc_step(theta, support, args), query), torch.ones(N, E, T), 1e-12)
+    close(ours.ratios(ours.inner_step(theta, support, args)[0], query), torch.ones(N, E, T), 1e-12)
     assert not torch.allclose(ours.ratios(theta, query), torch.ones(N, E, T), atol=1e-3)
 
 
@@ -218,8 +218,8 @@ def test_inner_step_against_a_loop_over_tasks():
     args = make_args(inner_lr=0.7)
     theta = make_theta(args)
     (support,), query = make_batches(args, theta)
-    once = ours.lvc_step(theta, support, args)
-    twice = ours.lvc_step(once, query, args, 0.5)  # from one policy per task, with half the step
+    once = ours.inner_step(theta, support, args)[0]
+    twice = ours.inner_step(once, query, args, 0.5)[0]  # from one policy per task, with half the step
     assert list(once) == list(twice) == list(theta)
     for i in range(N):
         first = slow_step(theta, part(support, i), args)
@@ -234,7 +234,7 @@ def test_inner_step_against_central_differences():
     args = make_args(inner_lr=0.7)
     (support,), _ = make_batches(args, make_theta(args))
     theta = nearby(make_theta(args), 0.2)
-    moved = ours.lvc_step(theta, support, args)
+    moved = ours.inner_step(theta, support, args)[0]
     for i in range(N):
         batch = part(support, i)
 
@@ -251,8 +251,8 @@ def test_inner_step_equals_that_of_maml_trpo():
     theta = make_theta(args)
     (support,), query = make_batches(args, theta)
     reference = maml_trpo.Args(estimator="lvc", inner_lr=args.inner_lr)
-    once, twice = ours.lvc_step(theta, support, args), theta
-    once = ours.lvc_step(once, query, args, 0.5)
+    once, twice = ours.inner_step(theta, support, args)[0], theta
+    once = ours.inner_step(once, query, args, 0.5)[0]
     for batch, scale in ((support, 1.0), (query, 0.5)):
         twice = maml_trpo.adapt(twice, batch, reference, scale)
     close(flat(once), flat(twice), 1e-12)
@@ -262,7 +262,7 @@ def test_an_inner_step_raises_the_gain():
     args = make_args(inner_lr=0.01)
     theta = make_theta(args)
     (support,), _ = make_batches(args, theta)
-    adapted = ours.lvc_step(theta, support, args)
+    adapted = ours.inner_step(theta, support, args)[0]
     for i in range(N):
         log_prob = ref_log_prob({name: value[i] for name, value in adapted.items()}, part(support, i))
         gain = (log_prob - support.log_prob[i]).exp() * support.advantage[i]
@@ -309,14 +309,14 @@ def objective_gradient(theta, old, supports, query, args, kl_coef):
 @pytest.fixture
 def detached_inner_step(monkeypatch):
     """The defect that the tests of gradients must see: no derivative through an inner step's gradient."""
-    lvc_gradient = ours.lvc_gradient
+    inner_step = ours.inner_step
 
-    def detached(params, support):
-        gradient, policies = lvc_gradient(params, support)
-        return {name: value.detach() for name, value in gradient.items()}, policies
+    def detached(params, support, args, scale=1.0):
+        moved, policies = inner_step(params, support, args, scale)
+        return {name: value + (moved[name] - value).detach() for name, value in params.items()}, policies
 
     def switch():
-        monkeypatch.setattr(ours, "lvc_gradient", detached)
+        monkeypatch.setattr(ours, "inner_step", detached)
 
     return switch
 
