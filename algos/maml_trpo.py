@@ -74,6 +74,8 @@ class Args:
     """inner steps in training (K), each on fresh episodes; 1 in the paper"""
     estimator: Literal["score", "lvc", "dice", "loaded", "e_maml"] = "lvc"
     """score: MAML's code; lvc: low variance, small bias; dice, loaded: unbiased; e_maml: for exploration"""
+    credit_weight: float = 1.0
+    """of e_maml's credit; 1 is unbiased, ProMP's authors have 1 / (E T), with which little of it is left"""
     first_order: bool = False
     """FOMAML: no derivative through the inner step"""
     learn_inner_lr: bool = False
@@ -108,6 +110,8 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
+        if self.credit_weight != 1 and self.estimator != "e_maml":
+            raise ValueError(f"--credit-weight {self.credit_weight:g}: only --estimator e_maml has a credit")
         ranges = dict.fromkeys(("gamma", "gae_lambda", "fisher_fraction", "cg_damping"), (0, 1))
         ranges["seed"] = (0, 2**31)
         for name, value in vars(self).items():
@@ -125,7 +129,7 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    advantage: Tensor  # [N, E, T] less the task's mean, over the task's standard deviation (see `collect`)
     value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
     std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
@@ -226,11 +230,15 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
     mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
     centred_NET = advantage_NET - mean_N11
-    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    subtracted_NET = value_NET + mean_N11
+    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
         advantage=centred_NET * mask_NET / std_N11,
-        value=value_NET + mean_N11,
+        value=subtracted_NET,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
     )
 
@@ -310,7 +318,7 @@ def surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Ar
     ratio_NET = ((log_prob_NB.view(query.mask.shape) - query.log_prob) * query.mask).exp()
     J_N = (ratio_NET * query.advantage).sum((1, 2)) / query.mask.sum((1, 2))  # [6]
     if args.estimator == "e_maml":
-        J_N = J_N + exploration_credit(query, args) * log_likelihood_N
+        J_N = J_N + args.credit_weight * exploration_credit(query, args) * log_likelihood_N
     return J_N, (mean_NBA, std_N1A)
 
 

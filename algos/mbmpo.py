@@ -121,7 +121,7 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    advantage: Tensor  # [N, E, T] less the task's mean, over the task's standard deviation (see `collect`)
     value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
     std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
@@ -241,11 +241,15 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
     mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
     centred_NET = advantage_NET - mean_N11
-    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    subtracted_NET = value_NET + mean_N11
+    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
         advantage=centred_NET * mask_NET / std_N11,
-        value=value_NET + mean_N11,
+        value=subtracted_NET,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
     )
 

@@ -12,9 +12,10 @@ Algorithm:
     [5]     per task: sample E episodes with pi_theta'_i, the query D'_i
     [6]     J_clip = mean_i mean_D'_i [ min(r A, clip(r, 1 - eps, 1 + eps) A) ],
             r = pi_theta'_i(a|s) / pi_old_i(a|s), theta'_i a function of theta
-    [7]     J = J_clip - eta mean_i KL(pi_theta_o || pi_theta) on D_i: theta must stay near the policy of [2]
+    [7]     J = J_clip - eta mean_i KL(pi_theta_o || pi_theta) on D_i: theta must stay near the policy of [2].
+            With K > 1 the mean over the inner steps, each with its eta and the policies before that step
     [8]     several times on the same data: theta <- one step of Adam on J, through the inner steps
-    [9]     --target-kl: eta doubles if the KL came out above 1.5 times the target, halves if below 1 / 1.5
+    [9]     --target-kl: an eta doubles if its KL came out above 1.5 times the target, halves if below 1 / 1.5
     [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, eps = clip, eta = kl_coef, lambda of [3] =
     gae_lambda; pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
@@ -22,8 +23,8 @@ Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task,
     O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time. Entries of
     parameter dicts gain N by adaptation. (Under torchrun each process holds its part of the N tasks: `envs`
     draws tasks and noise and counts steps for all, gradients are averaged.)
-Differs from the paper's code: one eta for all inner steps (there one for each). As there: `--action-scale`;
-    the horizon is part of the task, the baseline sees t, and V is 0 at T.
+Differs from the paper's code: nothing known. As there: `--action-scale`; one eta for each inner step; the
+    horizon is part of the task, the baseline sees t, and V is 0 at T.
 """
 
 import math
@@ -75,9 +76,10 @@ class Args:
     clip: float = 0.3
     """the query's ratios gain nothing beyond 1 +- clip (epsilon); 0.3 in the authors' code"""
     kl_coef: float = 5e-4
-    """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code"""
+    """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code. A run
+    that is resumed with --target-kl goes on with what became of it"""
     target_kl: float = 0.0
-    """KL that eta is adapted to; 0: eta stays; 0.01 in the authors' code where bodies differ"""
+    """KL that the etas are adapted to; 0: they stay; 0.01 in the authors' code where bodies differ"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
     gae_lambda: float = 1.0
@@ -119,7 +121,7 @@ class Episodes(NamedTuple):
     log_prob: Tensor  # [N, E, T] log pi(a|s) under the policy that drew it: data, not a function of theta
     mask: Tensor  # [N, E, T] 1 while the episode runs, 0 after an early end
     reward: Tensor  # [N, E, T]
-    advantage: Tensor  # [N, E, T] less the task's mean, divided by the task's standard deviation
+    advantage: Tensor  # [N, E, T] less the task's mean, over the task's standard deviation (see `collect`)
     value: Tensor  # [N, E, T] the baseline plus that mean: with lambda 1, advantage = (return - value) / std
     std: Tensor  # [N, E] that standard deviation, for each episode; only maml_trpo.py needs value and std
 
@@ -220,11 +222,15 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     weight_NET = mask_NET / mask_NET.sum((1, 2), keepdim=True)
     mean_N11 = (weight_NET * advantage_NET).sum((1, 2), keepdim=True)
     centred_NET = advantage_NET - mean_N11
-    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt() + 1e-8
+    subtracted_NET = value_NET + mean_N11
+    std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
+    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
         advantage=centred_NET * mask_NET / std_N11,
-        value=value_NET + mean_N11,
+        value=subtracted_NET,
         std=std_N11.squeeze(-1).expand(mask_NET.shape[:2]),
     )
 
@@ -277,32 +283,36 @@ def step_mean(x_NET: Tensor, mask_NET: Tensor) -> Tensor:
 
 
 def promp_objective(
-    theta: Params, old: list[Normal], supports: list[Episodes], query: Episodes, args: Args, kl_coef: float
+    theta: Params, old: list[Normal], supports: list[Episodes], query: Episodes, args: Args, kl_coef: list[float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """J and its parts; `old` are the policies that sampled the supports, one for each inner step.
+    """J and its parts; for each inner step there is a policy that sampled its support, in `old`, and an eta.
 
-    With several inner steps the KL is the mean over them, each on its own support.
+    With several inner steps the penalty is the mean over them of eta KL, each on its own support.
     """
     new, params = repeat_inner_steps(theta, supports, args)
     ratio_NET = ratios(params, query)
     clipped_NET = ratio_NET.clamp(1 - args.clip, 1 + args.clip)
     gain_NET = torch.minimum(ratio_NET * query.advantage, clipped_NET * query.advantage)
     gain = step_mean(gain_NET, query.mask)  # [6]
-    kl = 0.0
-    for old_policy, new_policy, support in zip(old, new, supports, strict=True):
-        kl_NB = kl_divergence(old_policy, new_policy).sum(-1)  # over the dimensions of the action
-        kl = kl + step_mean(kl_NB.view(support.mask.shape), support.mask) / len(supports)
     is_clipped_NET = (ratio_NET != clipped_NET).to(gain)  # whether or not the minimum takes that term
-    parts = {"gain": gain, "kl": kl, "clipped": step_mean(is_clipped_NET, query.mask)}
-    return gain - kl_coef * kl, parts  # [7]
+    outer_kl_NET = ratio_NET - 1 - ratio_NET.log()  # its mean over what pi_old drew is KL(pi_old || pi_theta')
+    parts = {"gain": gain, "clipped": step_mean(is_clipped_NET, query.mask)}
+    parts["outer_kl"] = step_mean(outer_kl_NET, query.mask)
+    J = gain
+    for k, support in enumerate(supports):
+        kl_NB = kl_divergence(old[k], new[k]).sum(-1)  # over the dimensions of the action
+        kl = step_mean(kl_NB.view(support.mask.shape), support.mask)
+        J = J - kl_coef[k] * kl / len(supports)  # [7]
+        parts[f"kl_k{k}"] = kl
+    return J, parts
 
 
 def meta_update(
-    theta: Params, optimizer, supports: list[Episodes], query: Episodes, args: Args, kl_coef: float
+    theta: Params, optimizer, supports: list[Episodes], query: Episodes, args: Args, kl_coef: list[float]
 ) -> dict[str, float]:
     """Steps of Adam on J, which change theta in place; J's parts after them, and the last gradient's norm.
 
-    Before, gain and kl are 0: all ratios are 1, and advantages have the mean 0.
+    Before, the gain and all KL are 0: all ratios are 1, and advantages have the mean 0.
     """
     with torch.no_grad():  # theta has not changed yet: it is the one that sampled
         old, _ = repeat_inner_steps(theta, supports, args)
@@ -357,9 +367,9 @@ def train(envs, args: Args, run, state: dict) -> None:
         optimizer.param_groups[0]["lr"] = args.outer_lr  # a resumed run may have another
     generator = Generator()
     generator.set_state(state["generator"])
-    kl_coef = args.kl_coef
-    if args.target_kl:
-        kl_coef = state.get("kl_coef", args.kl_coef)  # a resumed run goes on with what [9] has made of it
+    kl_coef = [args.kl_coef] * args.inner_steps
+    if args.target_kl and len(state.get("kl_coef", [])) == args.inner_steps:
+        kl_coef = state["kl_coef"]  # a resumed run goes on with what [9] has made of it
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
@@ -372,8 +382,9 @@ def train(envs, args: Args, run, state: dict) -> None:
         query = collect(envs, tasks_NP, params, args, generator)  # [5]
         run.doing("updating")
         stats = meta_update(theta, optimizer, supports, query, args, kl_coef)
-        stats["train/kl_coef"] = kl_coef
-        kl_coef = next_kl_coef(kl_coef, stats["train/kl"], args.target_kl)  # [9]
+        stats |= {f"train/kl_coef_k{k}": coef for k, coef in enumerate(kl_coef)}
+        kl = [stats[f"train/kl_k{k}"] for k in range(args.inner_steps)]
+        kl_coef = [next_kl_coef(*pair, args.target_kl) for pair in zip(kl_coef, kl, strict=True)]  # [9]
         state["env_steps"] += sum(envs.unwrapped.total(batch.mask) for batch in (*supports, query))
         state.update(theta=theta, optimizer=optimizer.state_dict(), kl_coef=kl_coef)
         state.update(generator=generator.get_state())

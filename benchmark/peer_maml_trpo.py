@@ -51,7 +51,7 @@ class HalfCheetahDir(gym.Wrapper):
         return np.append(obs, velocity), reward, terminated, truncated, info
 
 
-class Navigation2D(gym.Env):
+class Navigation2DEndless(gym.Env):
     """One point in the plane; the task is its goal."""
 
     def __init__(self, action_scale: float):
@@ -75,7 +75,7 @@ class Navigation2D(gym.Env):
         return self.position, -float(np.sqrt(distance @ distance)), False, False, {}
 
 
-ENVS = {"HalfCheetahDir-v0": HalfCheetahDir, "Navigation2D-v0": Navigation2D}
+ENVS = {"HalfCheetahDir-v0": HalfCheetahDir, "Navigation2DEndless-v0": Navigation2DEndless}
 
 
 def make(env_id: str, episodes: int, action_scale: float) -> SyncVectorEnv:

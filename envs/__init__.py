@@ -51,7 +51,7 @@ from envs.locomotion import (
 )
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
-from envs.navigation import Navigation2D, SparseNavigation2D
+from envs.navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
 from envs.processes import all_worlds, join, refusal, shard, summarise
 from envs.processor import multiply_by_onednn
 from envs.random_params import HopperRandParams, WalkerRandParams
@@ -63,6 +63,7 @@ from envs.trials import Trials
 
 HORIZONS = {
     Navigation2D: 100,
+    Navigation2DEndless: 100,
     SparseNavigation2D: 20,
     HalfCheetahDir: 200,
     HalfCheetahVel: 200,

@@ -11,20 +11,23 @@ from envs.core import TaskVectorEnv, held_out_uniform
 
 
 class Navigation2D(TaskVectorEnv):
-    """A point walks to a hidden goal in the square [-0.5, 0.5]^2.
+    """A point walks to a hidden goal in the square [-0.5, 0.5]^2; there the episode ends. This is the paper's.
 
     Source: Finn, Abbeel, Levine 2017 (arXiv:1703.03400), section 5.3.1; cbfinn/maml_rl `point_env_randgoal.py`.
     Observation: the position [2], starting at the origin. Action: a displacement [2], clipped to +-0.1.
     Reward: -||next position - goal||_2 (the paper's text says squared distance; its code and table use the distance).
     Tasks: the goal [2], uniform in the square; test goals lie in strips of x that training never sees.
+    Ends: where both coordinates are within 0.01 of the goal's, as in the authors' code. A policy that has found the
+    goal need not stay there against its own noise, so returns are far above those in `Navigation2DEndless`.
     Horizon: 100.
-    Differs: no early end within 0.01 of the goal (as pytorch-maml-rl has it): a policy at its goal earns about 0 a step
-    either way, and all episodes keep the same length.
+    Differs: nothing known. Observations do not tell the end, so imagined worlds (envs/imagined.py) go on at the goal.
     """
 
     task_dim = 2
+    can_terminate = True
     world_state = ()
     radius = 0.5  # half the side of the drawn square
+    end_within = 0.01  # of the goal, in both coordinates
 
     def __init__(self, num_envs, max_episode_steps=100, device="cpu", dtype=torch.float32):
         space = Box(-np.inf, np.inf, (2,), np.float32)
@@ -42,7 +45,9 @@ class Navigation2D(TaskVectorEnv):
         return torch.zeros(self.num_envs, 2, dtype=self.dtype, device=self.device)
 
     def _advance(self, action):
-        return self._obs + action, self._over, {}
+        position = self._obs + action
+        is_at_goal = (position - self.tasks).abs().amax(-1) < self.end_within
+        return position, is_at_goal, {}
 
     def render_frame(self, index=0):
         """The plane from above: the goal in green, the point in blue, its path in grey."""
@@ -62,7 +67,17 @@ class Navigation2D(TaskVectorEnv):
         return frame
 
 
-class SparseNavigation2D(Navigation2D):
+class Navigation2DEndless(Navigation2D):
+    """The same without an end at the goal: all episodes last to the horizon, and the point has to stay at the goal.
+
+    Source: none; it is the environment of our results of before `Navigation2D` ended.
+    """
+
+    can_terminate = False
+    end_within = 0.0
+
+
+class SparseNavigation2D(Navigation2DEndless):
     """A point looks for a hidden goal on a half circle and is paid only near it: exploration must be learned.
 
     Source: Rakelly et al. 2019 (PEARL, arXiv:1903.08254), section 6.3; katerakelly/oyster `point_robot.py`.
