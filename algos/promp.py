@@ -283,7 +283,12 @@ def step_mean(x_NET: Tensor, mask_NET: Tensor) -> Tensor:
 
 
 def promp_objective(
-    theta: Params, old: list[Normal], supports: list[Episodes], query: Episodes, args: Args, kl_coef: list[float]
+    theta: Params,
+    old: list[Normal],
+    supports: list[Episodes],
+    query: Episodes,
+    args: Args,
+    kl_coef: list[float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """J and its parts; for each inner step there is a policy that sampled its support, in `old`, and an eta.
 
@@ -295,7 +300,8 @@ def promp_objective(
     gain_NET = torch.minimum(ratio_NET * query.advantage, clipped_NET * query.advantage)
     gain = step_mean(gain_NET, query.mask)  # [6]
     is_clipped_NET = (ratio_NET != clipped_NET).to(gain)  # whether or not the minimum takes that term
-    outer_kl_NET = ratio_NET - 1 - ratio_NET.log()  # its mean over what pi_old drew is KL(pi_old || pi_theta')
+    # The mean of r - 1 - log r over what pi_old_i drew is KL(pi_old_i || pi_theta'_i).
+    outer_kl_NET = ratio_NET - 1 - ratio_NET.log()
     parts = {"gain": gain, "clipped": step_mean(is_clipped_NET, query.mask)}
     parts["outer_kl"] = step_mean(outer_kl_NET, query.mask)
     J = gain
