@@ -84,8 +84,8 @@ class Args:
     """discount; 0.99 in all known codes"""
     gae_lambda: float = 1.0
     """lambda of GAE; 1, the return minus the baseline, in the paper"""
-    max_kl: float = 0.01
-    """trust region (delta), mean KL of a meta-update; 0.01 in the paper"""
+    max_kl: float = 0.05
+    """trust region (delta), mean KL of a meta-update; 0.01 in the paper, which learns half as fast"""
     cg_damping: float = 1e-5
     """added to the Fisher matrix's diagonal; 1e-5 in the paper's code, up to 1e-2 where steps are rejected"""
     fisher_fraction: float = 0.1
