@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself; all it needs is Python 3.11 or later with venv (choose one: make PYTHON=python3.12).
 PYTHON ?= python3
-.PHONY: train test lint sync speed clean
+.PHONY: train test lint sync speed reproduce clean
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cleanmeta needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -34,6 +34,9 @@ sync: .venv/.installed  ## copy the shared functions of FILE into the other file
 
 speed: .venv/.installed  ## throughput beside the usual way of writing it, one JSON line
 	.venv/bin/python benchmark/speed.py maml_trpo --peer
+
+reproduce: .venv/.installed  ## a headline again, and whether its figure lies in its interval (make reproduce FILE=maml_trpo ROW="HalfCheetahDir first-order" SEED=2)
+	.venv/bin/python benchmark/headlines.py reproduce "$(FILE)" $(if $(ROW),--row "$(ROW)") $(if $(SEED),--seed "$(SEED)")
 
 clean:
 	rm -rf .venv
