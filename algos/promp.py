@@ -76,10 +76,9 @@ class Args:
     clip: float = 0.3
     """the query's ratios gain nothing beyond 1 +- clip (epsilon); 0.3 in the authors' code"""
     kl_coef: float = 5e-4
-    """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code. A run
-    that is resumed with --target-kl goes on with what became of it"""
+    """weight of the KL from the policies that sampled the supports (eta); 5e-4 in the authors' code"""
     target_kl: float = 0.0
-    """KL that the etas are adapted to; 0: they stay; 0.01 in the authors' code where bodies differ"""
+    """KL to adapt the etas to, also in resumed runs; 0: they stay; 0.01 in the code where bodies differ"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
     gae_lambda: float = 1.0
@@ -300,8 +299,8 @@ def promp_objective(
     gain_NET = torch.minimum(ratio_NET * query.advantage, clipped_NET * query.advantage)
     gain = step_mean(gain_NET, query.mask)  # [6]
     is_clipped_NET = (ratio_NET != clipped_NET).to(gain)  # whether or not the minimum takes that term
-    # The mean of r - 1 - log r over what pi_old_i drew is KL(pi_old_i || pi_theta'_i).
-    outer_kl_NET = ratio_NET - 1 - ratio_NET.log()
+    # The mean of r - 1 - log r over what pi_old_i drew is KL(pi_old_i || pi_theta'_i); r may underflow to 0.
+    outer_kl_NET = ratio_NET - 1 - ratio_NET.clamp_min(1e-30).log()
     parts = {"gain": gain, "clipped": step_mean(is_clipped_NET, query.mask)}
     parts["outer_kl"] = step_mean(outer_kl_NET, query.mask)
     J = gain

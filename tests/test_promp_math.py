@@ -37,6 +37,7 @@ from tests.test_maml_trpo_math import (
 )
 
 steps_of_training = pytest.mark.parametrize("inner_steps", [1, 2])
+ETAS = [2.0, 0.5]  # of the inner steps, in whose order they stand
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,24 +135,46 @@ def slow_kl(before, after, batch):
 
 
 def slow_parts(theta, old_theta, supports, query, args, create_graph=False):
-    """Gain, KL and share of clipped steps."""
-    gain, kl, clipped = 0.0, 0.0, 0.0
+    """What J is made of, and the share of clipped steps: "gain", "kl_k0", .. of each inner step, "clipped"."""
+    parts = dict.fromkeys(["gain", "clipped", *(f"kl_k{k}" for k in range(len(supports)))], 0.0)
     for i in range(N):
         new, old = theta, old_theta
-        for support in (part(support, i) for support in supports):
-            kl = kl + slow_kl(old, new, support) / len(supports) / N
+        for k, support in enumerate(part(support, i) for support in supports):
+            parts[f"kl_k{k}"] = parts[f"kl_k{k}"] + slow_kl(old, new, support) / N
             new, old = (slow_step(x, support, args, create_graph=create_graph) for x in (new, old))
         terms, kinds = slow_clipped(new, part(query, i), args.clip)
-        gain = gain + sum(terms) / len(terms) / N
-        clipped += sum(beyond != 0 for _, beyond in kinds) / len(kinds) / N
-    return gain, kl, clipped
+        parts["gain"] = parts["gain"] + sum(terms) / len(terms) / N
+        parts["clipped"] += sum(beyond != 0 for _, beyond in kinds) / len(kinds) / N
+    return parts
+
+
+def slow_objective(parts, kl_coef):
+    """J: of the gain the mean over the inner steps of eta KL is taken away."""
+    penalties = [eta * parts[f"kl_k{k}"] for k, eta in enumerate(kl_coef)]
+    assert f"kl_k{len(kl_coef)}" not in parts
+    return parts["gain"] - sum(penalties) / len(penalties)
 
 
 def slow_gradient(theta, old_theta, supports, query, args, kl_coef):
     """Of J, one entry per parameter, through the inner steps."""
     theta = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
-    gain, kl, _ = slow_parts(theta, old_theta, supports, query, args, create_graph=True)
-    return dict(zip(theta, torch.autograd.grad(gain - kl_coef * kl, list(theta.values())), strict=True))
+    J = slow_objective(slow_parts(theta, old_theta, supports, query, args, create_graph=True), kl_coef)
+    return dict(zip(theta, torch.autograd.grad(J, list(theta.values())), strict=True))
+
+
+def slow_outer_kl(theta, supports, query, args):
+    """Mean over tasks of the mean over their steps of r - 1 - log r."""
+    means = []
+    for i in range(N):
+        params, batch = theta, part(query, i)
+        for support in supports:
+            params = slow_step(params, part(support, i), args)
+        log_prob, terms = ref_log_prob(params, batch), []
+        for e, t in batch.mask.nonzero().tolist():
+            log_ratio = float((log_prob[e, t] - batch.log_prob[e, t]).detach())
+            terms.append(math.exp(log_ratio) - 1 - log_ratio)
+        means.append(sum(terms) / len(terms))
+    return sum(means) / N
 
 
 class SlowAdam:
@@ -329,17 +352,20 @@ def test_gradient_against_central_differences(inner_steps, epoch, detached_inner
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
     old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
-    theta, kl_coef = (sampled_from, 0.0) if epoch == "first" else (nearby(sampled_from), 2.0)
+    theta, kl_coef = (sampled_from, [0.0, 0.0]) if epoch == "first" else (nearby(sampled_from), ETAS)
+    kl_coef = kl_coef[:inner_steps]
 
     def objective(vector):
-        gain, kl, _ = slow_parts(unflatten(vector, theta), sampled_from, supports, query, args)
-        return float((gain - kl_coef * kl).detach())
+        parts = slow_parts(unflatten(vector, theta), sampled_from, supports, query, args)
+        return float(slow_objective(parts, kl_coef).detach())
 
     J, parts = ours.promp_objective(theta, old, supports, query, args, kl_coef)
     close(J, torch.tensor(objective(flat(theta))))
     assert (parts["clipped"] > 0.1) == (epoch == "later")
     expected = central_differences(objective, flat(theta))
     assert relative_error(objective_gradient(theta, old, supports, query, args, kl_coef), expected) < 1e-6
+    if (inner_steps, epoch) == (2, "later"):  # each KL has its own eta
+        assert relative_error(objective_gradient(theta, old, supports, query, args, kl_coef[::-1]), expected) > 1e-2
     detached_inner_step()
     assert relative_error(objective_gradient(theta, old, supports, query, args, kl_coef), expected) > 1e-2
 
@@ -359,11 +385,12 @@ def test_gradient_equals_the_meta_gradient_of_maml_trpo(inner_steps, detached_in
             return J_N.mean()
 
         expected = grad(objective)(flat(theta))
-        actual = objective_gradient(theta, old, supports, query, args, 0.0)
-        assert ours.promp_objective(theta, old, supports, query, args, 0.0)[1]["clipped"] == 0
+        actual = objective_gradient(theta, old, supports, query, args, [0.0] * inner_steps)
+        _, parts = ours.promp_objective(theta, old, supports, query, args, [0.0] * inner_steps)
+        assert parts["clipped"] == 0
         close(actual, expected, 1e-10)
     detached_inner_step()
-    assert relative_error(objective_gradient(theta, old, supports, query, args, 0.0), expected) > 1e-2
+    assert relative_error(objective_gradient(theta, old, supports, query, args, [0.0] * inner_steps), expected) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -398,7 +425,7 @@ def test_golden_meta_gradient(tasks, theta, alpha, expected, baseline, monkeypat
     args = ours.Args(inner_lr=alpha * scale)
     old, params = ours.repeat_inner_steps({"b0": theta.flatten()}, [support], args)
     close(params["b0"], torch.stack(adapted).flatten(1))
-    actual = objective_gradient({"b0": theta.flatten()}, old, [support], query, args, 0.0)
+    actual = objective_gradient({"b0": theta.flatten()}, old, [support], query, args, [0.0])
     close(actual.view(shape), torch.tensor(expected))
 
 
@@ -415,7 +442,7 @@ def test_clipping_against_a_loop_over_steps():
         shares.append(sum(beyond != 0 for _, beyond in kinds) / len(kinds))
         seen |= set(kinds)
     assert seen == {(sign, beyond) for sign in (False, True) for beyond in (-1, 0, 1)}
-    _, parts = ours.promp_objective(theta, old, supports, query, args, 0.0)
+    _, parts = ours.promp_objective(theta, old, supports, query, args, [0.0])
     close(parts["gain"], torch.tensor(sum(means) / N))
     close(parts["clipped"], torch.tensor(sum(shares) / N))
 
@@ -432,47 +459,97 @@ def test_a_step_beyond_the_clip_gains_nothing_more():
         (2, 1.1, 2.2), (2, 1.5, 2.4), (2, 0.5, 1.0), (-2, 1.1, -2.2), (-2, 1.5, -3.0), (-2, 0.5, -1.6),
     ]:  # fmt: skip
         one = query._replace(mask=mask, advantage=advantage * mask, log_prob=query.log_prob - math.log(ratio))
-        J, parts = ours.promp_objective(theta, old, supports, one, args, 0.0)
+        J, parts = ours.promp_objective(theta, old, supports, one, args, [0.0])
         close(J, torch.tensor(float(expected)))
         assert parts["clipped"] == (ratio != 1.1)
 
 
 @steps_of_training
 def test_penalty_against_torch_distributions(inner_steps):
-    """KL(old || new) of the policies before each inner step, on the support that they sampled, averaged over steps."""
-    args = make_args(inner_steps=inner_steps)
+    """KL(old || new) of the policies before each inner step, on the support that they sampled, times its eta; of these
+    the mean over steps."""
+    args, etas = make_args(inner_steps=inner_steps), [3.0, 0.4][:inner_steps]
     sampled_from = make_theta(args)
     supports, query = make_batches(args, sampled_from)
     old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
-    theta, expected, swapped = nearby(sampled_from), 0.0, 0.0
+    theta, expected, swapped = nearby(sampled_from), [0.0] * inner_steps, [0.0] * inner_steps
     for i in range(N):
         before, after = sampled_from, theta
-        for support in (part(support, i) for support in supports):
+        for k, support in enumerate(part(support, i) for support in supports):
             p, q = (Normal(*ref_policy(params, support.obs)) for params in (before, after))
             inside = support.mask == 1
-            expected += float(kl_divergence(p, q).sum(-1)[inside].mean().detach()) / N / inner_steps
-            swapped += float(kl_divergence(q, p).sum(-1)[inside].mean().detach()) / N / inner_steps
+            expected[k] += float(kl_divergence(p, q).sum(-1)[inside].mean().detach()) / N
+            swapped[k] += float(kl_divergence(q, p).sum(-1)[inside].mean().detach()) / N
             before, after = (slow_step(params, support, args) for params in (before, after))
-    gain = ours.promp_objective(theta, old, supports, query, args, 0.0)[0]
-    J, parts = ours.promp_objective(theta, old, supports, query, args, 3.0)
-    assert float(parts["kl"]) == pytest.approx(expected, rel=1e-9)
-    assert abs(swapped - expected) > 1e-3 * expected
+    gain = ours.promp_objective(theta, old, supports, query, args, [0.0] * inner_steps)[0]
+    J, parts = ours.promp_objective(theta, old, supports, query, args, etas)
+    assert sorted(parts) == ["clipped", "gain", *(f"kl_k{k}" for k in range(inner_steps)), "outer_kl"]
+    for k in range(inner_steps):
+        assert float(parts[f"kl_k{k}"]) == pytest.approx(expected[k], rel=1e-9)
+        assert abs(swapped[k] - expected[k]) > 1e-3 * expected[k]
     close(parts["gain"], gain)
-    close(J, gain - 3 * expected)
+    close(J, gain - sum(eta * kl for eta, kl in zip(etas, expected, strict=True)) / inner_steps)
 
 
 @steps_of_training
 def test_no_penalty_and_no_pull_at_the_old_parameters(inner_steps):
     args = make_args(inner_steps=inner_steps)
+    theta, none, (small, large) = make_theta(args), [0.0] * inner_steps, ([x] * inner_steps for x in (1.0, 100.0))
+    supports, query = make_batches(args, theta)
+    old, _ = ours.repeat_inner_steps(theta, supports, args)
+    _, parts = ours.promp_objective(theta, old, supports, query, args, small)
+    assert all(abs(float(parts[f"kl_k{k}"])) < 1e-14 for k in range(inner_steps))
+    assert abs(float(parts["outer_kl"])) < 1e-14
+    without, with_it = (objective_gradient(theta, old, supports, query, args, etas) for etas in (none, large))
+    close(with_it, without, 1e-11)
+    away = nearby(theta)  # elsewhere it pulls back
+    without, with_it = (objective_gradient(away, old, supports, query, args, etas) for etas in (none, small))
+    assert (with_it - without) @ (flat(away) - flat(theta)) < 0
+
+
+@steps_of_training
+def test_outer_kl_against_a_loop_over_steps(inner_steps):
+    args = make_args(inner_steps=inner_steps)
+    sampled_from = make_theta(args)
+    supports, query = make_batches(args, sampled_from)
+    old, _ = ours.repeat_inner_steps(sampled_from, supports, args)
+    theta = nearby(sampled_from)
+    _, parts = ours.promp_objective(theta, old, supports, query, args, [0.0] * inner_steps)
+    expected = slow_outer_kl(theta, supports, query, args)
+    assert float(parts["outer_kl"]) == pytest.approx(expected, rel=1e-9)
+    assert expected > 1e-3
+
+
+@steps_of_training
+def test_outer_kl_is_that_of_gaussians(inner_steps):
+    """Many episodes: the mean of r - 1 - log r is KL(pi_old || pi_new) but for sampling error, of adapted policies."""
+    args = make_args(inner_steps=inner_steps, episodes_per_task=2000, inner_lr=0.3)
+    sampled_from = make_theta(args)
+    supports, query = make_batches(args, sampled_from)
+    theta = nearby(sampled_from, 0.2)
+    old, before = ours.repeat_inner_steps(sampled_from, supports, args)
+    _, after = ours.repeat_inner_steps(theta, supports, args)
+    p, q = (Normal(*maml_trpo.policy(params, query.obs.flatten(1, 2))) for params in (before, after))
+    exact, swapped = (
+        ours.step_mean(kl_divergence(*pair).sum(-1).view_as(query.mask), query.mask) for pair in ((p, q), (q, p))
+    )
+    ratio = ours.ratios(after, query)
+    terms = ((ratio - 1 - ratio.log()) * query.mask).sum(-1) / query.mask.mean((1, 2))[:, None] / T  # of episodes
+    error = float(terms.std(1).square().sum().sqrt()) / N / math.sqrt(args.episodes_per_task)
+    _, parts = ours.promp_objective(theta, old, supports, query, args, [0.0] * inner_steps)
+    assert abs(float(parts["outer_kl"] - exact)) < 3 * error
+    assert abs(float(swapped - exact)) > 6 * error
+    assert error < 0.03 * float(exact)
+
+
+def test_outer_kl_is_a_number_where_a_ratio_is_zero():
+    """A step that the new policies would never take makes the KL large; were it infinite, it would end the run."""
+    args = make_args()
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
     old, _ = ours.repeat_inner_steps(theta, supports, args)
-    assert abs(float(ours.promp_objective(theta, old, supports, query, args, 1.0)[1]["kl"])) < 1e-14
-    without, with_it = (objective_gradient(theta, old, supports, query, args, eta) for eta in (0.0, 100.0))
-    close(with_it, without, 1e-11)
-    away = nearby(theta)  # elsewhere it pulls back
-    without, with_it = (objective_gradient(away, old, supports, query, args, eta) for eta in (0.0, 1.0))
-    assert (with_it - without) @ (flat(away) - flat(theta)) < 0
+    _, parts = ours.promp_objective(theta, old, supports, query._replace(log_prob=query.log_prob + 1000), args, [0.0])
+    assert 60 < float(parts["outer_kl"]) < 100
 
 
 def test_nothing_behind_an_early_end_matters():
@@ -489,7 +566,7 @@ def test_nothing_behind_an_early_end_matters():
             for batch, x in ((batch, size * (1 - batch.mask)) for batch in (*supports, query))
         )
         moved = clone(theta)
-        stats = ours.meta_update(moved, torch.optim.Adam(moved.values(), args.outer_lr), s, q, args, 1.0)
+        stats = ours.meta_update(moved, torch.optim.Adam(moved.values(), args.outer_lr), s, q, args, [1.0])
         results.append((flat(moved), torch.tensor(list(stats.values()))))
     for plain, disturbed in zip(*results, strict=True):
         close(disturbed, plain, 1e-8)
@@ -506,7 +583,7 @@ def test_meta_update_is_epochs_of_adam_on_the_same_data(inner_steps):
     args = make_args(inner_steps=inner_steps, epochs=3, outer_lr=0.02)
     theta = make_theta(args)
     optimizer, adam, expected = torch.optim.Adam(theta.values(), args.outer_lr), SlowAdam(), clone(theta)
-    for seed, kl_coef in ((0, 2.0), (1, 0.5)):
+    for seed, kl_coef in ((0, ETAS[:inner_steps]), (1, ETAS[::-1][:inner_steps])):
         supports, query = make_batches(args, clone(theta), seed)
         untouched = copy.deepcopy((supports, query))
         stats = ours.meta_update(theta, optimizer, supports, query, args, kl_coef)
@@ -517,12 +594,14 @@ def test_meta_update_is_epochs_of_adam_on_the_same_data(inner_steps):
             gradient = slow_gradient(expected, old, supports, query, args, kl_coef)
             expected = adam.step(expected, gradient, args.outer_lr)
         close(flat(theta), flat(expected), 1e-8)
-        gain, kl, clipped = slow_parts(expected, old, supports, query, args)
-        parts = {"gain": gain.detach(), "kl": kl.detach(), "clipped": clipped, "gradient_norm": flat(gradient).norm()}
-        assert stats == pytest.approx({f"train/{name}": float(value) for name, value in parts.items()}, rel=1e-6)
+        parts = slow_parts(expected, old, supports, query, args)
+        parts["outer_kl"] = slow_outer_kl(expected, supports, query, args)
+        parts["gradient_norm"] = flat(gradient).norm()
+        parts = {f"train/{name}": float(torch.as_tensor(value).detach()) for name, value in parts.items()}
+        assert stats == pytest.approx(parts, rel=1e-6)
         assert abs(stats["train/gain"]) > 1e-3
         assert stats["train/clipped"] > 0
-        assert stats["train/kl"] > 1e-4
+        assert min(stats[f"train/kl_k{k}"] for k in range(inner_steps)) > 1e-4
 
 
 def test_theta_stays_a_leaf_in_place():
@@ -530,7 +609,7 @@ def test_theta_stays_a_leaf_in_place():
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
     before, objects = clone(theta), dict(theta)
-    ours.meta_update(theta, torch.optim.Adam(theta.values(), 0.01), supports, query, args, 0.1)
+    ours.meta_update(theta, torch.optim.Adam(theta.values(), 0.01), supports, query, args, [0.1])
     for name, value in theta.items():
         assert value is objects[name]
         assert not value.requires_grad
@@ -554,13 +633,13 @@ def begin(args, seed=3):
 
 
 def test_training_against_iterations_by_hand():
-    """Two of them, with two inner steps, Adam's formula, and eta from the KL of the first."""
-    options = {"inner_steps": 2, "iterations": 2, "epochs": 2, "outer_lr": 0.02, "kl_coef": 0.5, "target_kl": 1e-5}
-    args = make_args(**options, eval_every=100)
+    """Two of them, with two inner steps, Adam's formula, and etas from the KLs of the first."""
+    options = {"inner_steps": 2, "iterations": 2, "epochs": 2, "outer_lr": 0.02, "kl_coef": 0.5, "target_kl": 4e-3}
+    args = make_args(**options, inner_lr=0.3, eval_every=100)
     run, state = Recorder(args), begin(args)
     initial = clone(state["theta"])
     ours.train(make_envs(args), args, run, state)
-    envs, generator, theta, adam, kl_coef, steps = make_envs(args), seeded(3), initial, SlowAdam(), 0.5, 0
+    envs, generator, theta, adam, kl_coef, steps = make_envs(args), seeded(3), initial, SlowAdam(), [0.5, 0.5], 0
     for iteration, env_steps, stats in run.logged:
         tasks, policies, batches = envs.sample_tasks(N, generator, "train"), [theta] * N, []
         for _ in range(3):
@@ -573,45 +652,71 @@ def test_training_against_iterations_by_hand():
             gradient = slow_gradient(theta, old, batches[:-1], batches[-1], args, kl_coef)
             theta = adam.step(theta, gradient, args.outer_lr)
         steps += int(sum(batch.mask.sum() for batch in batches))
-        kl = float(slow_parts(theta, old, batches[:-1], batches[-1], args)[1].detach())
+        parts = slow_parts(theta, old, batches[:-1], batches[-1], args)
         assert env_steps == steps < iteration * 3 * N * E * T
         assert stats["train/return_pre"] == pytest.approx(float(batches[0].reward.sum(-1).mean()), rel=1e-6)
         assert stats["train/return_post"] == pytest.approx(float(batches[2].reward.sum(-1).mean()), rel=1e-6)
-        assert stats["train/kl"] == pytest.approx(kl, rel=1e-5)
-        assert stats["train/kl_coef"] == kl_coef
-        kl_coef *= 2
+        assert stats["train/outer_kl"] == pytest.approx(slow_outer_kl(theta, batches[:-1], batches[-1], args), rel=1e-5)
+        for k in range(2):
+            kl = float(parts[f"kl_k{k}"].detach())
+            assert stats[f"train/kl_k{k}"] == pytest.approx(kl, rel=1e-5)
+            assert stats[f"train/kl_coef_k{k}"] == kl_coef[k]
+            kl_coef[k] *= 2 if kl > 6e-3 else 1 if kl > 4e-3 / 1.5 else 0.5
     close(flat(state["theta"]), flat(theta), 1e-6)
-    assert state["kl_coef"] == 2.0
+    assert state["kl_coef"] == kl_coef == [0.25, 0.5]  # after the first iteration 0.5 and 1
     assert len(run.logged) == 2
     assert run.saved == [2]
 
 
-def test_eta_falls_rises_or_stays_in_training():
-    def etas(**kwargs):
-        args = make_args(iterations=3, eval_every=100, kl_coef=0.5, **kwargs)
-        run = Recorder(args)
-        ours.train(make_envs(args), args, run, begin(args))
-        return [stats["train/kl_coef"] for _, _, stats in run.logged]
+def logged_etas(state=None, **kwargs):
+    """The etas of every iteration [iterations, inner steps], the KLs that came out, and the state at the end."""
+    args = make_args(eval_every=100, kl_coef=0.5, **kwargs)
+    run, state = Recorder(args), state or begin(args)
+    ours.train(make_envs(args), args, run, state)
+    rows = [stats for _, _, stats in run.logged]
+    etas, kls = (
+        [[row[f"train/{name}_k{k}"] for k in range(args.inner_steps)] for row in rows] for name in ("kl_coef", "kl")
+    )
+    return etas, kls, state
 
-    assert etas() == [0.5, 0.5, 0.5]
-    assert etas(target_kl=1e-9) == [0.5, 1.0, 2.0]
-    assert etas(target_kl=1e3) == [0.5, 0.25, 0.125]
+
+@steps_of_training
+def test_etas_fall_rise_or_stay_in_training(inner_steps):
+    options = {"inner_steps": inner_steps, "iterations": 3}
+    for target_kl, expected in ((0.0, [0.5, 0.5, 0.5]), (1e-9, [0.5, 1.0, 2.0]), (1e6, [0.5, 0.25, 0.125])):
+        etas, _, _ = logged_etas(**options, target_kl=target_kl)
+        assert etas == [[eta] * inner_steps for eta in expected]
+
+
+def test_an_eta_follows_its_own_kl():
+    """A long inner step tells the second policies far more apart than the first."""
+    options = {"inner_steps": 2, "iterations": 1}
+    _, ((first, second),), _ = logged_etas(**options)
+    assert second > 10 * first
+    for target_kl, expected in (
+        (math.sqrt(first * second), [0.25, 1.0]),
+        (first, [0.5, 1.0]),
+        (second, [0.25, 0.5]),
+    ):
+        etas, _, state = logged_etas(**options, target_kl=target_kl)
+        assert etas == [[0.5, 0.5]]
+        assert state["kl_coef"] == expected
 
 
 def test_a_resumed_run_keeps_eta_and_adam():
-    options = {"iterations": 4, "eval_every": 2, "target_kl": 1e-9, "outer_lr": 0.02}
+    options = {"iterations": 4, "eval_every": 2, "inner_steps": 2, "target_kl": 1e-9, "outer_lr": 0.02}
     args, saved = make_args(**options), []
     whole, run = begin(args), Recorder(args)
     initial = clone(whole["theta"])
     run.save = lambda state: saved.append(copy.deepcopy(state))
     ours.train(make_envs(args), args, run, whole)
     assert [state["iteration"] for state in saved] == [2, 4]
-    assert saved[0]["kl_coef"] == 4 * args.kl_coef
+    assert saved[0]["kl_coef"] == [4 * args.kl_coef] * 2
     assert {float(x["step"]) for x in saved[0]["optimizer"]["state"].values()} == {2 * args.epochs}
     resumed = copy.deepcopy(saved[0])
     ours.train(make_envs(args), args, Recorder(args), resumed)
     assert torch.equal(flat(resumed["theta"]), flat(whole["theta"]))
-    assert resumed["kl_coef"] == whole["kl_coef"] == 16 * args.kl_coef
+    assert resumed["kl_coef"] == whole["kl_coef"] == [16 * args.kl_coef] * 2
     assert torch.equal(flat(whole["theta"]), flat(saved[1]["theta"]))
     forgetful = {name: value for name, value in saved[0].items() if name != "optimizer"}
     ours.train(make_envs(args), args, Recorder(args), forgetful)
@@ -634,11 +739,15 @@ def test_the_learning_rate_is_that_of_the_flags():
     close((flat(state["theta"]) - initial).abs(), torch.full_like(initial, 0.004), 1e-5)
 
 
-def test_without_a_target_eta_is_the_flag_in_a_resumed_run_too():
-    args, state = make_args(iterations=2, kl_coef=0.5), begin(make_args())
-    run = Recorder(args)
-    ours.train(make_envs(args), args, run, state | {"iteration": 1, "kl_coef": 7.0})
-    assert [stats["train/kl_coef"] for _, _, stats in run.logged] == [0.5]
+def test_a_resumed_run_goes_on_with_its_etas():
+    options = {"inner_steps": 2, "iterations": 2, "target_kl": 0.01}
+    state = begin(make_args()) | {"iteration": 1}
+    assert logged_etas(state | {"kl_coef": [7.0, 3.0]}, **options)[0] == [[7.0, 3.0]]
+    for others in ([7.0], [7.0, 3.0, 1.0]):  # of another number of inner steps
+        assert logged_etas(state | {"kl_coef": others}, **options)[0] == [[0.5, 0.5]]
+    assert logged_etas(dict(state), **options)[0] == [[0.5, 0.5]]
+    options["target_kl"] = 0.0
+    assert logged_etas(state | {"kl_coef": [7.0, 3.0]}, **options)[0] == [[0.5, 0.5]]
 
 
 def test_evaluate_adapts_by_full_then_half_steps(monkeypatch):
