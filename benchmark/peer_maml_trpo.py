@@ -124,11 +124,12 @@ def discount(reward: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def advantages(obs: np.ndarray, reward: np.ndarray, args) -> np.ndarray:
-    """Generalised advantages [E, T], normalised over the task's batch."""
+    """Generalised advantages [E, T], over the deviation in the task's batch, or over 0.003 of what was subtracted."""
     value = baseline(obs, discount(reward, args.gamma))
     next_value = np.concatenate([value[:, 1:], np.zeros_like(value[:, :1])], 1)
     advantage = discount(reward + args.gamma * next_value - value, args.gamma * args.gae_lambda)
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    level = np.sqrt(((value + advantage.mean()) ** 2).mean())
+    return (advantage - advantage.mean()) / (max(advantage.std(), 0.003 * level) + 1e-8)
 
 
 @torch.no_grad()

@@ -119,12 +119,14 @@ def discount(reward: Tensor, gamma: float) -> Tensor:
 
 
 def advantages(obs: Tensor, reward: Tensor, mask: Tensor, args) -> Tensor:
-    """Generalised advantages [E, T], normalised over the steps of running episodes."""
+    """Generalised advantages [E, T], over the deviation of running steps, or over 0.003 of what was subtracted."""
     value = baseline(obs, discount(reward, args.gamma), mask)
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
     advantage = discount(reward + args.gamma * next_value - value, args.gamma * args.gae_lambda)
     running = advantage[mask]
-    return (advantage - running.mean()) / (running.std(correction=0) + 1e-8) * mask
+    level = (value[mask] + running.mean()).square().mean().sqrt()
+    std = torch.maximum(running.std(correction=0), 0.003 * level) + 1e-8
+    return (advantage - running.mean()) / std * mask
 
 
 def mean_action(params: Params, obs: Tensor) -> Tensor:

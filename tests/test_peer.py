@@ -172,7 +172,7 @@ def test_a_share_of_the_query_keeps_the_direction_and_a_share_of_the_support_doe
     """
     long_steps = {"inner_lr": 5.0, "action_scale": 10.0}
     sizes = {"meta_batch_size": 20, "episodes_per_task": 20, "horizon": 20, "hidden_size": 8}
-    args, batch, theta, generator = small("Navigation2D-v0", seed=seed, **sizes, **long_steps)
+    args, batch, theta, generator = small("Navigation2DEndless-v0", seed=seed, **sizes, **long_steps)
     args.fisher_fraction = ours.Args().fisher_fraction
     batches, lists = ours_and_peers_data(args, batch, theta, generator)
     leaves = peer.set_vector(theta, peer.flatten(theta.values()))
@@ -220,7 +220,9 @@ def test_speed_prints_one_line(env_id, monkeypatch, capsys):
     [("promp", 60), ("reptile_ppo", 120), ("multitask_ppo", 30), ("multitask_ppo --task-given", 30)],
 )
 def test_speed_of_the_ppo_family(name, steps, monkeypatch, capsys):
-    flags = f"{name} --env-id Navigation2D-v0 --meta-batch-size 2 --episodes-per-task 3 --horizon 5 --iterations 1"
+    flags = (
+        f"{name} --env-id Navigation2DEndless-v0 --meta-batch-size 2 --episodes-per-task 3 --iterations 1 --horizon 5"
+    )
     monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split()])
     speed.main()
     result = json.loads(capsys.readouterr().out)

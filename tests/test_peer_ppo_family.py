@@ -48,8 +48,9 @@ def test_promp_updates_agree(inner_steps):
         params = promp.inner_step(params, batches[-1], args)[0]
     batches.append(promp.collect(worlds, tasks, params, args, generator))
     new, own = {name: value.clone() for name, value in theta.items()}, copy(theta)
-    stats = promp.meta_update(new, Adam(new.values(), 0.01), batches[:-1], batches[-1], args, args.kl_coef)
-    assert stats["train/kl"] > 1e-6 < stats["train/clipped"]
+    etas = [args.kl_coef] * inner_steps
+    stats = promp.meta_update(new, Adam(new.values(), 0.01), batches[:-1], batches[-1], args, etas)
+    assert stats["train/kl_k0"] > 1e-6 < stats["train/clipped"]
     lists = [[episodes(batch, i) for batch in batches] for i in range(3)]
     old, _ = promp.repeat_inner_steps(theta, batches[:-1], args)
     shape = args.episodes_per_task, args.horizon, 6
