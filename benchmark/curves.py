@@ -1,14 +1,16 @@
 """Learning curves over seeds: algorithm x environment x seed from the table below, in parallel, resumable.
 
     python benchmark/curves.py run      what is unfinished of the table, as many runs at a time as there are cores
-    python benchmark/curves.py run --env HalfCheetahDir --label maml rl2 --seeds 1 2 3 --jobs 2
+    python benchmark/curves.py run --env HalfCheetahDir --label maml promp --seeds 1 2 3 --jobs 2
     python benchmark/curves.py keep     metrics, args, command and versions of finished runs, into benchmark/results/
-    python benchmark/curves.py adapt    held-out return after 0 to 10 inner steps, from the checkpoints of finished runs
+    python benchmark/curves.py sweep    step sizes of fine-tuning, of `multitask` and of random policies, likewise
+    python benchmark/curves.py adapt    return on each test task after 0 to 10 inner steps, from the checkpoints
     python benchmark/curves.py draw     the pictures in docs/images/, from benchmark/results/
-    python benchmark/curves.py table    held-out return before and after adaptation at the end, likewise
+    python benchmark/curves.py table    returns, paired differences and sustained crossings, likewise
 
-A run lives in runs/curves/ENV/LABEL/SEED/: its `log`, and runs/NAME/ as the script makes it. Ctrl-C lets every run
-finish its iteration and save; the same command goes on from there. A folder in which a process works is left alone.
+A run lives in runs/curves/ENV/LABEL/SEED/ (--runs DIR: DIR/ENV/LABEL/SEED/): its `log`, and runs/NAME/ as the script
+makes it. Ctrl-C lets every run finish its iteration and save; the same command goes on from there. A folder in which a
+process works is left alone. `sweep` and `adapt` measure only what their files lack, or what has another checkpoint.
 """
 
 import fcntl
@@ -23,7 +25,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,17 +34,33 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from torch import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.rl2 import load, refuse_mixed, tests_of  # noqa: E402
-from envs import TaskGiven, make, records, summarise  # noqa: E402
+from benchmark.adaptation import (  # noqa: E402
+    LATER,
+    RANDOM,
+    STEPS,
+    SWEPT,
+    Choice,
+    Start,
+    adapted,
+    mean_after,
+    play,
+    returns_after,
+    rounded,
+    search,
+    starts,
+)
+from benchmark.rl2 import refuse_mixed, tests_of  # noqa: E402
+from benchmark.seeds import T975, common, difference, distinct, estimate, iqm, sustained  # noqa: E402
+from benchmark.seeds import interval as interval  # noqa: E402  (for studies that import it from here)
+from envs import records  # noqa: E402
+from envs.core import NotFinite  # noqa: E402
+from envs.files import replace_file  # noqa: E402
 
 RUNS, RESULTS, IMAGES = ROOT / "runs/curves", ROOT / "benchmark/results/curves", ROOT / "docs/images"
-STEPS = 10  # inner steps of the adaptation curve
-# Student's t, 0.975 quantile, for n seeds (n - 1 degrees of freedom): NIST/SEMATECH e-Handbook, 1.3.6.7.2
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LARGE = 200_000  # bytes from which on a result is compressed
 
 
 class Row(NamedTuple):
@@ -52,81 +71,116 @@ class Row(NamedTuple):
     more: str = ""
 
 
+class Scale(NamedTuple):
+    """How much is played in an environment; `iterations` are those of MAML, two batches each."""
+
+    sizes: str
+    iterations: int
+    eval_every: int
+
+
 class Curve(NamedTuple):
-    """What is drawn: a run's label, its metric after adaptation, in which pictures it is, and how its line is drawn."""
+    """How a label is shown."""
 
-    label: str
-    after: str = "test/return_k3"
-    pictures: tuple[str, ...] = ("curves",)
+    name: str
+    """in tables, and beside curves over steps of adaptation"""
+    color: str
     line: str | tuple = "-"
+    marker: str = "o"
+    after: str = "test/return_k3"
+    """metric of curves over training"""
+    training: str = ""
+    """name beside curves over training, if that is another one"""
+    pictures: tuple[str, ...] = ("curves",)
+    """over training"""
 
 
-CHEETAH = "--meta-batch-size 20 --episodes-per-task 10 --iterations 75 --eval-every 5"
-POINT = "--action-scale 1 --meta-batch-size 20 --iterations 60 --eval-every 5"
-MEMORY = "--episodes-per-trial 2 --horizon 100 --entropy-coef 0 --epochs 5 --lr 0.001 --gae-lambda 0.95 --eval-every 5"
-CHEETAH_MEMORY = f"{MEMORY} --action-scale 4 --meta-batch-size 60 --minibatches 12 --hidden-size 128 --iterations 50"
-POINT_MEMORY = f"{MEMORY} --action-scale 1 --meta-batch-size 100 --minibatches 10 --hidden-size 64 --iterations 60"
-POSTERIOR = "--horizon 100 --tasks-per-iteration 20 --iterations 10"
-POINT_POSTERIOR = f"{POSTERIOR} --hidden-size 64 --gamma 0.9 --kl-weight 0.01 --tau 0.02 --lr 0.003 --reward-scale 20"
-
-ENVS = "Navigation2D", "HalfCheetahDir", "HalfCheetahVel"
-GRADIENT = dict(zip(ENVS, (POINT, CHEETAH, CHEETAH), strict=True))
-RL2 = dict(zip(ENVS, (POINT_MEMORY, CHEETAH_MEMORY, CHEETAH_MEMORY), strict=True))
-PEARL = {
-    "Navigation2D": f"{POINT_POSTERIOR} --updates 700",
-    "HalfCheetahDir": f"{POSTERIOR} --updates 1500 --train-tasks 20",
-    "HalfCheetahVel": f"{POSTERIOR} --updates 1500",
+SCALES = {
+    "Navigation2D": Scale(
+        sizes="--action-scale 1 --meta-batch-size 20 --episodes-per-task 20 --horizon 100",
+        iterations=120,
+        eval_every=10,
+    ),
+    "HalfCheetahDir": Scale(
+        sizes="--meta-batch-size 40 --episodes-per-task 20 --horizon 200",
+        iterations=100,
+        eval_every=10,
+    ),
+    "HalfCheetahVel": Scale(
+        sizes="--meta-batch-size 40 --episodes-per-task 10 --horizon 200",
+        iterations=200,
+        eval_every=20,
+    ),
+    "AntDir": Scale(
+        sizes="--meta-batch-size 20 --episodes-per-task 20 --horizon 200",
+        iterations=80,
+        eval_every=10,
+    ),
+    "AntDir2D": Scale(
+        sizes="--meta-batch-size 20 --episodes-per-task 20 --horizon 200",
+        iterations=80,
+        eval_every=10,
+    ),
 }
+ENVS = tuple(SCALES)
+POINT = ("Navigation2D",)
+MAIN = ("Navigation2D", "HalfCheetahDir", "HalfCheetahVel")
 
 
-def iterations(point: int, cheetah: int) -> dict[str, str]:
-    """Flags of a file that samples other batches in an iteration than maml_trpo.py."""
-    changed = {env: flags.replace("--iterations 75", f"--iterations {cheetah}") for env, flags in GRADIENT.items()}
-    return changed | {"Navigation2D": POINT.replace("--iterations 60", f"--iterations {point}")}
+def flags(envs: tuple[str, ...], batches: int = 2) -> dict[str, str]:
+    """Flags in each environment, for as many steps in all; `batches` are sampled in an iteration."""
+    found = {}
+    for env in envs:
+        scale = SCALES[env]
+        iterations = scale.iterations * 2 // batches
+        found[env] = f"{scale.sizes} --iterations {iterations} --eval-every {scale.eval_every}"
+    return found
 
 
 TABLE = {
-    "maml": Row("maml_trpo", GRADIENT),
-    "fomaml": Row("maml_trpo", GRADIENT, "--first-order"),
-    "e_maml": Row("maml_trpo", GRADIENT, "--estimator e_maml"),
-    "promp": Row("promp", GRADIENT),
-    "reptile": Row("reptile_ppo", iterations(30, 38)),  # of four batches each, not two
-    "reptile_1": Row("reptile_ppo", {"Navigation2D": iterations(120, 0)["Navigation2D"]}, "--inner-steps 1"),
-    "reptile_2": Row("reptile_ppo", {"Navigation2D": iterations(60, 0)["Navigation2D"]}, "--inner-steps 2"),
-    "reptile_8": Row("reptile_ppo", {"Navigation2D": iterations(15, 0)["Navigation2D"]}, "--inner-steps 8"),
-    "rl2": Row("rl2_ppo", RL2),
-    "pearl": Row("pearl_sac", PEARL),
-    "multitask": Row("multitask_ppo", iterations(60, 150)),
-    "entropy": Row("multitask_ppo", {"HalfCheetahVel": iterations(60, 150)["HalfCheetahVel"]}, "--entropy-coef 0.01"),
-    "oracle": Row("multitask_ppo", iterations(30, 150), "--task-given"),
+    "maml": Row("maml_trpo", flags(ENVS)),
+    "fomaml": Row("maml_trpo", flags(MAIN), "--first-order"),
+    "maml_half": Row("maml_trpo", flags(POINT), "--inner-lr 0.5"),  # as the authors' script
+    "e_maml": Row("maml_trpo", flags(POINT), "--estimator e_maml"),
+    "promp": Row("promp", flags(MAIN)),
+    "reptile": Row("reptile_ppo", flags(MAIN, batches=4)),
+    "reptile_1": Row("reptile_ppo", flags(POINT, batches=1), "--inner-steps 1"),
+    "reptile_2": Row("reptile_ppo", flags(POINT, batches=2), "--inner-steps 2"),
+    "reptile_8": Row("reptile_ppo", flags(POINT, batches=8), "--inner-steps 8"),
+    "multitask": Row("multitask_ppo", flags(MAIN, batches=1)),
+    "oracle": Row("multitask_ppo", flags(ENVS, batches=1), "--task-given"),
 }
-# On HalfCheetahDir two yardsticks and E-MAML coincide. The yardsticks' dashes are 5 of 9 long and begin at 2 and at 0,
-# so that the lower ones show in the gaps.
-LOWER_DASHES, UPPER_DASHES = (7, (5, 4)), (0, (5, 4))
-CURVES = {  # by name in the legend; the last one of a label names its adaptation curve
-    "MAML": Curve("maml", pictures=("curves", "reptile")),
-    "first-order MAML": Curve("fomaml", pictures=("curves", "reptile")),
-    "E-MAML": Curve("e_maml"),
-    "ProMP": Curve("promp"),
-    "Reptile (k = 4)": Curve("reptile", pictures=("curves", "reptile")),
-    "RL²": Curve("rl2", "test/return_k1"),
-    "PEARL": Curve("pearl", "test/return_k2"),
-    "domain randomisation": Curve("multitask", "test/return_k0", line=LOWER_DASHES),
-    "fine-tuning": Curve("multitask", line=UPPER_DASHES),
-    "fine-tuning, entropy kept up": Curve("entropy"),
-    "oracle": Curve("oracle", "test/return_k0", line="--"),
-    "Reptile, k = 1": Curve("reptile_1", pictures=("reptile",), line="--"),
-    "Reptile, k = 2": Curve("reptile_2", pictures=("reptile",), line="--"),
-    "Reptile, k = 8": Curve("reptile_8", pictures=("reptile",), line="--"),
+TUNED = ("multitask", RANDOM)  # their step sizes are swept
+# Curves can coincide: open markers of different shapes lie on each other and show, and so do dashes that begin
+# elsewhere.
+CURVES = {
+    "maml": Curve("MAML", "C0", pictures=("curves", "reptile")),
+    "fomaml": Curve("first-order MAML", "C1", marker="s", pictures=("curves", "reptile")),
+    "maml_half": Curve("MAML, alpha 0.5", "C9", marker="D"),
+    "e_maml": Curve("E-MAML", "C2", marker="^"),
+    "promp": Curve("ProMP", "C3", marker="v"),
+    "reptile": Curve("Reptile (k = 4)", "C4", marker="P", pictures=("curves", "reptile")),
+    "reptile_1": Curve("Reptile, k = 1", "C6", line="--", marker="1", pictures=("reptile",)),
+    "reptile_2": Curve("Reptile, k = 2", "C7", line="-.", marker="2", pictures=("reptile",)),
+    "reptile_8": Curve("Reptile, k = 8", "navy", line=":", marker="3", pictures=("reptile",)),
+    "multitask": Curve(
+        "fine-tuning", "C8", line=(7, (5, 4)), marker="X", after="test/return_k0", training="domain randomisation"
+    ),
+    RANDOM: Curve("fine-tuning of a random policy", "black", line=(0, (5, 4)), marker="+", pictures=()),
+    "oracle": Curve("oracle", "C5", line="--", marker="*", after="test/return_k0"),
 }
-RANDOM = "fine-tuning of a random policy"  # an adaptation curve only
-TESTS = dict.fromkeys(ENVS, "held-out tasks") | {"HalfCheetahDir": "both directions"}  # there all tasks are trained on
-TITLE = "mean over seeds, with its 95 % interval from three seeds on"
+BOTH = "both directions"  # all tasks of the family, trained on
+TESTS = dict.fromkeys(ENVS, "held-out tasks") | {"HalfCheetahDir": BOTH, "AntDir": BOTH}
+TEST_EPISODES = {"Navigation2D": 40}  # per test task and step, as in MAML's paper; elsewhere the run's own number
+BELOW_ZERO = ("Navigation2D", "HalfCheetahVel")  # returns, so that shares are from the untrained policy's on
+PAIRS = (("maml", "fomaml"), ("promp", "maml"), ("maml", "multitask"))  # whose differences the table shows
+SHARES = (0.5, 0.75, 1.0)  # levels of the crossings, of what MAML gains
+NOTE = "step sizes are chosen by these returns on the test set itself, which favours fine-tuning"
 
 
 @dataclass
 class Options:
-    what: tyro.conf.Positional[Literal["run", "keep", "adapt", "draw", "table"]]
+    what: tyro.conf.Positional[Literal["run", "keep", "sweep", "adapt", "draw", "table"]]
     """what to do"""
     env: tuple[str, ...] = ()
     """environments, without -v0; none: all of the table"""
@@ -136,6 +190,10 @@ class Options:
     """seeds, at most 10"""
     jobs: int = os.cpu_count() or 1
     """runs at a time, each with one thread; unless given, the number of cores"""
+    runs: Path | None = None
+    """folder of the runs, ENV/LABEL/SEED/runs/NAME; unless given, runs/curves"""
+    again: bool = False
+    """sweep and adapt: measure also what is in their files"""
 
 
 class Job(NamedTuple):
@@ -144,10 +202,11 @@ class Job(NamedTuple):
     env: str
     label: str
     seed: int
+    runs: Path | None = None
 
     @property
     def home(self) -> Path:
-        return RUNS / self.env / self.label / str(self.seed)
+        return (self.runs or RUNS) / self.env / self.label / str(self.seed)
 
     @property
     def kept(self) -> str:
@@ -215,7 +274,8 @@ def jobs(options: Options) -> list[Job]:
     if options.jobs < 1:
         raise SystemExit(f"--jobs {options.jobs}: allowed is 1 or more")
     pairs = [(env, label) for env in options.env or ENVS for label in options.label or TABLE]
-    found = [Job(*pair, seed) for seed in seeds for pair in pairs if pair[0] in TABLE[pair[1]].flags]
+    runs = options.runs.resolve() if options.runs else None
+    found = [Job(env, label, seed, runs) for seed in seeds for env, label in pairs if env in TABLE[label].flags]
     if not found:
         raise SystemExit(f"the table has no {' '.join(options.label)} in {' '.join(options.env)}")
     return list(dict.fromkeys(found))
@@ -312,162 +372,430 @@ def keep(options: Options) -> None:
         print(job.kept)
 
 
-def adapt(options: Options) -> None:
-    """Into results/adapt_ENV.json: returns after 0 to 10 inner steps by each file's own `evaluate`, a row a seed.
+# ---------------------------------------------------------------- adaptation at test time
 
-    Beside `multitask`, as `random`, from the parameters that its runs began with."""
-    returns: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for job in finished(options):
-        module, args, state = load(job.folder())
-        if "eval_steps" not in {field.name for field in fields(args)}:
-            continue
-        if state["iteration"] != args.iterations:
-            raise SystemExit(f"{job.folder()}: its checkpoint is of iteration {state['iteration']}")
-        envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, False, args.action_scale)
-        envs = TaskGiven(envs) if getattr(args, "task_given", False) else envs
-        starts = {job.label: state["theta"]}
-        if job.label == "multitask":
-            starts["random"] = module.init_policy(envs, args.hidden_size, Generator().manual_seed(args.seed))
-        for label, theta in starts.items():
-            stats = summarise(module.evaluate(envs, theta, replace(args, eval_steps=STEPS))[0])
-            row = [stats[f"test/return_k{k}"] for k in range(STEPS + 1)]
-            returns.setdefault(job.env, {}).setdefault(label, {})[job.seed] = row
-            print(job, label, " ".join(f"{value:.4g}" for value in row), flush=True)
+
+def read_result(kind: str, env: str) -> dict:
+    """What `sweep` or `adapt` has written; {} where there is nothing."""
+    path = RESULTS / f"{kind}_{env}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    packed = path.with_suffix(".json.gz")
+    return json.loads(gzip.decompress(packed.read_bytes())) if packed.exists() else {}
+
+
+def write_result(kind: str, env: str, record: dict) -> None:
+    """Into results/KIND_ENV.json, or .json.gz where it is large."""
+    options = "" if kind == "sweep" else f" --label {' '.join(name for name in record['returns'] if name != RANDOM)}"
+    seeds = sorted({int(seed) for rows in record["returns"].values() for seed in rows})
+    command = f"python benchmark/curves.py {kind} --env {env}{options} --seeds {' '.join(map(str, seeds))}"
+    text = (json.dumps(origin(command) | record) + "\n").encode()
+    path = RESULTS / f"{kind}_{env}.json"
+    packed = path.with_suffix(".json.gz")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for env, found in returns.items():
-        labels = f" --label {' '.join(options.label)}" if options.label else ""
-        command = f"python benchmark/curves.py adapt --env {env}{labels} --seeds {' '.join(map(str, options.seeds))}"
-        record = origin(command) | {"tests": "fixed"}
-        record |= {"seeds": {label: list(rows) for label, rows in found.items()}}
-        record |= {"returns": {label: list(rows.values()) for label, rows in found.items()}}
-        (RESULTS / f"adapt_{env}.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw_adaptation(env)
+    if len(text) > LARGE:
+        replace_file(packed, gzip.compress(text, 9, mtime=0))
+        path.unlink(missing_ok=True)
+    else:
+        replace_file(path, text)
+        packed.unlink(missing_ok=True)
 
 
-def interval(values) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean over the first axis, the seeds, and half of its 95 % interval; None for a single seed."""
-    values = np.asarray(values, float)
-    n = len(values)
-    return values.mean(0), T975[n] * values.std(0, ddof=1) / n**0.5 if n > 1 else None
+def opened(kind: str, env: str, start: Start) -> dict:
+    """The record in a result's file, if it is of the test set and the episodes of `start`; else a new one."""
+    tasks, _ = start.envs.unwrapped.test_set(start.args.meta_batch_size)
+    setting = {"tests": "fixed", "episodes": start.args.episodes_per_task, "horizon": start.args.horizon}
+    setting |= {"tasks": rounded(tasks)}
+    record = read_result(kind, env)
+    if any(record.get(name) != value for name, value in setting.items()):
+        if record:
+            print(f"{kind}_{env}: what is kept is of another test set and is dropped", file=sys.stderr)
+        record = setting | {"checkpoints": {}, "returns": {}}
+    return record
 
 
-def common(runs: list[list[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of points (x, y) on one grid [G], all x between the last start and the first end: y [seeds, G]."""
-    points = [np.array(run, float) for run in runs]
-    low, high = max(run[0, 0] for run in points), min(run[-1, 0] for run in points)
-    grid = np.unique(np.concatenate([run[:, 0] for run in points]))
-    grid = grid[(grid >= low) & (grid <= high)]
-    return grid, np.stack([np.interp(grid, *run.T) for run in points])
+def adapt(options: Options) -> None:
+    """Into results/adapt_ENV.json: returns on each test task after 0 to 10 inner steps."""
+    found = finished(options)
+    for job in found:
+        for label in TUNED if job.label == "multitask" else ():
+            swept(job.env, label)  # it may refuse: before all the work
+    for job in found:
+        for label, start in starts(job.folder(), job.label, TEST_EPISODES.get(job.env)).items():
+            adapt_one(job, label, start, options.again)
 
 
-def kept_rows(env: str, curve: Curve, seeds) -> list[list[dict]]:
-    """The evaluations of each kept seed."""
-    paths = [RESULTS / f"{Job(env, curve.label, seed).kept}.metrics.jsonl.gz" for seed in seeds]
-    runs = []
-    for path in (path for path in paths if path.exists()):
-        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-        runs.append([row for row in rows if curve.after in row])
-        if not runs[-1]:
-            raise SystemExit(f"{path}: no {curve.after} in it")
-    return runs
+def adapt_one(job: Job, label: str, start: Start, again: bool) -> None:
+    """The returns of a label's seed into its file, unless they are there."""
+    checkpoint = start.checkpoint | (swept(job.env, label) if label in TUNED else {})
+    record = opened("adapt", job.env, start)
+    seed = str(job.seed)
+    if record["checkpoints"].get(label, {}).get(seed) == checkpoint and not again:
+        print(f"{job.env} {label} seed {seed}: kept", flush=True)
+        return
+    try:
+        rows = adapted(start, checkpoint)
+    except NotFinite as error:
+        print(f"left out: {job.env} {label} seed {seed}, {error}", file=sys.stderr)
+        return
+    record["checkpoints"].setdefault(label, {})[seed] = checkpoint
+    record["returns"].setdefault(label, {})[seed] = rows
+    write_result("adapt", job.env, record)
+    means = np.array(rows, float).mean(1)
+    print(f"{job.env} {label} seed {seed}:", " ".join(f"{value:.4g}" for value in means), flush=True)
 
 
-def kept_curves(options: Options) -> dict[str, dict[str, list[list[dict]]]]:
-    """By environment and name in the legend, what is kept of what is asked for."""
-    found, seeds = {}, dict.fromkeys(options.seeds)
-    for env, label in dict.fromkeys((job.env, job.label) for job in jobs(options)):
-        for name, curve in CURVES.items():
-            if curve.label == label and (runs := kept_rows(env, curve, seeds)):
-                found.setdefault(env, {})[name] = runs
+# ---------------------------------------------------------------- the step size of fine-tuning
+
+
+def sweep(options: Options) -> None:
+    """Into results/sweep_ENV.json: fine-tuning from `multitask` and from random policies with many step sizes.
+
+    The best for 1, 2 and 3 steps is that with the best mean return over the seeds asked for and the test tasks.
+    """
+    found = finished(replace(options, label=("multitask",)))
+    if not found:
+        raise SystemExit("a sweep needs a finished run of multitask")
+    for env in dict.fromkeys(job.env for job in found):
+        episodes = TEST_EPISODES.get(env)
+        seeds = {str(job.seed): starts(job.folder(), job.label, episodes) for job in found if job.env == env}
+        for label in TUNED:
+            sweep_label(env, label, {seed: labels[label] for seed, labels in seeds.items()}, options.again)
+
+
+def sweep_label(env: str, label: str, seeds: dict[str, Start], again: bool) -> None:
+    """What the file lacks of these seeds' returns, and the best choices among all; other seeds leave the file."""
+    record = opened("sweep", env, next(iter(seeds.values())))
+    before, returns = record["returns"].get(label, {}), {}
+    for seed, start in seeds.items():
+        is_known = record["checkpoints"].get(label, {}).get(seed) == start.checkpoint
+        returns[seed] = before[seed] if is_known and not again else {}
+    record["checkpoints"][label] = {seed: start.checkpoint for seed, start in seeds.items()}
+    record["returns"][label] = returns
+    record.setdefault("best", {}).pop(label, None)
+    record["note"] = NOTE
+    first = {}
+
+    def measure(alpha: float) -> None:
+        name = f"{alpha:g}"
+        for seed, start in seeds.items():
+            if name not in returns[seed]:
+                if seed not in first:
+                    first[seed] = play(start, start.theta)
+                returns[seed][name] = returns_after(start, first[seed], alpha)
+        write_result("sweep", env, record)
+        means = [f"{mean_after(returns, Choice(name, later), SWEPT):.4g} {later}" for later in LATER]
+        print(f"{env} {label} alpha {name}, {SWEPT} steps: {', '.join(means)}", flush=True)
+
+    best = search(returns, measure)
+    record["best"][label] = {
+        str(k): choice._asdict() | {"mean": mean_after(returns, choice, k)} for k, choice in best.items()
+    }
+    write_result("sweep", env, record)
+    told = ", ".join(f"{choice.alpha} {choice.later} for {k}" for k, choice in best.items())
+    print(f"{env} {label}: best alpha {told} steps; {NOTE}", flush=True)
+
+
+def swept(env: str, label: str, k: int = SWEPT) -> dict:
+    """The step size that is best for k steps, and what later steps take of it; SystemExit where none was swept."""
+    best = read_result("sweep", env).get("best", {})
+    if label not in best:
+        raise SystemExit(f"{label} in {env}: first `python benchmark/curves.py sweep --env {env}`, for its step size")
+    return {"inner_lr": float(best[label][str(k)]["alpha"]), "later": best[label][str(k)]["later"]}
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def kept_rows(env: str, label: str, seed: int) -> list[dict]:
+    """The evaluations of a kept run; [] where none is."""
+    path = RESULTS / f"{Job(env, label, seed).kept}.metrics.jsonl.gz"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows = [row for row in rows if CURVES[label].after in row]
+    if not rows:
+        raise SystemExit(f"{path}: no {CURVES[label].after} in it")
+    return rows
+
+
+Curves = dict[str, dict[int, list[dict]]]  # label -> seed -> evaluations
+
+
+def kept_curves(options: Options) -> dict[str, Curves]:
+    """By environment, what is kept of what is asked for."""
+    found = {}
+    for job in jobs(options):
+        if rows := kept_rows(job.env, job.label, job.seed):
+            found.setdefault(job.env, {}).setdefault(job.label, {})[job.seed] = rows
     if not found:
         raise SystemExit(f"nothing of that is kept in {RESULTS}; `keep` puts it there")
     for env, curves in found.items():
-        refuse_mixed((rows for runs in curves.values() for rows in runs), f"{env} (--label, --seeds choose)")
+        refuse_mixed((rows for runs in curves.values() for rows in runs.values()), f"{env} (--label, --seeds choose)")
+    return {env: {label: curves[label] for label in CURVES if label in curves} for env, curves in found.items()}
+
+
+def is_asked(label: str, options: Options) -> bool:
+    """Whether a label is among those asked for; random policies come with `multitask`."""
+    return not options.label or label in options.label or (label == RANDOM and "multitask" in options.label)
+
+
+def adaptation(env: str, options: Options) -> dict[str, np.ndarray]:
+    """By label, returns [S, STEPS + 1, M] of seeds asked for on the M distinct test tasks, from adapt_ENV.json."""
+    record = read_result("adapt", env)
+    found = {}
+    for label in CURVES:
+        rows = record.get("returns", {}).get(label, {})
+        seeds = [str(seed) for seed in dict.fromkeys(options.seeds) if str(seed) in rows]
+        if seeds and is_asked(label, options):
+            found[label] = distinct([rows[seed] for seed in seeds], record["tasks"])
     return found
 
 
-def draw_line(axes, name: str, x, values) -> None:
-    """A mean with its band, in the colour that belongs to the name in all pictures; of two seeds, whose interval would
-    cover everything (t is 12.7), only the mean."""
-    mean, half = interval(values)
-    i, n = [*CURVES, RANDOM].index(name), len(values)
-    legend, color = f"{name} ({n} seed{'s' * (n > 1)})", "black" if name == RANDOM else f"C{i % 10}"
-    axes.plot(x, mean, color, linestyle="--" if name == RANDOM else CURVES[name].line, label=legend)
-    if n > 2:
-        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
+def tuned(env: str, label: str, k: int, options: Options) -> np.ndarray:
+    """Returns [S, M] after k steps of fine-tuning with the step size that is best for k, from sweep_ENV.json."""
+    choice = swept(env, label, max(k, 1))
+    record = read_result("sweep", env)
+    rows = record["returns"][label]
+    seeds = [str(seed) for seed in dict.fromkeys(options.seeds) if str(seed) in rows]
+    if not seeds or record["tasks"] != read_result("adapt", env)["tasks"]:
+        raise SystemExit(f"sweep_{env}.json is of other seeds or test tasks than adapt_{env}.json; sweep again")
+    alpha = f"{choice['inner_lr']:g}"
+    return distinct([rows[seed][alpha][choice["later"]][k] for seed in seeds], record["tasks"])
 
 
-def save(figure: Figure, axes, path: Path) -> None:
-    """With a legend, and cut to where the means are: bands of few seeds are wide where runs begin."""
-    means = np.concatenate([np.ravel(line.get_ydata()) for panel in figure.axes for line in panel.lines])
-    margin = 0.1 * np.ptp(means) + 1e-9
-    axes.set_ylim(means.min() - margin, means.max() + margin)
+# ---------------------------------------------------------------- pictures
+
+
+def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Middle, low and high [G] of curves [S, G]: the mean and the range of up to three seeds, else the interquartile
+    mean and its bootstrap interval."""
+    if len(values) < 4:
+        return values.mean(0), values.min(0), values.max(0)
+    estimates = [estimate(column[:, None]) for column in values.T]
+    return tuple(np.array([getattr(x, name) for x in estimates]) for name in ("value", "low", "high"))
+
+
+def told(numbers: list[int]) -> str:
+    """What lines and bands of `over_seeds` are, in a picture of curves of so many seeds."""
+    few = "mean over seeds, band: their range"
+    many = "interquartile mean over seeds, band: its 95 % bootstrap interval"
+    if max(numbers) < 4:
+        return few
+    return many if min(numbers) >= 4 else f"up to 3 seeds: {few};\n4 and more: {many}"
+
+
+def draw_line(axes, label: str, name: str, seeds: int, x, middle, low, high) -> None:
+    """A curve with its band. Markers of curves that lie on each other are at different points, if there are many."""
+    curve = CURVES[label]
+    every = max(1, len(x) // 10)
+    style = {"color": curve.color, "linestyle": curve.line, "marker": curve.marker, "fillstyle": "none"}
+    style |= {"markevery": (list(CURVES).index(label) % every, every), "label": f"{name} ({plural(seeds)})"}
+    axes.plot(x, middle, **style)
+    axes.fill_between(x, low, high, color=curve.color, alpha=0.12, linewidth=0)
+
+
+def plural(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds > 1)}"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """With a legend that names each curve of all panels once."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
     columns = 4 if figure.get_figwidth() > 10 else 3
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(path)
 
 
-def draw_adaptation(env: str) -> None:
-    returns = json.loads((RESULTS / f"adapt_{env}.json").read_text())["returns"]
-    names = {curve.label: name for name, curve in CURVES.items()} | {"random": RANDOM}
-    axes = (figure := Figure(figsize=(8, 5.5), layout="constrained")).subplots()
-    for label, name in names.items():
-        if label in returns:
-            draw_line(axes, name, range(STEPS + 1), returns[label])
-    axes.set(xlabel="gradient steps at test time", ylabel=f"return, {TESTS[env]}")
-    axes.set(title=f"{env}: {TITLE}")
-    save(figure, axes, IMAGES / f"adaptation_{env}.png")
+def draw_adaptation(axes, env: str, found: dict[str, np.ndarray]) -> None:
+    """Returns over 0 to 10 steps of adaptation; the axes hold all of every curve."""
+    for label, returns in found.items():
+        estimates = [estimate(returns[:, k]) for k in range(STEPS + 1)]
+        middle = np.array([x.value for x in estimates])
+        low = np.array([x.value if x.low is None else x.low for x in estimates])
+        high = np.array([x.value if x.high is None else x.high for x in estimates])
+        draw_line(axes, label, CURVES[label].name, len(returns), range(STEPS + 1), middle, low, high)
+    axes.set(xlabel="gradient steps at test time", ylabel=f"return, {TESTS[env]}", title=env)
 
 
 def draw(options: Options) -> None:
-    """Pictures of each environment, over env_steps and over seconds; and of each adaptation curve."""
-    for env, found in kept_curves(options).items():
+    """Pictures of each environment: over env_steps and seconds, and over steps of adaptation; of these one of all."""
+    curves = kept_curves(options)
+    for env, found in curves.items():
         for picture in dict.fromkeys(picture for curve in CURVES.values() for picture in curve.pictures):
-            draw_learning(
-                env, picture, {name: runs for name, runs in found.items() if picture in CURVES[name].pictures}
-            )
-        if (RESULTS / f"adapt_{env}.json").exists():
-            draw_adaptation(env)
+            labels = [label for label in found if picture in CURVES[label].pictures]
+            draw_training(env, picture, {label: found[label] for label in labels})
+    returns = {env: found for env in curves if (found := adaptation(env, options))}
+    for env, found in returns.items():
+        axes = (figure := Figure(figsize=(8, 6), layout="constrained")).subplots()
+        draw_adaptation(axes, env, found)
+        save(titled(figure), IMAGES / f"adaptation_{env}.png")
+    if len(returns) > 1:
+        columns = 2 if len(returns) in (2, 4) else 3
+        rows = -(-len(returns) // columns)
+        figure = Figure(figsize=(5 * columns, 4 * rows + 1.2), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, (env, found) in zip(panels, returns.items(), strict=False):
+            draw_adaptation(axes, env, found)
+        for axes in panels[len(returns) :]:
+            axes.remove()
+        save(titled(figure), IMAGES / "adaptation.png")
 
 
-def draw_learning(env: str, picture: str, curves: dict[str, list[list[dict]]]) -> None:
+def titled(figure: Figure) -> Figure:
+    figure.suptitle(
+        "interquartile mean over seeds and test tasks, band: its 95 % bootstrap interval", fontsize="medium"
+    )
+    return figure
+
+
+def draw_training(env: str, picture: str, curves: Curves) -> None:
     """One picture; none where all its curves are in another one, too."""
-    if any(CURVES[name].pictures == (picture,) for name in curves):
-        panels = (figure := Figure(figsize=(11, 5.5), layout="constrained")).subplots(1, 2, sharey=True)
-        for axes, what in zip(panels, ("env_steps", "seconds"), strict=True):
-            for name, runs in curves.items():
-                after = CURVES[name].after
-                draw_line(axes, name, *common([[(row[what], row[after]) for row in rows] for rows in runs]))
-            ends = [rows[-1][what] for runs in curves.values() for rows in runs]
-            axes.set(xlabel=what, xscale="log" if max(ends) > 20 * min(ends) else "linear")
-        panels[0].set(ylabel=f"return after adaptation, {TESTS[env]}")
-        figure.suptitle(f"{env}: {TITLE}")
-        save(figure, panels[0], IMAGES / f"{picture}_{env}.png")
+    if not any(CURVES[label].pictures == (picture,) for label in curves):
+        return
+    panels = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots(1, 2, sharey=True)
+    for axes, what in zip(panels, ("env_steps", "seconds"), strict=True):
+        for label, runs in curves.items():
+            curve = CURVES[label]
+            points = [[(row[what], row[curve.after]) for row in rows] for rows in runs.values()]
+            grid, values = common(points)
+            draw_line(axes, label, curve.training or curve.name, len(runs), grid, *over_seeds(values))
+        ends = [rows[-1][what] for runs in curves.values() for rows in runs.values()]
+        axes.set(xlabel=what, xscale="log" if max(ends) > 20 * min(ends) else "linear")
+    panels[0].set(ylabel=f"return after adaptation, {TESTS[env]}")
+    figure.suptitle(f"{env}: {told([len(runs) for runs in curves.values()])}", fontsize="medium")
+    save(figure, IMAGES / f"{picture}_{env}.png")
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Line(NamedTuple):
+    """A row of the table: returns [S, M] after 0, 1, .. steps."""
+
+    label: str
+    returns: list[np.ndarray]
+
+
+def steps_shown(label: str) -> int:
+    return 0 if label == "oracle" else SWEPT  # it knows the task
+
+
+def lines_of(env: str, curves: Curves, options: Options) -> list[Line]:
+    """Returns of each label; of fine-tuning each with the step size that is best for so many steps."""
+    found = []
+    for label, returns in adaptation(env, options).items():
+        numbers = range(steps_shown(label) + 1)
+        if label in TUNED:
+            found.append(Line(label, [tuned(env, label, k, options) for k in numbers]))
+        else:
+            check_checkpoints(env, label, curves.get(label, {}))
+            found.append(Line(label, [returns[:, k] for k in numbers]))
+    return found
+
+
+def check_checkpoints(env: str, label: str, runs: dict[int, list[dict]]) -> None:
+    """SystemExit where the returns of `adapt` are not of the run that is kept."""
+    checkpoints = read_result("adapt", env)["checkpoints"][label]
+    for seed, rows in runs.items():
+        steps = checkpoints.get(str(seed), rows[-1])["env_steps"]
+        if steps != rows[-1]["env_steps"]:
+            raise SystemExit(f"{env} {label} seed {seed}: adapt_{env}.json is of {steps} env steps; adapt it again")
 
 
 def table(options: Options) -> None:
-    """Markdown: returns at the end of the runs, after 0, 1 and the curve's steps or episodes; mean +- half of the 95 %
-    interval over seeds."""
-
-    def cell(values: list[float]) -> str:
-        mean, half = interval(values)
-        return f"{mean:.4g}" if half is None else f"{mean:.4g} +- {half:.2g}"
-
+    """Markdown: returns at the end of training, paired differences, and sustained crossings."""
     for env, curves in kept_curves(options).items():
-        print(f"\n| {env} | seeds | env steps | seconds | 0 | 1 | last |\n|---|---|---|---|---|---|---|")
-        for name, runs in curves.items():
-            last, after = [rows[-1] for rows in runs], CURVES[name].after
-            steps, seconds = (np.mean([row[what] for row in last]) for what in ("env_steps", "seconds"))
-            columns = (f"test/return_k{k}" if k <= int(after[-1]) else "" for k in (0, 1))
-            cells = (cell([row[what] for row in last]) if what else "" for what in (*columns, after))
-            print(f"| {name} | {len(runs)} | {steps:,.0f} | {seconds:,.0f} | {' | '.join(cells)} |")
+        lines = lines_of(env, curves, options)
+        for label in curves:
+            if label not in [line.label for line in lines]:
+                print(f"{env} {label}: `adapt` has no returns of it", file=sys.stderr)
+        untrained = [iqm(line.returns[0]) for line in lines if line.label == RANDOM]
+        base = 0.0
+        if env in BELOW_ZERO:
+            base = float(untrained[0]) if untrained else None
+        parts = [list(shown_returns(env, lines, curves, base))]
+        parts += [list(shown_differences(env, lines))]
+        parts += [list(shown_crossings(env, curves, base))]
+        for part in parts:
+            if part:
+                print("", *part, sep="\n")
+
+
+def shown_returns(env: str, lines: list[Line], curves: Curves, base: float | None) -> Iterator[str]:
+    """The table of returns: interquartile means over seeds and distinct test tasks, and 95 % bootstrap intervals."""
+    if not lines:
+        return
+    last = {line.label: float(iqm(line.returns[-1])) for line in lines}
+    horizon = read_result("adapt", env)["horizon"]
+    share = "share of the oracle"
+    if env in BELOW_ZERO and base is not None:
+        share += f", (x - r) / (o - r), r = {base:.4g} untrained"
+    head = [env, "seeds", "env steps", "seconds", *map(str, range(SWEPT + 1)), "last, per step", share]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for label, returns in lines:
+        ends = [rows[-1] for rows in curves.get(label, {}).values()]
+        cells = [CURVES[label].name, str(len(returns[0]))]
+        cells += [f"{np.mean([row[what] for row in ends]):,.0f}" if ends else "" for what in ("env_steps", "seconds")]
+        cells += [str(estimate(values)) for values in returns] + [""] * (SWEPT + 1 - len(returns))
+        cells.append(f"{last[label] / horizon:.3g}")
+        has_share = "oracle" in last and base is not None
+        cells.append(f"{(last[label] - base) / (last['oracle'] - base):.0%}" if has_share else "")
+        yield f"| {' | '.join(cells)} |"
+    for label in (line.label for line in lines if line.label in TUNED):
+        choices = [swept(env, label, k) for k in range(1, SWEPT + 1)]
+        shown = " / ".join(f"{choice['inner_lr']:g} {choice['later']}" for choice in choices)
+        yield f"\n{CURVES[label].name}, alpha and later steps for 1 / .. / {SWEPT} steps: {shown}; {NOTE}."
+
+
+def shown_differences(env: str, lines: list[Line]) -> Iterator[str]:
+    """The table of paired differences; fine-tuning with the step size that is best for so many steps."""
+    returns = {line.label: line.returns for line in lines}
+    pairs = [(first, second) for first, second in PAIRS if first in returns and second in returns]
+    if not pairs:
+        return
+    yield f"| {env}: difference, paired by test task | after 1 step | after {SWEPT} steps |"
+    yield "|---|---|---|"
+    for first, second in pairs:
+        cells = [str(difference(returns[first][k], returns[second][k])) for k in (1, SWEPT)]
+        yield f"| {CURVES[first].name} - {CURVES[second].name} | {' | '.join(cells)} |"
+
+
+def shown_crossings(env: str, curves: Curves, base: float | None) -> Iterator[str]:
+    """The table of env steps from which on the return in evaluations stays at or above shares of MAML's last one."""
+    if "maml" not in curves or base is None:
+        return
+    after = CURVES["maml"].after
+    goal = float(iqm([[rows[-1][after]] for rows in curves["maml"].values()]))
+    levels = [base + share * (goal - base) for share in SHARES]
+    of = f"of MAML's way from {base:.4g} to {goal:.4g}" if env in BELOW_ZERO else f"of MAML's {goal:.4g}"
+    heads = [f"{share:.0%} {of}: {level:.4g}" for share, level in zip(SHARES, levels, strict=True)]
+    yield f"| {env}: env steps from which on the return stays at or above | {' | '.join(heads)} |"
+    yield "|---" * (1 + len(levels)) + "|"
+    for label, runs in curves.items():
+        name = CURVES[label].training or CURVES[label].name
+        yield f"| {name} | {' | '.join(crossing(label, runs, level) for level in levels)} |"
+
+
+def crossing(label: str, runs: dict[int, list[dict]], level: float) -> str:
+    """The median over seeds, of which those that end below count as infinite, and how many do not."""
+    after = CURVES[label].after
+    since = [sustained([(row["env_steps"], row[after]) for row in rows], level) for rows in runs.values()]
+    median = np.median(since)
+    steps = f"{median:,.0f}" if np.isfinite(median) else "-"
+    return f"{steps} ({np.isfinite(since).sum()} of {len(since)})"
 
 
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, description=__doc__)
-    {"run": run, "keep": keep, "adapt": adapt, "draw": draw, "table": table}[options.what](options)
+    what = {"run": run, "keep": keep, "sweep": sweep, "adapt": adapt, "draw": draw, "table": table}
+    what[options.what](options)
 
 
 if __name__ == "__main__":
