@@ -86,8 +86,8 @@ class Args:
     """lambda of GAE; 1, the return minus the baseline, in the paper"""
     max_kl: float = 0.05
     """trust region (delta), mean KL of a meta-update; 0.01 in the paper, which learns half as fast"""
-    cg_damping: float = 1e-5
-    """added to the Fisher matrix's diagonal; 1e-5 in the paper's code, up to 1e-2 where steps are rejected"""
+    cg_damping: float = 0.1
+    """added to the Fisher matrix's diagonal; 1e-5 in the paper's code, where large steps follow the noise"""
     fisher_fraction: float = 0.1
     """share of the query's episodes in the Fisher products; smaller is faster, and noisier in direction"""
     eval_every: int = 10
