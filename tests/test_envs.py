@@ -35,11 +35,12 @@ ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"
 DISCRETE = [*RANDOM, "MouseCheese", *POLES, "EmptyRooms", *ABC]
 FALLING = ["AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams"]
 FALLING += ["AntForward", "HopperForward", "Walker2dForward"]
-ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]
+ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]  # by random actions: none leads Navigation2D to its goal
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
-every_telling = pytest.mark.parametrize("name", [n for n in FAMILIES if n not in (*DISCRETE[:7], "EmptyRooms")])
+SILENT = [*DISCRETE[:7], "EmptyRooms", "Navigation2D"]  # their observations do not tell that an episode has ended
+every_telling = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SILENT])
 every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
 every_falling = pytest.mark.parametrize("name", FALLING)
@@ -271,8 +272,8 @@ def test_test_tasks_are_held_out(name):
         strips = 10 if name in ("GaussianBandit5", "TabularMDP") else 1
         train_part, test_part = (strips * tasks[:, 0] % 1 for tasks in (train, test))
     else:
-        ranges = {"Navigation2D": (-0.5, 0.5), "HalfCheetahVel": (0, 2), "HalfCheetahVel3": (0, 3), "AntVel": (0, 3)}
-        ranges |= {"CartPoleLength": (0.5, 5)} | dict.fromkeys(ABC, (-1, 1))
+        ranges = dict.fromkeys(("Navigation2D", "Navigation2DEndless"), (-0.5, 0.5)) | dict.fromkeys(ABC, (-1, 1))
+        ranges |= {"HalfCheetahVel": (0, 2), "HalfCheetahVel3": (0, 3), "AntVel": (0, 3), "CartPoleLength": (0.5, 5)}
         low, high = ranges.get(name, (-3, 3))
         train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
     # In fiftieths of the range, no interval holds tasks of both kinds, and together they cover all of it.
@@ -412,12 +413,13 @@ def test_the_gpu_sees_the_same_worlds(name):
 # ---------------------------------------------------------------- navigation
 
 
-@pytest.mark.parametrize("name", ["Navigation2D", "SparseNavigation2D"])
+@pytest.mark.parametrize("name", ["Navigation2D", "Navigation2DEndless", "SparseNavigation2D"])
 def test_navigation_against_numpy(name):
     venv = make(name, 5, horizon=20, dtype=torch.float64)
     tasks = venv.sample_tasks(5, seeded(0))
     actions = 0.1 * tasks + 0.03 * torch.randn(20, 5, 2, generator=seeded(1), dtype=torch.float64)
-    obs, reward, _, _ = play(venv, actions, tasks)
+    obs, reward, terminated, _ = play(venv, actions, tasks)
+    assert not terminated.any()
     venv.reset(seed=0, options={"tasks": tasks})
     infos = [venv.step(action)[4] for action in actions]
     position, goal = np.zeros((5, 2)), tasks.numpy()
@@ -425,7 +427,7 @@ def test_navigation_against_numpy(name):
     for step in range(20):
         position = position + np.clip(actions[step].numpy(), -0.1, 0.1)
         distance = np.sqrt(((position - goal) ** 2).sum(1))
-        expected = -distance if name == "Navigation2D" else np.where(distance <= 0.2, 1 - distance, 0)
+        expected = np.where(distance <= 0.2, 1 - distance, 0) if name == "SparseNavigation2D" else -distance
         paid += (expected != 0).sum()
         # The bounds are float32 numbers: 0.1 is only known to 1e-9 there.
         np.testing.assert_allclose(obs[step + 1].numpy(), position, atol=1e-7)
@@ -435,6 +437,64 @@ def test_navigation_against_numpy(name):
         else:
             assert infos[step] == {}
     assert paid > 0
+
+
+def towards(tasks, steps, seed=1):
+    """Steps of 0.05 along each coordinate that is further than that from the goal, with noise [T, B, 2]."""
+    whole = (tasks.abs() / 0.05).floor()
+    number = torch.arange(steps, dtype=torch.float64)[:, None, None]
+    straight = torch.where(number < whole, 0.05, torch.where(number == whole, tasks.abs() - 0.05 * whole, 0.0))
+    return tasks.sign() * straight + 0.003 * torch.randn(steps, *tasks.shape, generator=seeded(seed), dtype=tasks.dtype)
+
+
+def test_navigation_ends_at_the_goal():
+    """One world after the other, in numpy: at the first step to within 0.01 of both of the goal's coordinates."""
+    venv, steps = make("Navigation2D", 200, horizon=30, dtype=torch.float64), 30
+    tasks = venv.sample_tasks(200, seeded(0))
+    actions = towards(tasks, steps)
+    obs, reward, terminated, truncated = (x.numpy() for x in play(venv, actions, tasks))
+    ends = set()
+    for world, goal in enumerate(tasks.numpy()):
+        position, over = np.zeros(2), False
+        for step in range(steps):
+            if over:
+                paid = 0
+            else:
+                position = position + np.clip(actions[step, world].numpy(), -0.1, 0.1)
+                paid = -np.sqrt(((position - goal) ** 2).sum())  # of the step that ends it, too
+                over = abs(position[0] - goal[0]) < 0.01 and abs(position[1] - goal[1]) < 0.01
+                ends |= {step} if over else set()
+            assert terminated[step, world] == over
+            np.testing.assert_allclose(obs[step + 1, world], position, atol=1e-9)
+            np.testing.assert_allclose(reward[step, world], paid, atol=1e-9)
+    assert 0.3 < terminated[-1].mean() < 1
+    assert len(ends) > 10
+    assert truncated.any(1).tolist() == [False] * 29 + [True]
+    # Without the end it is the same world until there.
+    endless = [
+        x.numpy() for x in play(make("Navigation2DEndless", 200, horizon=30, dtype=torch.float64), actions, tasks)
+    ]
+    runs = np.concatenate([np.ones((1, 200), bool), ~terminated[:-1]])
+    assert not endless[2].any()
+    np.testing.assert_array_equal(endless[0][1:][runs], obs[1:][runs])
+    np.testing.assert_array_equal(endless[1] * runs, reward)
+    assert (endless[1] < 0).all()
+
+
+def test_the_goal_of_navigation_is_a_square():
+    """How far one step from the start ends from the goal, on either side of the square's border and of the disc's."""
+    inside = [(0.0, 0.0), (0.0099, 0.0), (0.0, -0.0099), (0.008, 0.008), (-0.0099, 0.0099)]
+    outside = [(0.0101, 0.0), (0.0, -0.0101), (-0.0101, 0.0099), (0.5, 0.0), (0.0, 0.05)]
+    offsets = torch.tensor(inside + outside, dtype=torch.float64)
+    assert [(x**2 + y**2) ** 0.5 < 0.01 for x, y in inside] == [True, True, True, False, False]
+    actions = torch.tensor([[0.03, -0.02]], dtype=torch.float64).expand(10, -1)
+    for name in ("Navigation2D", "Navigation2DEndless", "SparseNavigation2D"):
+        venv = make(name, 10, dtype=torch.float64)
+        venv.reset(seed=0, options={"tasks": actions - offsets})
+        expected = [True] * 5 + [False] * 5 if name == "Navigation2D" else [False] * 10
+        assert venv.step(actions)[2].tolist() == expected
+        assert venv.step(actions)[2].tolist() == expected
+        assert venv.can_terminate == any(expected)
 
 
 # ---------------------------------------------------------------- MuJoCo against Gymnasium

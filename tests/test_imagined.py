@@ -11,14 +11,14 @@ from envs import Imagined, ScaleActions
 from envs.adapter import AdaptedVectorEnv
 from envs.forward import HalfCheetahForward, HopperForward
 from envs.locomotion import HumanoidDir
-from envs.navigation import Navigation2D
+from envs.navigation import Navigation2D, Navigation2DEndless
 
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 ANYWHERE = torch.full((2,), -torch.inf), torch.full((2,), torch.inf)
 
 
-class Fence(Navigation2D):
-    """Navigation2D whose episodes end beyond x = 0.25."""
+class Fence(Navigation2DEndless):
+    """Navigation whose episodes end beyond x = 0.25."""
 
     can_terminate = True
 
@@ -52,7 +52,7 @@ def play(venv, actions, tasks, seed=0):
 
 
 def walk(obs, action):
-    """Navigation2D's dynamics, exactly."""
+    """The dynamics of navigation, exactly."""
     return obs + action
 
 
@@ -66,7 +66,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_with_the_true_dynamics_imagined_worlds_are_the_real_ones(dtype, scale):
-    real = make(Navigation2D, 5, scale=scale, dtype=dtype)
+    real = make(Navigation2DEndless, 5, scale=scale, dtype=dtype)
     imagined = Imagined(real, 5)
     imagined.follow(walk, *ANYWHERE)
     tasks, actions = real.unwrapped.sample_tasks(5, seeded(0)), draw_actions(real, 6)
@@ -83,9 +83,27 @@ def test_with_the_true_dynamics_imagined_worlds_are_the_real_ones(dtype, scale):
         imagined.step(actions[0])
 
 
+def test_an_imagined_point_does_not_stop_at_its_goal():
+    """Observations do not tell that a real one would: of the same steps it is paid for all."""
+    real = make(Navigation2D, 3, scale=0.1)
+    imagined = Imagined(real, 3)
+    imagined.follow(walk, *ANYWHERE)
+    tasks, actions = torch.tensor([[0.1, 0.0], [0.0, 0.2], [0.4, 0.4]]), torch.zeros(6, 3, 2, dtype=torch.float64)
+    actions[:, 0, 0] = actions[:, 1, 1] = 0.1
+    real_obs, real_reward, ended, _ = play(real, actions, tasks)
+    obs, reward, terminated, _ = play(imagined, actions, tasks)
+    assert ended.long().argmax(0).tolist() == [0, 1, 0]
+    assert ended[-1].tolist() == [True, True, False]
+    assert not terminated.any()
+    runs = torch.cat([torch.ones(1, 3, dtype=torch.bool), ~ended[:-1]])
+    assert torch.equal(obs[1:][runs], real_obs[1:][runs])
+    assert torch.equal(reward * runs, real_reward)
+    assert (reward[~runs] < -0.09).all()
+
+
 REPLAYED = {"HopperForward": True, "Walker2dForward": True, "AntForward": True, "HumanoidDir": True}
 REPLAYED |= dict.fromkeys(("HalfCheetahForward", "SwimmerForward", "HalfCheetahVel", "AntGoal"), False)
-REPLAYED |= dict.fromkeys(("Navigation2D", "SparseNavigation2D"), False)
+REPLAYED |= dict.fromkeys(("Navigation2DEndless", "SparseNavigation2D"), False)
 
 
 @pytest.mark.parametrize(("name", "falls"), REPLAYED.items())
@@ -193,7 +211,7 @@ def test_models_follow_one_another():
     assert imagined.diverged_share == 0
 
 
-@pytest.mark.parametrize("family", [Navigation2D, HopperForward])
+@pytest.mark.parametrize("family", [Navigation2DEndless, HopperForward])
 def test_the_real_worlds_are_not_changed(family):
     """In the middle of a real episode others are imagined: it goes on as if nothing had happened."""
     real = make(family, 3)

@@ -17,7 +17,7 @@ from envs.cartpole import CartPoleFixed, CartPoleLength
 from envs.forward import HopperForward
 from envs.gridworlds import EmptyRooms, KeyBox, NonstationaryABC, RandomABC, SymABC
 from envs.locomotion import HalfCheetahVel
-from envs.navigation import Navigation2D
+from envs.navigation import Navigation2D, Navigation2DEndless
 from envs.random_params import HopperRandParams
 from envs.tabular_mdp import TabularMDP
 
@@ -265,7 +265,7 @@ PLAYED = [  # family, horizon, episodes of a lifetime, steps
     (CartPoleFixed, 12, 1, 100),
     (HopperForward, 20, 2, 150),
     (HalfCheetahVel, 7, 3, 60),
-    (Navigation2D, 5, 2, 60),
+    (Navigation2DEndless, 5, 2, 60),
 ]
 
 
@@ -280,7 +280,7 @@ def is_training_task(family, task):
         return tuple(task.tolist()) in training_goals()
     if family in (CartPoleFixed, HopperForward, NonstationaryABC):
         return True
-    ranges = {CartPoleLength: (0.5, 5), HalfCheetahVel: (0, 2), Navigation2D: (-0.5, 0.5)}
+    ranges = {CartPoleLength: (0.5, 5), HalfCheetahVel: (0, 2), Navigation2DEndless: (-0.5, 0.5)}
     low, high = ranges.get(family, (-1, 1))
     return int(50 * (float(task[0]) - low) / (high - low)) % 5 != 2
 

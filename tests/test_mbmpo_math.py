@@ -19,7 +19,7 @@ from torch.func import grad
 from algos import mbmpo as ours
 from envs import Imagined, ScaleActions, summarise
 from envs.forward import HopperForward
-from envs.navigation import Navigation2D
+from envs.navigation import Navigation2DEndless
 from tests.double_precision import ALONE, Recorder, flat, float64, interval, seeded  # noqa: F401 (float64 by being here)
 from tests.test_maml_trpo_math import central_differences, close, relative_error
 
@@ -32,7 +32,7 @@ STEP = float(np.float32(0.1))  # the longest step of navigation along an axis
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Pit(Navigation2D):
+class Pit(Navigation2DEndless):
     """Navigation from random starts, over as soon as x > 0.3: some episodes end early, real and imagined ones."""
 
     can_terminate = True
@@ -511,7 +511,7 @@ def test_real_transitions_against_gymnasium():
 def test_every_policy_plays_its_own_real_episodes():
     """As many as the flag says; policies that always do the same are recognised by it, in the family's units."""
     args = make_args()
-    envs, _ = make_envs(args, Navigation2D)
+    envs, _ = make_envs(args, Navigation2DEndless)
     theta = make_theta(args)
     policies = stack([theta] * K)
     policies |= {"w2": 0 * policies["w2"], "log_std": torch.full((K, 2), -20.0)}
@@ -532,7 +532,7 @@ def test_every_policy_plays_its_own_real_episodes():
 def fitted_navigation():
     """Models of real transitions, first fitted with long, then with short steps."""
     args = make_args(model_size=32, model_epochs=60, model_batch_size=50, model_lr=0.005, real_episodes=10, horizon=20)
-    envs, imagined = make_envs(args, Navigation2D)
+    envs, imagined = make_envs(args, Navigation2DEndless)
     policies = stack([make_theta(args, seed) for seed in range(K)])
     data, _, _ = play(envs, make_tasks(envs, args), policies, args, seeded(0))
     unfitted = make_models(args, obs_size=2)
@@ -558,7 +558,7 @@ def test_imagination_in_fitted_models_is_like_the_real_world():
     than 0.05 apart (measured: 0.02); in unfitted models more than 0.2 (0.5)."""
     imagined, models, unfitted, scales = fitted_navigation()
     B = imagined.num_envs
-    real = ScaleActions(Navigation2D(B, 20, dtype=torch.float64), imagined.scale)
+    real = ScaleActions(Navigation2DEndless(B, 20, dtype=torch.float64), imagined.scale)
     tasks = real.unwrapped.sample_tasks(B, seeded(5))
     actions = torch.randn(5, B, 2, generator=seeded(6)) + torch.randn(B, 2, generator=seeded(7))
     expected = play_actions(real, actions, tasks)
@@ -596,7 +596,7 @@ def test_each_model_imagines_its_own_episodes():
 def test_imagination_ends_a_range_beyond_what_was_seen():
     """Only in the model that drifts out of the bounds, which were given with the models."""
     args = make_args(horizon=8)
-    envs, imagined = make_envs(args, Navigation2D)
+    envs, imagined = make_envs(args, Navigation2DEndless)
     drift = [[0.0, 0.0], [0.0, 0.4], [0.0, -0.05]]
     follow(imagined, *drifting_models(drift, reach=1.5))
     support = ours.collect(imagined, make_tasks(envs, args), make_theta(args), args, seeded(1))
@@ -804,7 +804,7 @@ def test_training_against_iterations_by_hand():
         close(state["models"][name], value, 1e-7)
 
 
-@pytest.mark.parametrize("family", [Pit, Navigation2D])
+@pytest.mark.parametrize("family", [Pit, Navigation2DEndless])
 def test_the_first_iteration_plays_theta_and_the_next_adapted_policies(family, monkeypatch):
     args = make_args(iterations=2, data_size=1000)
     state, played, rollout = begin(args), [], ours.rollout
@@ -831,7 +831,7 @@ def test_the_first_iteration_plays_theta_and_the_next_adapted_policies(family, m
     assert torch.equal(tasks[0], tasks[-1])
     steps = [int(played[i][2]["mask"].sum()) for i in (0, 3)]
     assert [env_steps for _, env_steps, _ in run.logged] == [steps[0], sum(steps)]  # none of the evaluations'
-    if family is Navigation2D:
+    if family is Navigation2DEndless:
         assert steps == [K * args.real_episodes * T] * 2
     assert len(state["data"]["obs"]) == sum(int(played[i][2]["mask"][:, :, :-1].sum()) for i in (0, 3))
 
@@ -852,7 +852,7 @@ def test_the_share_of_diverged_worlds_is_that_of_the_last_query(monkeypatch):
 
     monkeypatch.setattr(ours, "collect", spy)
     run = Recorder(args)
-    ours.train(*make_envs(args, Navigation2D), args, run, begin(args))
+    ours.train(*make_envs(args, Navigation2DEndless), args, run, begin(args))
     *_, support, query, evaluation = shares
     assert run.logged[0][2]["train/diverged"] == query
     assert len({support, query, evaluation, 0.0, 1.0}) == 5
@@ -862,7 +862,7 @@ def test_the_kept_data_are_the_latest():
     args = make_args(iterations=3, data_size=35)
     run, state, kept = Recorder(args), begin(args), []
     run.save = lambda state: kept.append(state["data"])
-    ours.train(*make_envs(args, Navigation2D), args, run, state)
+    ours.train(*make_envs(args, Navigation2DEndless), args, run, state)
     new = K * args.real_episodes * (T - 1)  # 30 an iteration
     assert [len(data["obs"]) for data in kept] == [30, 35, 35]
     for earlier, later in itertools.pairwise(kept):

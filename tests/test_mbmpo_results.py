@@ -124,13 +124,13 @@ def test_the_policys_episodes_are_real(finished):
 
 
 def test_trpo_is_a_run_that_learns(finished):
-    study.main(["trpo", "--env-id", "Navigation2D-v0", "--iterations", "8", "--seed", "3"])
+    study.main(["trpo", "--env-id", "Navigation2DEndless-v0", "--iterations", "8", "--seed", "3"])
     (folder,) = (study.Path("runs")).iterdir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["env_steps"] for row in rows] == [4000 * k for k in range(1, 9)]
     assert rows[-1]["train/return_post"] > rows[0]["train/return_post"] + 3
     study.main(["keep", str(folder)])
-    assert [path.name for path in study.RESULTS.glob("*.gz")] == ["Navigation2D_trpo_seed3.metrics.jsonl.gz"]
+    assert [path.name for path in study.RESULTS.glob("*.gz")] == ["Navigation2DEndless_trpo_seed3.metrics.jsonl.gz"]
 
 
 def test_wrong_input_is_one_line(finished):

@@ -30,14 +30,16 @@ def finished(tmp_path, monkeypatch):
 
 
 def test_the_table_plays_as_the_files_own_evaluation(finished):
-    folder = finished(pearl_sac, *(word.replace("Sparse", "") for word in SMALL))  # where no return is 0
+    folder = finished(
+        pearl_sac, *(word.replace("SparseNavigation2D", "Navigation2DEndless") for word in SMALL)
+    )  # where no return is 0
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     policy = {name: 5 * x for name, x in saved["theta"].items() if name.startswith("policy_w")}  # which heeds z
     records.save_checkpoint(folder, saved | {"theta": saved["theta"] | policy})
     line = pearl.table(folder, pearl.Options("table", (folder,), tasks=30, episodes=4, seed=6))
     state = records.load_checkpoint(str(folder), "pearl_sac", pearl_sac.Args)
     args = replace(state["args"], tasks_per_iteration=30, eval_episodes=4)
-    envs, generator = make("Navigation2D-v0", 30, 7), torch.Generator().manual_seed(6)
+    envs, generator = make("Navigation2DEndless-v0", 30, 7), torch.Generator().manual_seed(6)
     tasks = envs.unwrapped.sample_tasks(30, generator, "test")
     envs.unwrapped.test_set = lambda num_tasks: (tasks, generator)  # the table's in place of the fixed one
     stats = summarise(pearl_sac.evaluate(envs, state["theta"], args))

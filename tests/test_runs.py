@@ -576,7 +576,16 @@ def test_maml_trpo_learns():
     assert last["test/return_k1"] > last["test/return_k0"] + 2
 
 
-NAVIGATION = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--eval-every", "100"]
+NAVIGATION = [
+    "--env-id",
+    "Navigation2DEndless-v0",
+    "--action-scale",
+    "1",
+    "--meta-batch-size",
+    "10",
+    "--eval-every",
+    "100",
+]
 NAVIGATION += ["--episodes-per-task", "10"]
 
 
@@ -589,7 +598,7 @@ NAVIGATION += ["--episodes-per-task", "10"]
     ],
 )
 def test_the_gradient_family_learns(name, flags, least, rise, gain):
-    """Navigation2D, held-out goals: returns after adaptation, how much more than at first (0 where nothing is learned:
+    """Navigation, held-out goals: returns after adaptation, how much more than at first (0 where nothing is learned:
     all evaluations play the same tasks with the same noise), how much more than without. Ten seeds of promp gave -14 to
     -18, 22 to 84, 16 to 32, reptile_ppo -19 to -25, 6.6 to 32, 18 to 25, multitask_ppo -24 to -34, 9.5 to 46, 12 to 18.
     """
@@ -601,7 +610,7 @@ def test_the_gradient_family_learns(name, flags, least, rise, gain):
 
 
 def test_the_oracle_is_above_whoever_does_not_see_the_task():
-    """Navigation2D, where nothing but the goal matters: with it ten seeds gave -8 to -13; without it, after as many
+    """Navigation, where nothing but the goal matters: with it ten seeds gave -8 to -13; without it, after as many
     iterations, -36 to -49, which is what standing still in the middle earns."""
     importlib.import_module("algos.multitask_ppo").main([*NAVIGATION, "--iterations", "15", "--task-given"])
     (folder,) = Path().glob("runs/*")
@@ -626,9 +635,18 @@ def test_supervised_files_learn(name, steps):
 
 
 def test_pearl_learns():
-    """Navigation2D, unseen goals: two episodes are worth something (3.0 to 4.5 in ten seeds), and the next one beats
+    """Navigation, unseen goals: two episodes are worth something (3.0 to 4.5 in ten seeds), and the next one beats
     standing still, which earns -7.65 on average (-5.0 to -6.4)."""
-    flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--train-tasks", "200", "--tasks-per-iteration", "100"]
+    flags = [
+        "--env-id",
+        "Navigation2DEndless-v0",
+        "--horizon",
+        "20",
+        "--train-tasks",
+        "200",
+        "--tasks-per-iteration",
+        "100",
+    ]
     flags += ["--initial-episodes", "5", "--hidden-size", "64", "--batch-size", "32", "--context-size", "40"]
     flags += ["--gamma", "0.9", "--kl-weight", "0.01", "--tau", "0.02", "--lr", "0.003", "--reward-scale", "20"]
     importlib.import_module("algos.pearl_sac").main([*flags, "--updates", "700", "--iterations", "5"])
@@ -640,7 +658,16 @@ def test_pearl_learns():
 def test_mbmpo_learns():
     """A point mass: what 2,250 real steps are worth (9 to 23 in twelve seeds; returns then are -0.7 to -1.9), and what
     was imagined is what comes true (within 0.13)."""
-    flags = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--horizon", "30", "--episodes-per-task", "10"]
+    flags = [
+        "--env-id",
+        "Navigation2DEndless-v0",
+        "--action-scale",
+        "1",
+        "--horizon",
+        "30",
+        "--episodes-per-task",
+        "10",
+    ]
     flags += ["--model-size", "32", "--meta-steps", "10", "--real-episodes", "3", "--iterations", "5"]
     importlib.import_module("algos.mbmpo").main(flags)
     (folder,) = Path().glob("runs/*")
@@ -651,11 +678,11 @@ def test_mbmpo_learns():
 
 
 def test_lirpg_learns_from_the_learned_reward_alone():
-    """Navigation2D, rewards paid every 10 steps, never shown to the policy; standing still is worth -8.9 here.
+    """Navigation, rewards paid every 10 steps, never shown to the policy; standing still is worth -8.9 here.
 
     Seeds 1 to 60 ended at -1.8 on average, with a standard deviation of 0.4, the worst at -2.8: -4 is 5 of them away.
     """
-    flags = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40"]
+    flags = ["--env-id", "Navigation2DEndless-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40"]
     importlib.import_module("algos.lirpg").main([*flags, "--iterations", "40", "--lr", "0.001"])
     (folder,) = Path().glob("runs/*")
     last = rows(folder)[-1]
