@@ -15,7 +15,7 @@ def test_the_example_runs_and_every_step_respects_the_trust_region(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
     assert len(rows) == 3
-    assert all(before < 0 and after < 0 and 0 <= kl <= 0.01 for before, after, kl in rows)
+    assert all(before < 0 and after < 0 and 0 <= kl <= 0.05 for before, after, kl in rows)
 
 
 def test_the_structure_is_the_one_on_disk():
