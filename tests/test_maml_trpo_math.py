@@ -161,7 +161,8 @@ def ref_objective(theta, supports, query, args):
         scores.append(score)
     if args.estimator == "e_maml":
         for i in range(N):
-            surrogates[i] += (returns[i] - sum(returns[j] for j in range(N) if j != i) / (N - 1)) * scores[i]
+            credit = returns[i] - sum(returns[j] for j in range(N) if j != i) / (N - 1)
+            surrogates[i] += args.credit_weight * credit * scores[i]
     return sum(float(x.detach()) for x in surrogates) / N
 
 
@@ -487,6 +488,86 @@ def test_e_maml_credits_the_support(inner_steps, episodes, golden_value, golden_
     if golden_gradient:  # without the score term
         args.estimator = "score"
         close(grad(objective)(theta.flatten())[::2], torch.tensor([0.1398693609, -0.4810943057]))
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_credit_has_a_weight(inner_steps, monkeypatch):
+    """J_i and the meta-gradient are those of `score` and the weight times the rest: of no weight nothing is left."""
+    args = make_args(estimator="e_maml", inner_steps=inner_steps)
+    sampled_from = make_theta(args)
+    supports, query = make_batches(args, sampled_from)
+    theta = {name: x + 0.05 * torch.randn(x.shape, generator=seeded(2)) for name, x in sampled_from.items()}
+    found = {}
+    for weight in (1e-12, 1 / (E * T), 0.3, 1.0, 40.0):
+        args.credit_weight = weight
+        J_N = ours.surrogate(theta, supports, query, args)[0]
+        close(J_N.mean(), torch.tensor(ref_objective(theta, supports, query, args)))
+        found[weight] = torch.cat([J_N, meta_gradient(theta, supports, query, args, monkeypatch)])
+    args.estimator, args.credit_weight = "score", 1.0
+    J_N = ours.surrogate(theta, supports, query, args)[0]
+    plain = torch.cat([J_N, meta_gradient(theta, supports, query, args, monkeypatch)])
+    credit = found[1.0] - plain
+    assert credit[:N].abs().min() > 1e-3
+    assert credit[N:].norm() > plain[N:].norm()
+    for weight, both in found.items():
+        close(both, plain + weight * credit)
+
+
+def test_only_e_maml_has_a_credit_to_weigh():
+    assert make_args(estimator="e_maml").credit_weight == 1
+    for estimator in ESTIMATORS[:-1]:
+        with pytest.raises(ValueError, match=r"^--credit-weight 0.5: only --estimator e_maml has a credit$"):
+            make_args(estimator=estimator, credit_weight=0.5)
+    with pytest.raises(ValueError, match=r"^--credit-weight 0.0: allowed is above 0, up to 1,000,000$"):
+        make_args(estimator="e_maml", credit_weight=0.0)
+
+
+@pytest.mark.parametrize("baseline", ["0", "V", "5"])
+def test_the_credit_without_ones_own_episode_is_what_loaded_adds(baseline):
+    """E-MAML's credit, with a baseline that leaves an episode out, is to first order in alpha Loaded DiCE's own term.
+
+    Let theta' = theta + alpha / E sum_e g_e, g_e = sum_t grad l_t A_t, and theta'_-e the same without g_e. That knows
+    nothing of episode e: R(theta'_-e) may be subtracted from the credit of e, sum_s grad l_s R(theta'). To first order
+
+        sum_e sum_s grad l_s (R(theta') - R(theta'_-e)) = alpha / E sum_e G_e v
+        v = grad R(theta'), G_e = sum_s,t grad l_s grad l_t^T A_t.
+
+    The meta-gradient through an inner step on `loaded` is that of `score` and alpha / E sum_e H_e v, where H_e is what
+    box(c_t) - box(c_t - l_t) has beside grad grad l_t:
+
+        H_e = sum_t A_t (grad l_t grad l_t^T + sum_s<t (grad l_s grad l_t^T + grad l_t grad l_s^T))
+        G_e - H_e = sum_t<s grad l_s grad l_t^T (A_t - A_s).
+
+    A_t - A_s, a difference of returns less baselines, is known before a_s is drawn, and grad l_s has then the mean 0:
+    G_e and H_e have the same mean. (Of returns discounted to step 0, and lambda 1.)
+    """
+    mdp, theta = Tabular(*WALK, TASK1[2], 2, 0.9), torch.tensor(WALK_THETA)
+    prob, support = mdp.prob(theta), weighted(mdp, theta, baseline)
+    advantage = support.advantage / prob[:, None]  # [M, H] of all trajectories
+    slope = jacrev(mdp.log_prob)(theta).flatten(2)  # grad l_t [M, H, W]
+    score, g = slope.sum(1), (slope * advantage[..., None]).sum(1)  # [M, W]
+
+    def objective(theta, estimator):
+        return ours.inner_objective(mdp.log_prob(theta), support, ours.Args(estimator=estimator, gamma=1.0)).sum()
+
+    mean_H = hessian(lambda x: objective(x, "loaded") - objective(x, "score"))(theta).view(4, 4)
+    mean_G = torch.einsum("m,mw,mv->wv", prob, score, g)
+    close(mean_G, mean_H)
+    own = torch.einsum("m,mh,mhw,mhv->wv", prob, advantage, slope, slope)  # what `lvc` has: each step's own part
+    assert relative_error(own, mean_H) > 0.05
+
+    def returns(change):
+        return mdp.expected_return(theta + change.unflatten(-1, theta.shape))
+
+    errors = []
+    for alpha in (0.02, 0.01, 0.005, 0.0025):  # E = 2: all pairs of trajectories, [M, M]
+        both, other = returns(alpha / 2 * (g[:, None] + g)), returns(alpha / 2 * g)
+        credit = 2 * torch.einsum("m,n,mw,mn->w", prob, prob, score, both - other)  # of either episode
+        close(credit, 2 * torch.einsum("m,n,mw,mn->w", prob, prob, score, both))  # no bias
+        v = grad(mdp.expected_return)(theta + alpha * grad(mdp.expected_return)(theta)).flatten()
+        errors.append(relative_error(credit, alpha * mean_H @ v))
+    assert [x / y for x, y in itertools.pairwise(errors)] == pytest.approx([2, 2, 2], rel=0.1)
+    assert errors[-1] < 0.05
 
 
 def test_only_dice_has_more_variance_when_all_rewards_shift():

@@ -146,7 +146,7 @@ def epochs_of_promp(epochs: int) -> int:
     args, envs = promp.Args(horizon=6, episodes_per_task=E, epochs=epochs), Worlds(N * E)
     theta = promp.init_policy(envs, 8, seeded(0))
     batches = [promp.collect(envs, TASKS, theta, args, seeded(k)) for k in range(2)]
-    return waits(partial(promp.meta_update, theta, fused_adam(theta.values()), batches[:1], batches[1], args, 1.0))
+    return waits(partial(promp.meta_update, theta, fused_adam(theta.values()), batches[:1], batches[1], args, [1.0]))
 
 
 def epochs_of_rl2(epochs: int) -> int:
