@@ -53,8 +53,9 @@ from benchmark.adaptation import (  # noqa: E402
     starts,
 )
 from benchmark.rl2 import refuse_mixed, tests_of  # noqa: E402
-from benchmark.seeds import T975, common, difference, distinct, estimate, iqm, sustained  # noqa: E402
-from benchmark.seeds import interval as interval  # noqa: E402  (for studies that import it from here)
+from benchmark.seeds import T975, difference, distinct, estimate, iqm, sustained  # noqa: E402
+from benchmark.seeds import common as common  # noqa: E402  (other studies have it from here)
+from benchmark.seeds import interval as interval  # noqa: E402  (likewise)
 from envs import records  # noqa: E402
 from envs.core import NotFinite  # noqa: E402
 from envs.files import replace_file  # noqa: E402
@@ -160,9 +161,9 @@ CURVES = {
     "e_maml": Curve("E-MAML", "C2", marker="^"),
     "promp": Curve("ProMP", "C3", marker="v"),
     "reptile": Curve("Reptile (k = 4)", "C4", marker="P", pictures=("curves", "reptile")),
-    "reptile_1": Curve("Reptile, k = 1", "C6", line="--", marker="1", pictures=("reptile",)),
-    "reptile_2": Curve("Reptile, k = 2", "C7", line="-.", marker="2", pictures=("reptile",)),
-    "reptile_8": Curve("Reptile, k = 8", "navy", line=":", marker="3", pictures=("reptile",)),
+    "reptile_1": Curve("Reptile, k = 1", "C6", line="--", marker="<", pictures=("reptile",)),
+    "reptile_2": Curve("Reptile, k = 2", "C7", line="-.", marker=">", pictures=("reptile",)),
+    "reptile_8": Curve("Reptile, k = 8", "navy", line=":", marker="p", pictures=("reptile",)),
     "multitask": Curve(
         "fine-tuning", "C8", line=(7, (5, 4)), marker="X", after="test/return_k0", training="domain randomisation"
     ),
@@ -567,6 +568,14 @@ def tuned(env: str, label: str, k: int, options: Options) -> np.ndarray:
 # ---------------------------------------------------------------- pictures
 
 
+def together(runs: list[list[dict]], what: str, after: str) -> tuple[np.ndarray, np.ndarray]:
+    """What evaluations of all seeds have in common: x [G], the mean over seeds of `what`, and returns [S, G]."""
+    by_iteration = [{row["iteration"]: row for row in rows} for rows in runs]
+    iterations = sorted(set.intersection(*(set(rows) for rows in by_iteration)))
+    x, y = (np.array([[rows[i][name] for i in iterations] for rows in by_iteration], float) for name in (what, after))
+    return x.mean(0), y
+
+
 def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Middle, low and high [G] of curves [S, G]: the mean and the range of up to three seeds, else the interquartile
     mean and its bootstrap interval."""
@@ -662,9 +671,8 @@ def draw_training(env: str, picture: str, curves: Curves) -> None:
     for axes, what in zip(panels, ("env_steps", "seconds"), strict=True):
         for label, runs in curves.items():
             curve = CURVES[label]
-            points = [[(row[what], row[curve.after]) for row in rows] for rows in runs.values()]
-            grid, values = common(points)
-            draw_line(axes, label, curve.training or curve.name, len(runs), grid, *over_seeds(values))
+            x, values = together(list(runs.values()), what, curve.after)
+            draw_line(axes, label, curve.training or curve.name, len(runs), x, *over_seeds(values))
         ends = [rows[-1][what] for runs in curves.values() for rows in runs.values()]
         axes.set(xlabel=what, xscale="log" if max(ends) > 20 * min(ends) else "linear")
     panels[0].set(ylabel=f"return after adaptation, {TESTS[env]}")
@@ -748,10 +756,13 @@ def shown_returns(env: str, lines: list[Line], curves: Curves, base: float | Non
         has_share = "oracle" in last and base is not None
         cells.append(f"{(last[label] - base) / (last['oracle'] - base):.0%}" if has_share else "")
         yield f"| {' | '.join(cells)} |"
+    told = []
     for label in (line.label for line in lines if line.label in TUNED):
         choices = [swept(env, label, k) for k in range(1, SWEPT + 1)]
-        shown = " / ".join(f"{choice['inner_lr']:g} {choice['later']}" for choice in choices)
-        yield f"\n{CURVES[label].name}, alpha and later steps for 1 / .. / {SWEPT} steps: {shown}; {NOTE}."
+        shown = ", ".join(f"{choice['inner_lr']:g} {choice['later']}" for choice in choices)
+        told.append(f"{CURVES[label].name} {shown}")
+    if told:
+        yield f"\nalpha and later steps, best for 1 / .. / {SWEPT} steps: {'; '.join(told)}; {NOTE}."
 
 
 def shown_differences(env: str, lines: list[Line]) -> Iterator[str]:

@@ -827,8 +827,9 @@ def test_pictures_show_means_and_ranges_of_few_seeds(home, made_up):
     band = [part.get_paths()[0].vertices for part in left.collections]
     at_300 = [y for x, y in band[0].tolist() if x == 300]
     assert (min(at_300), max(at_300)) == (2, 8)
-    # Over seconds the seeds share only 400, the third's start, to 400, the first's end: 9, 2, 1.
-    assert right.lines[0].get_xydata().tolist() == [[400, 4]]
+    # Over seconds at the mean of what the seeds took: 1, 2 and 4 a hundred.
+    expected = [[n * 7 / 3, y] for n, y in ((100, 1), (200, 3), (300, 5), (400, 9))]
+    assert np.array(right.lines[0].get_xydata()) == pytest.approx(np.array(expected))
     looks = [(line.get_color(), line.get_marker()) for line in left.lines]
     assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 2
     curves.main(["draw", "--label", "memory"])
@@ -839,7 +840,8 @@ def test_pictures_show_means_and_ranges_of_few_seeds(home, made_up):
 
 def test_pictures_show_interquartile_means_of_many_seeds(home, made_up):
     for seed, value in enumerate((3, 5, 1000), 4):
-        keep_made_up(home, "Navigation2D", "point", seed, [evaluation(n, n, 0, value, 0) for n in (100, 400)])
+        found = [evaluation(n, n, 0, value, 0) for n in (100, 200, 300, 400)]
+        keep_made_up(home, "Navigation2D", "point", seed, found)
     curves.main(["draw", "--seeds", *map(str, range(1, 7))])
     figure = made_up["curves_Navigation2D.png"]
     assert_all_is_visible(figure)
@@ -955,7 +957,10 @@ def test_the_table_of_returns(study, capsys):
         assert float(line[9].rstrip("%")) == pytest.approx(
             100 * (after[-1] - untrained) / (oracle - untrained), abs=0.51
         )
-    assert "fine-tuning, alpha and later steps for 1 / .. / 3 steps: 3 halved / 1 halved / 3 halved; step sizes" in text
+    expected = (
+        "alpha and later steps, best for 1 / .. / 3 steps: fine-tuning 3 halved, 1 halved, 3 halved; fine-tuning of "
+    )
+    assert f"{expected}a random policy 3 halved, 1 halved, 3 halved; step sizes are chosen by these returns on" in text
     curves.main(["table", "--env", "Navigation2D", "--label", "maml", "oracle"])  # without a random policy
     head, _, *lines = markdown(capsys.readouterr().out)[0]
     assert head[9] == "share of the oracle"
