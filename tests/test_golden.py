@@ -53,7 +53,7 @@ RUNS = {
         f"{TRPO}--episodes-per-task 4 --inner-steps 2 --estimator dice --learn-inner-lr "
         "--inner-lr 0.02 --gae-lambda 0.9",
         f"{TRPO}--episodes-per-task 2 --inner-steps 2 --first-order",
-        f"{HOPPER}--episodes-per-task 3 --estimator dice --inner-lr 0.001 --cg-damping 1 --fisher-fraction 1",
+        f"{HOPPER}--episodes-per-task 5 --estimator dice --inner-lr 0.001 --cg-damping 1 --fisher-fraction 1",
         f"{HOPPER}--episodes-per-task 3 --inner-steps 2 --estimator e_maml --cg-damping 1",
         "--env-id HalfCheetahDir-v0 --meta-batch-size 4 --episodes-per-task 5 --horizon 20",
     ],
@@ -91,7 +91,9 @@ RUNS = {
     ],
     "mbmpo": [
         f"--env-id Navigation2D-v0 --action-scale 1 --horizon 6 {MODELS}--cg-damping 1",
-        f"--env-id HopperForward-v0 --horizon 25 {MODELS}--model-lr 0.1 --fisher-fraction 1 --cg-damping 1",
+        # Of fewer episodes the baseline leaves nothing to learn from: it has as many features as they have steps.
+        f"--env-id HopperForward-v0 --horizon 25 {MODELS}--episodes-per-task 16 --model-lr 0.1 --fisher-fraction 1 "
+        "--cg-damping 1",
     ],
     "lirpg": [
         f"--env-id Navigation2D-v0 {STREAMS}",
