@@ -974,7 +974,7 @@ def test_trpo_step(estimator, inner_steps, max_kl, monkeypatch):
 def test_a_step_uses_the_trust_region(curvature, monkeypatch):
     """Whatever the error of the step's length: the Fisher products here are not those of the KL, but `curvature`
     times too small, so that the first step is too long by its root, or too short."""
-    args = make_args(inner_lr=0.2, cg_damping=0.0)
+    args = make_args(inner_lr=0.2, cg_damping=0.0, max_kl=0.01)
     theta = make_theta(args)
     supports, query = make_batches(args, theta)
     product = ours.fisher_product(theta, ours.surrogate, supports, query, args)
