@@ -330,8 +330,8 @@ def meta_update(
     with torch.no_grad():
         _, parts = promp_objective(theta, old, supports, query, args, kl_coef)
     parts["gradient_norm"] = torch.cat([value.grad.flatten() for value in theta.values()]).norm()
-    means = average(*parts.values())
-    return {f"train/{name}": float(mean) for name, mean in zip(parts, means, strict=True)}
+    means = torch.stack(average(*parts.values())).tolist()  # one wait for the GPU
+    return {f"train/{name}": mean for name, mean in zip(parts, means, strict=True)}
 
 
 def next_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
