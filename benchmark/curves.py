@@ -126,23 +126,25 @@ SCALES = {
 ENVS = tuple(SCALES)
 POINT = ("Navigation2D",)
 MAIN = ("Navigation2D", "HalfCheetahDir", "HalfCheetahVel")
+TRPO = {"Navigation2D": " --max-kl 0.01"}  # of MAML in all its forms; elsewhere the default
 
 
-def flags(envs: tuple[str, ...], batches: int = 2) -> dict[str, str]:
+def flags(envs: tuple[str, ...], batches: int = 2, more: dict[str, str] | None = None) -> dict[str, str]:
     """Flags in each environment, for as many steps in all; `batches` are sampled in an iteration."""
     found = {}
     for env in envs:
         scale = SCALES[env]
         iterations = scale.iterations * 2 // batches
         found[env] = f"{scale.sizes} --iterations {iterations} --eval-every {scale.eval_every}"
+        found[env] += (more or {}).get(env, "")
     return found
 
 
 TABLE = {
-    "maml": Row("maml_trpo", flags(ENVS)),
-    "fomaml": Row("maml_trpo", flags(MAIN), "--first-order"),
-    "maml_half": Row("maml_trpo", flags(POINT), "--inner-lr 0.5"),  # as the authors' script
-    "e_maml": Row("maml_trpo", flags(POINT), "--estimator e_maml"),
+    "maml": Row("maml_trpo", flags(ENVS, more=TRPO)),
+    "fomaml": Row("maml_trpo", flags(MAIN, more=TRPO), "--first-order"),
+    "maml_half": Row("maml_trpo", flags(POINT, more=TRPO), "--inner-lr 0.5"),  # as the authors' script
+    "e_maml": Row("maml_trpo", flags(POINT, more=TRPO), "--estimator e_maml"),
     "promp": Row("promp", flags(MAIN)),
     "reptile": Row("reptile_ppo", flags(MAIN, batches=4)),
     "reptile_1": Row("reptile_ppo", flags(POINT, batches=1), "--inner-steps 1"),

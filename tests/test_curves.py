@@ -1074,7 +1074,7 @@ def test_the_tables_of_the_page_are_those_of_the_kept_results(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) > 10
     assert [line for line in lines if line not in page] == []
-    rows = re.findall(r"^\| (?:.*?) \| \d \| [\d,]+ \| .*\|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (?:.*?) \| \d+ \| [\d,]+ \| .*\|$", page, re.MULTILINE)
     assert set(rows) <= set(lines)  # and nothing that is not kept
 
 
