@@ -93,7 +93,7 @@ class Curve(NamedTuple):
     training: str = ""
     """name beside curves over training, if that is another one"""
     pictures: tuple[str, ...] = ("curves",)
-    """over training"""
+    """over training; in all but the first it is there for comparison"""
 
 
 SCALES = {
@@ -666,8 +666,8 @@ def titled(figure: Figure) -> Figure:
 
 
 def draw_training(env: str, picture: str, curves: Curves) -> None:
-    """One picture; none where all its curves are in another one, too."""
-    if not any(CURVES[label].pictures == (picture,) for label in curves):
+    """One picture; none where all its curves are there for comparison with others that are missing."""
+    if not any(CURVES[label].pictures[0] == picture for label in curves):
         return
     panels = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots(1, 2, sharey=True)
     for axes, what in zip(panels, ("env_steps", "seconds"), strict=True):

@@ -838,6 +838,19 @@ def test_pictures_show_means_and_ranges_of_few_seeds(home, made_up):
     assert made_up["curves_Navigation2D.png"].axes[0].get_xscale() == "linear"
 
 
+def test_a_picture_needs_more_than_what_is_there_for_comparison(home, monkeypatch):
+    for label, pictures in (("point", ("first", "second")), ("memory", ("second",))):
+        monkeypatch.setitem(curves.CURVES, label, CURVES[label]._replace(pictures=pictures))
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(path.name))
+    keep_made_up(home, "Navigation2D", "point", 1, [evaluation(100, 1, 2, 3, 4)])
+    curves.main(["draw"])
+    assert drawn == ["first_Navigation2D.png"]
+    keep_made_up(home, "Navigation2D", "memory", 1, [evaluation(100, 1, 2, 3, 4)])
+    curves.main(["draw"])
+    assert drawn[1:] == ["first_Navigation2D.png", "second_Navigation2D.png"]
+
+
 def test_pictures_show_interquartile_means_of_many_seeds(home, made_up):
     for seed, value in enumerate((3, 5, 1000), 4):
         found = [evaluation(n, n, 0, value, 0) for n in (100, 200, 300, 400)]
