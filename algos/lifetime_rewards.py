@@ -413,9 +413,11 @@ def main(argv: list[str] | None = None) -> None:
     generator = Generator().manual_seed(args.seed)
     fresh = init_lifetimes(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=("eta",))
-    with records.open_run(
-        args, state, envs, "tenths of a lifetime", lambda: evaluate(test_envs, state["eta"], args)
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(test_envs, state["eta"], args)
+
+    with records.open_run(args, state, envs, unit="tenths of a lifetime", evaluate=examine) as run:
         if not args.evaluate:
             train(envs, test_envs, args, run, state)
 

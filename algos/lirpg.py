@@ -467,9 +467,11 @@ def main(argv: list[str] | None = None) -> None:
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=parts)
     if args.evaluate:
         state["first_returns"] = fresh["first_returns"]  # flags beside --evaluate count for them, too
-    with records.open_run(
-        args, state, envs, "0: before, 1: after learning", lambda: evaluate(test_envs, state, args)
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(test_envs, state, args)
+
+    with records.open_run(args, state, envs, unit="0: before, 1: after learning", evaluate=examine) as run:
         if not args.evaluate:
             train(envs, test_envs, args, run, state)
 

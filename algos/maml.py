@@ -252,9 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     theta = init_params(tasks, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, tasks.device)
-    with records.open_run(
-        args, state, tasks, "inner steps", evaluate=lambda: evaluate(tasks, state["theta"], args)
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(tasks, state["theta"], args)
+
+    with records.open_run(args, state, tasks, unit="inner steps", evaluate=examine) as run:
         if not args.evaluate:
             train(tasks, args, run, state)
 

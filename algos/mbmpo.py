@@ -556,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
         follow_models(imagined, models, state["data"])
         return evaluate(envs, imagined, state["theta"], args)
 
-    with records.open_run(args, state, envs, "inner steps", examine, leads) as run:
+    with records.open_run(args, state, envs, unit="inner steps", evaluate=examine, leads=leads) as run:
         if not args.evaluate:
             train(envs, imagined, args, run, state)
 

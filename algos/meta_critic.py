@@ -442,9 +442,11 @@ def main(argv: list[str] | None = None) -> None:
     fresh = made | {"worlds": envs.save_worlds(), "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device, evaluates=("phi",))
     unit = f"times {args.eval_windows} windows"
-    with records.open_run(
-        args, state, envs, unit, lambda: evaluate(test_envs, exam_envs, args, state["phi"], name="test")
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(test_envs, exam_envs, args, state["phi"], name="test")
+
+    with records.open_run(args, state, envs, unit=unit, evaluate=examine) as run:
         if not args.evaluate:
             train(envs, test_envs, exam_envs, args, run, state)
 

@@ -341,9 +341,11 @@ def main(argv: list[str] | None = None) -> None:
     theta = init_policy(envs, args.hidden_size, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
-    with records.open_run(
-        args, state, envs, "fine-tuning steps", lambda: evaluate(envs, state["theta"], args)[0]
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(envs, state["theta"], args)[0]
+
+    with records.open_run(args, state, envs, unit="fine-tuning steps", evaluate=examine) as run:
         if not args.evaluate:
             train(envs, args, run, state)
         if args.capture_video:

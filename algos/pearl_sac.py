@@ -493,9 +493,11 @@ def main(argv: list[str] | None = None) -> None:
     generator = Generator().manual_seed(args.seed)
     fresh = init_state(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
-    with records.open_run(
-        args, state, envs, "episodes", evaluate=lambda: evaluate(envs, state["theta"], args), leads=leads
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(envs, state["theta"], args)
+
+    with records.open_run(args, state, envs, unit="episodes", evaluate=examine, leads=leads) as run:
         if not args.evaluate:
             train(envs, args, run, state)
 

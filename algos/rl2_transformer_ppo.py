@@ -461,9 +461,12 @@ def main(argv: list[str] | None = None) -> None:
     theta = init_network(envs, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
-    with records.open_run(
-        args, state, envs, "episodes of a trial", lambda: evaluate(envs, state["theta"], args), leads
-    ) as run:
+
+    def examine() -> dict:
+        return evaluate(envs, state["theta"], args)
+
+    unit = "episodes of a trial"
+    with records.open_run(args, state, envs, unit=unit, evaluate=examine, leads=leads) as run:
         if not args.evaluate:
             train(envs, args, run, state)
 
