@@ -41,17 +41,17 @@ class Start(NamedTuple):
     checkpoint: dict
 
 
-def starts(folder: Path, label: str, episodes: int | None) -> dict[str, Start]:
+def starts(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Start]:
     """By label: a finished run's parameters; beside `multitask`, as `random`, those with which it began.
 
-    Each test task is played `episodes` times in each step; None: as often as in the run.
+    `sizes` are those flags of an evaluation that are not the run's: how many test tasks, how many episodes of each.
     """
     module, args, state = load(folder)
     if not hasattr(args, "eval_steps"):
         return {}  # it has no inner steps
     if state["iteration"] != args.iterations:
         raise SystemExit(f"{folder}: its checkpoint is of iteration {state['iteration']}")
-    args = replace(args, episodes_per_task=episodes or args.episodes_per_task)
+    args = replace(args, **sizes)
     envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, False, args.action_scale)
     envs = TaskGiven(envs) if getattr(args, "task_given", False) else envs
 

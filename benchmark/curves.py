@@ -174,7 +174,8 @@ CURVES = {
 }
 BOTH = "both directions"  # all tasks of the family, trained on
 TESTS = dict.fromkeys(ENVS, "held-out tasks") | {"HalfCheetahDir": BOTH, "AntDir": BOTH}
-TEST_EPISODES = {"Navigation2D": 40}  # per test task and step, as in MAML's paper; elsewhere the run's own number
+# What is played at test time where that is not as in the run: the paper's 40 episodes, and enough goals.
+TEST_SIZES = {"Navigation2D": {"meta_batch_size": 100, "episodes_per_task": 40}}
 BELOW_ZERO = ("Navigation2D", "HalfCheetahVel")  # returns, so that shares are from the untrained policy's on
 PAIRS = (("maml", "fomaml"), ("promp", "maml"), ("maml", "multitask"))  # whose differences the table shows
 SHARES = (0.5, 0.75, 1.0)  # levels of the crossings, of what MAML gains
@@ -424,7 +425,7 @@ def adapt(options: Options) -> None:
         for label in TUNED if job.label == "multitask" else ():
             swept(job.env, label)  # it may refuse: before all the work
     for job in found:
-        for label, start in starts(job.folder(), job.label, TEST_EPISODES.get(job.env)).items():
+        for label, start in starts(job.folder(), job.label, TEST_SIZES.get(job.env, {})).items():
             adapt_one(job, label, start, options.again)
 
 
@@ -460,8 +461,8 @@ def sweep(options: Options) -> None:
     if not found:
         raise SystemExit("a sweep needs a finished run of multitask")
     for env in dict.fromkeys(job.env for job in found):
-        episodes = TEST_EPISODES.get(env)
-        seeds = {str(job.seed): starts(job.folder(), job.label, episodes) for job in found if job.env == env}
+        sizes = TEST_SIZES.get(env, {})
+        seeds = {str(job.seed): starts(job.folder(), job.label, sizes) for job in found if job.env == env}
         for label in TUNED:
             sweep_label(env, label, {seed: labels[label] for seed, labels in seeds.items()}, options.again)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from algos import maml_trpo  # noqa: E402
-from benchmark.curves import TEST_EPISODES, origin  # noqa: E402
+from benchmark.curves import TEST_SIZES, origin  # noqa: E402
 from benchmark.rl2 import load  # noqa: E402
 from benchmark.seeds import interval  # noqa: E402
 from envs import make  # noqa: E402
@@ -39,7 +39,7 @@ def returns(folder: Path, scales: tuple[float, ...]) -> tuple[list[float], list[
     module, args, state = load(folder)
     if module is not maml_trpo:
         raise SystemExit(f"{folder}: a run of {module.__name__}, not of maml_trpo")
-    args = replace(args, episodes_per_task=TEST_EPISODES["Navigation2D"])
+    args = replace(args, **TEST_SIZES["Navigation2D"])
     envs = make(args.env_id, args.meta_batch_size * args.episodes_per_task, args.horizon, False, args.action_scale)
     tasks, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = state["theta"]

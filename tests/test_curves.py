@@ -585,12 +585,12 @@ def test_kept_results_are_what_the_run_wrote(done, capsys, monkeypatch):
     assert not (done / "other_RUNS").exists()
 
 
-def evaluated_by_hand(job, episodes: int, steps: int) -> tuple[list, torch.Tensor]:
+def evaluated_by_hand(job, number: int, episodes: int, steps: int) -> tuple[list, torch.Tensor]:
     """Returns of each test task after 0, 1, .. inner steps by maml_trpo.py's own functions; the tasks."""
     _, args, state = load(job.folder())
-    args = replace(args, episodes_per_task=episodes)
-    envs = make("Navigation2D-v0", 3 * episodes, 5, False, 1.0)
-    tasks, generator = envs.unwrapped.test_set(3)
+    args = replace(args, meta_batch_size=number, episodes_per_task=episodes)
+    envs = make("Navigation2D-v0", number * episodes, 5, False, 1.0)
+    tasks, generator = envs.unwrapped.test_set(number)
     params, returns = state["theta"], []
     for k in range(steps + 1):
         batch = maml_trpo.collect(envs, tasks, params, args, generator)
@@ -621,7 +621,7 @@ def test_the_adaptation_curve_is_the_files_own_evaluation_of_each_test_task(done
     assert set(record["versions"]) == {"python", "torch", "mujoco", "gymnasium", "numpy"}
     assert (record["tests"], record["episodes"], record["horizon"]) == ("fixed", 40, 5)
     assert list(record["returns"]) == list(record["checkpoints"]) == ["point"]  # a memory has no inner steps
-    expected, tasks = evaluated_by_hand(POINT_JOB, 40, 10)
+    expected, tasks = evaluated_by_hand(POINT_JOB, 100, 40, 10)
     found = record["returns"]["point"]["1"]
     assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4)
     assert np.array(record["tasks"]) == pytest.approx(tasks.numpy(), rel=1e-4)
@@ -648,7 +648,7 @@ def test_the_adaptation_curve_is_the_files_own_evaluation_of_each_test_task(done
     assert mended["returns"] == {"point": {"1": found}, "other": {"7": "stays"}}
 
     monkeypatch.setattr(curves, "LARGE", 100)
-    monkeypatch.setattr(curves, "TEST_EPISODES", {})
+    monkeypatch.setattr(curves, "TEST_SIZES", {})
     curves.main(command)  # of the run's own number of episodes: what was kept does not fit
     assert "what is kept is of another test set and is dropped" in capsys.readouterr().err
     assert [path.name for path in (done / "adapted").iterdir()] == ["adapt_Navigation2D.json.gz"]
@@ -681,6 +681,7 @@ def fine_tuned_by_hand(job, start: str, alphas: list[float]) -> list[list[float]
 
 def test_fine_tuning_is_swept_and_adapts_with_the_best_step_size(home, monkeypatch, capsys):
     row = curves.Row("multitask_ppo", {"Navigation2D": POINT.replace("--iterations 30", "--iterations 2")})
+    monkeypatch.setattr(curves, "TEST_SIZES", {"Navigation2D": {"episodes_per_task": 40}})
     monkeypatch.setattr(curves, "TABLE", {"oracle": row._replace(more="--task-given"), "multitask": row})
     both = ["--env", "Navigation2D", "--seeds", "1"]
     curves.main(["run", *both, "--jobs", "2"])
@@ -737,7 +738,7 @@ def test_fine_tuning_is_swept_and_adapts_with_the_best_step_size(home, monkeypat
 
 
 def test_a_policy_that_diverges_has_no_returns(done):
-    start = adaptation.starts(POINT_JOB.folder(), "point", None)["point"]
+    start = adaptation.starts(POINT_JOB.folder(), "point", {})["point"]
     start = start._replace(
         module=multitask_ppo,
         args=multitask_ppo.Args(

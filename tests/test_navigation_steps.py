@@ -42,9 +42,9 @@ def test_steps_have_the_schedules_lengths_and_both_ways_of_playing_the_same_poli
     assert means == pytest.approx([float(batch.reward.sum(-1).mean()) for _, batch in played[1::2]])
     assert len(sampled) == len(means) == 4
     _, args, _ = study.load(folder)
-    goals, _ = make("Navigation2D-v0", 1, 5, False, 1.0).unwrapped.test_set(3)
+    goals, _ = make("Navigation2D-v0", 1, 5, False, 1.0).unwrapped.test_set(100)
     for (_, batch), given in zip(played, seen, strict=True):
-        assert batch.reward.shape == (3, 40, 5)
+        assert batch.reward.shape == (100, 40, 5)
         assert torch.equal(given, goals)
     for k, scale in enumerate((1, 0.5, 0.25)):
         expected = adapt(*played[2 * k], args, scale)
