@@ -56,7 +56,8 @@ POLES = ["--meta-batch-size", "3", "--window-size", "7", "--horizon", "5", "--li
 POLES += ["--critic-size", "9", "--eval-every", "2", "--eval-steps", "2", "--eval-windows", "2", "--eval-episodes", "3"]
 LIVES = ["--env-id", "SymABC-v0", "--meta-batch-size", "3", "--episodes-per-lifetime", "4", "--horizon", "5"]
 LIVES += ["--steps", "3", "--unroll", "2", "--policy-size", "8", "--hidden-size", "8", "--eval-every", "2"]
-FLAGS = {  # of a run of a second; and what one iteration adds to env_steps
+ENDLESS = ["--env-id", "Navigation2DEndless-v0"]
+FLAGS = {  # of a run of a second; and what one iteration adds to env_steps where no episode ends early
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
     "fomaml": (CURVES, 24),
@@ -127,7 +128,7 @@ def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
 
 @each
 def test_folder_and_metrics(name):
-    folder = run("--iterations", "3", name=name)
+    folder = run("--iterations", "3", *(ENDLESS if "Navigation2D-v0" in FLAGS[name][0] else []), name=name)
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
     width = {"mbmpo": "num_models", "lirpg": "num_worlds"}.get(name, "meta_batch_size")
     (start,) = json.loads((folder / "args.json").read_text())
@@ -566,27 +567,19 @@ def test_wandb_works_offline_and_is_refused_without_login(tmp_path):
 
 
 def test_maml_trpo_learns():
-    """Navigation2D: after one inner step held-out returns of 12 seeds were -16 to -23 (untrained: -44 and less), 21 to
-    67 more than at first and 11 to 30 more than without the step."""
+    """Navigation2D: after one inner step held-out returns of 12 seeds were -14 to -18 (untrained: -39 and less), 22 to
+    60 more than at first and 23 to 28 more than without the step. Some episodes end at the goal."""
     preset = ["--env-id", "Navigation2D-v0", "--action-scale", "1", "--meta-batch-size", "10", "--iterations", "12"]
     algorithm.main([*preset, "--eval-steps", "1"])
     (folder,) = Path().glob("runs/*")
     first, last = rows(folder)[0], rows(folder)[-1]
-    assert last["test/return_k1"] > max(first["test/return_k1"] + 5, -30)
-    assert last["test/return_k1"] > last["test/return_k0"] + 2
+    assert last["test/return_k1"] > max(first["test/return_k1"] + 8, -24)
+    assert last["test/return_k1"] > last["test/return_k0"] + 15
+    assert last["env_steps"] < 12 * 2 * 10 * 20 * 100
 
 
-NAVIGATION = [
-    "--env-id",
-    "Navigation2DEndless-v0",
-    "--action-scale",
-    "1",
-    "--meta-batch-size",
-    "10",
-    "--eval-every",
-    "100",
-]
-NAVIGATION += ["--episodes-per-task", "10"]
+NAVIGATION = ["--env-id", "Navigation2DEndless-v0", "--action-scale", "1", "--meta-batch-size", "10"]
+NAVIGATION += ["--eval-every", "100", "--episodes-per-task", "10"]
 
 
 @pytest.mark.parametrize(
@@ -637,16 +630,8 @@ def test_supervised_files_learn(name, steps):
 def test_pearl_learns():
     """Navigation, unseen goals: two episodes are worth something (3.0 to 4.5 in ten seeds), and the next one beats
     standing still, which earns -7.65 on average (-5.0 to -6.4)."""
-    flags = [
-        "--env-id",
-        "Navigation2DEndless-v0",
-        "--horizon",
-        "20",
-        "--train-tasks",
-        "200",
-        "--tasks-per-iteration",
-        "100",
-    ]
+    flags = ["--env-id", "Navigation2DEndless-v0", "--horizon", "20", "--train-tasks", "200"]
+    flags += ["--tasks-per-iteration", "100"]
     flags += ["--initial-episodes", "5", "--hidden-size", "64", "--batch-size", "32", "--context-size", "40"]
     flags += ["--gamma", "0.9", "--kl-weight", "0.01", "--tau", "0.02", "--lr", "0.003", "--reward-scale", "20"]
     importlib.import_module("algos.pearl_sac").main([*flags, "--updates", "700", "--iterations", "5"])
@@ -658,16 +643,8 @@ def test_pearl_learns():
 def test_mbmpo_learns():
     """A point mass: what 2,250 real steps are worth (9 to 23 in twelve seeds; returns then are -0.7 to -1.9), and what
     was imagined is what comes true (within 0.13)."""
-    flags = [
-        "--env-id",
-        "Navigation2DEndless-v0",
-        "--action-scale",
-        "1",
-        "--horizon",
-        "30",
-        "--episodes-per-task",
-        "10",
-    ]
+    flags = ["--env-id", "Navigation2DEndless-v0", "--action-scale", "1", "--horizon", "30"]
+    flags += ["--episodes-per-task", "10"]
     flags += ["--model-size", "32", "--meta-steps", "10", "--real-episodes", "3", "--iterations", "5"]
     importlib.import_module("algos.mbmpo").main(flags)
     (folder,) = Path().glob("runs/*")
