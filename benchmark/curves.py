@@ -73,7 +73,7 @@ class Row(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """How much is played in an environment; `iterations` are those of MAML, two batches each."""
+    """How much is played in an environment; `iterations`, also between evaluations, are MAML's, two batches each."""
 
     sizes: str
     iterations: int
@@ -130,12 +130,13 @@ TRPO = {"Navigation2D": " --max-kl 0.01"}  # of MAML in all its forms; elsewhere
 
 
 def flags(envs: tuple[str, ...], batches: int = 2, more: dict[str, str] | None = None) -> dict[str, str]:
-    """Flags in each environment, for as many steps in all; `batches` are sampled in an iteration."""
+    """Flags in each environment: as many steps in all and between evaluations; an iteration has so many batches."""
     found = {}
     for env in envs:
         scale = SCALES[env]
         iterations = scale.iterations * 2 // batches
-        found[env] = f"{scale.sizes} --iterations {iterations} --eval-every {scale.eval_every}"
+        eval_every = max(1, scale.eval_every * 2 // batches)
+        found[env] = f"{scale.sizes} --iterations {iterations} --eval-every {eval_every}"
         found[env] += (more or {}).get(env, "")
     return found
 
