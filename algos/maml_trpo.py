@@ -3,7 +3,8 @@
 Paper: Finn, Abbeel, Levine 2017, arXiv:1703.03400, Algorithm 3. TRPO: 1502.05477. Inner estimators: LVC
     1810.06784, DiCE 1802.05098, Loaded DiCE 1909.10549, E-MAML 1803.01118. Learned step sizes: 1707.09835.
 Run: python algos/maml_trpo.py --env-id HalfCheetahDir-v0     (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahDir after 0, 1, 3 inner steps: -2.5, 122, 142 (paper, T 200: -51, 293, 316)
+Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -2, 625, 619 (paper: -51,
+    293, 316, at iteration 100, too; its 200 steps are a fifth of the time); Navigation2D: docs/maml_trpo.md
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta, the support D_i
@@ -23,9 +24,9 @@ Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task,
     theta in one vector. Entries of parameter dicts (not alpha.*) gain N by adaptation. (Under torchrun each
     process has its part of the N tasks: `envs` draws and counts for all, gradients are averaged.)
 Differs from the paper: the inner step climbs `lvc`, not the plain score function (`--estimator score`); two
-    tanh layers of 64 (ReLU, 100); `--action-scale`; exact Fisher products (its code: finite differences) on a
-    share of the query; the line search ends with a bisection. As there, the horizon is part of the task: the
-    baseline sees t, and V is 0 at T.
+    tanh layers of 64 (ReLU, 100); `--action-scale`; a larger `--max-kl`, for which the Fisher matrix is
+    damped more; exact Fisher products (its code: finite differences) on a share of the query; the line search
+    ends with a bisection. As there, the horizon is part of the task: the baseline sees t, and V is 0 at T.
 """
 
 import math

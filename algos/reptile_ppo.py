@@ -3,7 +3,7 @@
 Paper: Nichol, Achiam, Schulman 2018, arXiv:1803.02999, Algorithm 2; on RL it reports only negative
     results. PPO: 1707.06347.
 Run: python algos/reptile_ppo.py --env-id Navigation2D-v0 --action-scale 1     (--help explains every flag)
-Result: Navigation2D after 0, 1, 3 inner steps: -40, -30, -15 (MAML: -40, -13, -13; paper: none)
+Result: Navigation2DEndless after 0, 1, 3 inner steps: -40, -30, -15 (MAML: -40, -13, -13; paper: none)
 Algorithm:
     [1] repeat: draw N tasks; phi_i = theta
     [2]     k times, per task: sample E episodes with pi_phi_i

@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class Curve(NamedTuple):
 
 SCALES = {
     "Navigation2D": Scale(
-        sizes="--action-scale 1 --meta-batch-size 20 --episodes-per-task 20 --horizon 100",
+        sizes="--action-scale 1 --meta-batch-size 20 --episodes-per-task 20 --horizon 100 --gae-lambda 0.95",
         iterations=120,
         eval_every=10,
     ),
@@ -598,12 +599,12 @@ def told(numbers: list[int]) -> str:
     return many if min(numbers) >= 4 else f"up to 3 seeds: {few};\n4 and more: {many}"
 
 
-def draw_line(axes, label: str, name: str, seeds: int, x, middle, low, high) -> None:
+def draw_line(axes, label: str, name: str, x, middle, low, high) -> None:
     """A curve with its band. Markers of curves that lie on each other are at different points, if there are many."""
     curve = CURVES[label]
     every = max(1, len(x) // 10)
     style = {"color": curve.color, "linestyle": curve.line, "marker": curve.marker, "fillstyle": "none"}
-    style |= {"markevery": (list(CURVES).index(label) % every, every), "label": f"{name} ({plural(seeds)})"}
+    style |= {"markevery": (list(CURVES).index(label) % every, every), "label": name}
     axes.plot(x, middle, **style)
     axes.fill_between(x, low, high, color=curve.color, alpha=0.12, linewidth=0)
 
@@ -625,14 +626,17 @@ def save(figure: Figure, path: Path) -> None:
     print(path)
 
 
-def draw_adaptation(axes, env: str, found: dict[str, np.ndarray]) -> None:
-    """Returns over 0 to 10 steps of adaptation; the axes hold all of every curve."""
+def draw_adaptation(axes, env: str, found: dict[str, np.ndarray], counts_seeds: bool = True) -> None:
+    """Returns over 0 to 10 steps of adaptation; the axes hold all of every curve. The oracle does not adapt."""
     for label, returns in found.items():
+        if not steps_shown(label):
+            returns = np.repeat(returns[:, :1], STEPS + 1, axis=1)
+        name = CURVES[label].name + (f" ({plural(len(returns))})" if counts_seeds else "")
         estimates = [estimate(returns[:, k]) for k in range(STEPS + 1)]
         middle = np.array([x.value for x in estimates])
         low = np.array([x.value if x.low is None else x.low for x in estimates])
         high = np.array([x.value if x.high is None else x.high for x in estimates])
-        draw_line(axes, label, CURVES[label].name, len(returns), range(STEPS + 1), middle, low, high)
+        draw_line(axes, label, name, range(STEPS + 1), middle, low, high)
     axes.set(xlabel="gradient steps at test time", ylabel=f"return, {TESTS[env]}", title=env)
 
 
@@ -654,7 +658,7 @@ def draw(options: Options) -> None:
         figure = Figure(figsize=(5 * columns, 4 * rows + 1.2), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (env, found) in zip(panels, returns.items(), strict=False):
-            draw_adaptation(axes, env, found)
+            draw_adaptation(axes, env, found, counts_seeds=False)
         for axes in panels[len(returns) :]:
             axes.remove()
         save(titled(figure), IMAGES / "adaptation.png")
@@ -676,7 +680,8 @@ def draw_training(env: str, picture: str, curves: Curves) -> None:
         for label, runs in curves.items():
             curve = CURVES[label]
             x, values = together(list(runs.values()), what, curve.after)
-            draw_line(axes, label, curve.training or curve.name, len(runs), x, *over_seeds(values))
+            name = f"{curve.training or curve.name} ({plural(len(runs))})"
+            draw_line(axes, label, name, x, *over_seeds(values))
         ends = [rows[-1][what] for runs in curves.values() for rows in runs.values()]
         axes.set(xlabel=what, xscale="log" if max(ends) > 20 * min(ends) else "linear")
     panels[0].set(ylabel=f"return after adaptation, {TESTS[env]}")
@@ -766,7 +771,8 @@ def shown_returns(env: str, lines: list[Line], curves: Curves, base: float | Non
         shown = ", ".join(f"{choice['inner_lr']:g} {choice['later']}" for choice in choices)
         told.append(f"{CURVES[label].name} {shown}")
     if told:
-        yield f"\nalpha and later steps, best for 1 / .. / {SWEPT} steps: {'; '.join(told)}; {NOTE}."
+        note = f"alpha and later steps, best for 1 / .. / {SWEPT} steps: {'; '.join(told)}; {NOTE}."
+        yield "\n" + textwrap.fill(note, 118, break_on_hyphens=False)
 
 
 def shown_differences(env: str, lines: list[Line]) -> Iterator[str]:

@@ -895,7 +895,7 @@ def test_adaptation_is_drawn_for_each_environment_and_for_all(home, made_up, mon
     assert "interquartile mean over seeds and test tasks" in made_up["adaptation.png"].get_suptitle()
     for axes, (env, returns) in zip(made_up["adaptation.png"].axes, made.items(), strict=True):
         assert axes.get_title() == env
-        assert [line.get_label() for line in axes.lines] == ["after (2 seeds)", "third (1 seed)"]
+        assert [line.get_label() for line in axes.lines] == ["after", "third"]
         for k in (0, 4, 10):
             copies = [returns["point"][s][k] for s in "12"]
             table = [[(row[0] + row[2]) / 2, row[1], row[3]] for row in copies]
@@ -974,7 +974,10 @@ def test_the_table_of_returns(study, capsys):
     expected = (
         "alpha and later steps, best for 1 / .. / 3 steps: fine-tuning 3 halved, 1 halved, 3 halved; fine-tuning of "
     )
-    assert f"{expected}a random policy 3 halved, 1 halved, 3 halved; step sizes are chosen by these returns on" in text
+    assert (
+        f"{expected}a random policy 3 halved, 1 halved, 3 halved; step sizes are chosen by these returns on"
+        in text.replace("\n", " ")
+    )
     curves.main(["table", "--env", "Navigation2D", "--label", "maml", "oracle"])  # without a random policy
     head, _, *lines = markdown(capsys.readouterr().out)[0]
     assert head[9] == "share of the oracle"
@@ -1126,7 +1129,9 @@ def test_adaptation_curves_begin_with_the_last_evaluation_of_their_runs(env):
             }
             means = np.array(returns[seed])[:4].mean(1)
             ends = [last[f"test/return_k{k}"] for k in range(4)]
-            assert np.abs(means - ends).mean() < (3 if env == "Navigation2D" else 15), (label, seed)
+            shown = curves.steps_shown(label) + 1  # of the oracle only what it does without adaptation
+            difference = np.abs(means - ends)[:shown].mean()
+            assert difference < (3 if env == "Navigation2D" else 15), (label, seed)
 
 
 @pytest.mark.parametrize("env", curves.MAIN)
