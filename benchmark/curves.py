@@ -113,17 +113,15 @@ SCALES = {
         iterations=200,
         eval_every=20,
     ),
-    "AntDir": Scale(
-        sizes="--meta-batch-size 20 --episodes-per-task 20 --horizon 200",
-        iterations=80,
-        eval_every=10,
-    ),
-    "AntDir2D": Scale(
-        sizes="--meta-batch-size 20 --episodes-per-task 20 --horizon 200",
-        iterations=80,
-        eval_every=10,
-    ),
 }
+SCALES |= dict.fromkeys(
+    ("AntDir", "AntDir2D"),
+    Scale(
+        sizes="--meta-batch-size 20 --episodes-per-task 20 --horizon 200",
+        iterations=80,
+        eval_every=10,
+    ),
+)
 ENVS = tuple(SCALES)
 POINT = ("Navigation2D",)
 MAIN = ("Navigation2D", "HalfCheetahDir", "HalfCheetahVel")
