@@ -9,13 +9,13 @@ Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta, the support D_i
     [3]     per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
-    [4]     theta'_i = theta - alpha grad L(theta; D_i); [2] to [4] K times. L = -mean(log pi(a|s) A), or what
-            has the same gradient there (`inner_objective`)
+    [4]     theta'_i = theta - alpha grad L(theta; D_i); [2] to [4] K times, each from the last theta'_i on.
+            L = -mean(log pi(a|s) A), or what has the same gradient there (`inner_objective`)
     [5]     per task: sample E episodes with pi_theta'_i, the query D'_i
     [6]     J(theta) = mean_i mean_D'_i [ pi_theta'_i(a|s) / pi_old_i(a|s) A ], theta'_i a function of theta
     [7]     g = grad J(theta), through the inner steps
-    [8]     d = F^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i)
-    [9]     theta <- theta + the longest step along d found with mean KL <= delta and a better J
+    [8]     d = (F + damping)^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i)
+    [9]     theta <- theta + the longest of some steps along d with mean KL <= delta and a better J
     [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, lambda of [3] = gae_lambda;
     pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
@@ -74,7 +74,7 @@ class Args:
     inner_steps: int = 1
     """inner steps in training (K), each on fresh episodes; 1 in the paper"""
     estimator: Literal["score", "lvc", "dice", "loaded", "e_maml"] = "lvc"
-    """score: MAML's code; lvc: low variance, small bias; dice, loaded: unbiased; e_maml: for exploration"""
+    """score: MAML's code; lvc: little bias; dice, loaded (lambda 1): unbiased; e_maml: for exploration"""
     credit_weight: float = 1.0
     """of e_maml's credit; 1 is unbiased, ProMP's authors have 1 / (E T), with which little of it is left"""
     first_order: bool = False
@@ -83,8 +83,8 @@ class Args:
     """learn one step size per parameter, from inner_lr on (Meta-SGD)"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
-    gae_lambda: float = 1.0
-    """lambda of GAE; 1, the return minus the baseline, in the paper"""
+    gae_lambda: float = 0.95
+    """lambda of GAE; 1, the return minus the baseline, in the papers, learns more slowly"""
     max_kl: float = 0.05
     """trust region (delta), mean KL of a meta-update; 0.01 in the paper: slower, but better in navigation"""
     cg_damping: float = 0.1
@@ -234,7 +234,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
+    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -310,7 +311,7 @@ def surrogate(theta: Params, supports: list[Episodes], query: Episodes, args: Ar
     params = theta
     log_likelihood_N = torch.zeros_like(query.std[:, 0])  # of all supports; 0 at the theta that sampled them
     for support in supports:
-        if args.estimator == "e_maml":  # over all samples; its value and gradient count at the old theta only
+        if args.estimator == "e_maml":  # over all samples; its gradient at the old theta is the credit's
             log_ratio_NET = (batch_log_prob(params, support) - support.log_prob) * support.mask
             log_likelihood_N = log_likelihood_N + log_ratio_NET.sum((1, 2))
         params = adapt(params, support, args)
@@ -407,7 +408,7 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     gradient_W, J = average(gradient_W, J)
     fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W, F_direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
-    # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
+    # A small step d has a KL of about d^T F d / 2: this one ends at the border, or before it by the damping.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ F_direction_W).clamp_min(1e-30)).sqrt()
     tried = {0.0: (torch.zeros_like(J), J)}  # KL and J at a fraction of the step
 
@@ -430,8 +431,8 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Of metrics over tasks a run logs the means; of a pair (x, tasks) half the 95 % interval of x's mean, where
-    equal tasks count as one.
+    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
+    stands for half the width of that mean's 95 % interval, taken over different tasks.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta

@@ -244,7 +244,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
+    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -439,7 +440,7 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     gradient_W, J = average(gradient_W, J)
     fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W, F_direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
-    # A small step d has a KL of about d^T F d / 2: this one would just reach the border of the trust region.
+    # A small step d has a KL of about d^T F d / 2: this one ends at the border, or before it by the damping.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ F_direction_W).clamp_min(1e-30)).sqrt()
     tried = {0.0: (torch.zeros_like(J), J)}  # KL and J at a fraction of the step
 

@@ -9,7 +9,8 @@ Algorithm:
     [2]     per task: sample E episodes with pi_theta_o, theta_o = theta, the support D_i
     [3]     per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
     [4]     theta'_i = theta + alpha grad J_LR(theta; D_i), J_LR = mean_D_i [ r_o A ],
-            r_o = pi_theta(a|s) / pi_theta_o(a|s): low-variance curvature (LVC); [2] to [4] K times
+            r_o = pi_theta(a|s) / pi_theta_o(a|s): low-variance curvature (LVC). [2] to [4] K times, each from
+            the last theta'_i on, which then stands for theta_o
     [5]     per task: sample E episodes with pi_theta'_i, the query D'_i
     [6]     J_clip = mean_i mean_D'_i [ min(r A, clip(r, 1 - eps, 1 + eps) A) ],
             r = pi_theta'_i(a|s) / pi_old_i(a|s), theta'_i a function of theta
@@ -24,8 +25,9 @@ Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task,
     O observation, A action, P task vector, H hidden units, F features of the baseline, Y of time. Entries of
     parameter dicts gain N by adaptation. (Under torchrun each process holds its part of the N tasks: `envs`
     draws tasks and noise and counts steps for all, gradients are averaged.)
-Differs from the paper's code: nothing known. As there: `--action-scale`; one eta for each inner step; the
-    horizon is part of the task, the baseline sees t, and V is 0 at T.
+Differs from the paper's code: lambda (there 1); a floor of the advantages' deviation; alpha / 2 in later
+    test steps, as in MAML's paper. As there: `--action-scale`; one eta for each inner step; the horizon is
+    part of the task, the baseline sees t, and V is 0 at T.
 """
 
 import math
@@ -82,8 +84,8 @@ class Args:
     """KL to adapt the etas to, also in resumed runs; 0: they stay; 0.01 in the code where bodies differ"""
     gamma: float = 0.99
     """discount; 0.99 in all known codes"""
-    gae_lambda: float = 1.0
-    """lambda of GAE; 1, the return minus the baseline, in the authors' code"""
+    gae_lambda: float = 0.95
+    """lambda of GAE; 1, the return minus the baseline, in the papers, learns more slowly"""
     eval_every: int = 10
     """iterations from one evaluation and checkpoint to the next"""
     eval_steps: int = 3
@@ -225,7 +227,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # Where actions change nothing, only the baseline's misfit is left: it must not get a deviation of 1.
+    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
+    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -246,7 +249,7 @@ def inner_step(params: Params, support: Episodes, args: Args, scale: float = 1.0
 
     Returns the adapted parameters, and the policy before the step at the support's observations [N, B, A].
     Where params drew the support, the ratio r is 1 and grad r = grad log pi: the policy gradient. The second
-    derivative of r is that of log pi and grad log pi grad log pi^T: the influence of theta on what is
+    derivative of r is that of log pi plus grad log pi grad log pi^T: the influence of theta on what is
     sampled. LVC keeps it for each step alone, and drops the products of different steps, which vary most.
     """
 
@@ -359,7 +362,7 @@ def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
         batch = collect(envs, tasks_NP, params, args, generator)
         returns.append(batch.reward.sum(-1).mean(1))  # [10]
         if k < args.eval_steps:
-            params, _ = inner_step(params, batch, args, scale=0.5 if k else 1.0)
+            params, _ = inner_step(params, batch, args, scale=1.0 if k == 0 else 0.5)
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}
     return stats | {"test/gain_ci95": (returns[-1] - returns[0], tasks_NP)}, params
 

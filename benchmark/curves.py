@@ -99,12 +99,12 @@ class Curve(NamedTuple):
 
 SCALES = {
     "Navigation2D": Scale(
-        sizes="--action-scale 1 --meta-batch-size 20 --episodes-per-task 20 --horizon 100 --gae-lambda 0.95",
+        sizes="--action-scale 1 --meta-batch-size 20 --episodes-per-task 20 --horizon 100",
         iterations=120,
         eval_every=10,
     ),
     "HalfCheetahDir": Scale(
-        sizes="--meta-batch-size 40 --episodes-per-task 20 --horizon 200",
+        sizes="--meta-batch-size 40 --episodes-per-task 20 --horizon 200 --gae-lambda 1",
         iterations=100,
         eval_every=10,
     ),
