@@ -74,7 +74,7 @@ def measure(options, algorithm: ModuleType, args, watch) -> None:
     setattr(algorithm, PLAYS[name], watch.around(getattr(algorithm, PLAYS[name])))
     with ExitStack() as stack:
 
-        def open_run(args, state, envs, *_):
+        def open_run(args, state, envs, **_):
             if options.peer:
                 module = PEERS[name]
                 learner = module.make(state, envs, args, peer_tasks(options, args))

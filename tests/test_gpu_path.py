@@ -398,7 +398,7 @@ def test_differences_are_told():
     [
         (lambda envs, reward: reward + 0 * reward.sum().item(), "waits"),
         (lambda envs, reward: reward + 0 * envs._obs[:, [0, 1]].sum(), "uploads"),
-        (lambda envs, reward: reward.double().exp().log().to(reward), "launches"),
+        (lambda envs, reward: reward.double().exp().log().exp().log().to(reward), "launches"),
     ],
 )
 def test_a_costly_step_is_found(mistake, kind, monkeypatch):
