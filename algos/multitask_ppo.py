@@ -73,6 +73,8 @@ class Args:
     """ratios gain nothing beyond 1 +- clip (eps); 0.2 in PPO's paper"""
     entropy_coef: float = 0.0
     """weight of the policy's entropy (c); above 0 it keeps a policy that can still be fine-tuned"""
+    max_grad_norm: float = 0.5
+    """the gradient is shortened to this norm; 0.5 in OpenAI's baselines, and many other codes"""
     inner_lr: float = 0.1
     """step size of fine-tuning, of SGD; the meta-learners' alpha"""
     inner_epochs: int = 1
@@ -279,6 +281,9 @@ def learn_all(
             gradient, stats = grad(gain_and_entropy, has_aux=True)(theta, minibatch, args)
             for name, value in theta.items():
                 value.grad = -gradient[name]  # Adam descends
+            # Where A < 0 nothing bounds the ratio: one such gradient, in Adam's mean for ten steps, can
+            # throw theta far off, most of all when the policy's standard deviation is small.
+            torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
             optimizer.step()  # [5]
     return stats
 

@@ -106,6 +106,7 @@ def multitask_update(theta: Params, optimizer, batch: Episodes, args, generator)
             entropy = policy(theta, minibatch.obs).entropy().mean()
             optimizer.zero_grad()
             (-clipped_gain(theta, minibatch, args.clip) - args.entropy_coef * entropy).backward()
+            torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
             optimizer.step()
 
 

@@ -289,8 +289,15 @@ def together(batch):
     return type(batch)(*(torch.cat(list(x)) for x in batch))
 
 
-def test_one_step_of_adam_on_gain_and_entropy():
-    args = multitask_args(entropy_coef=0.3)
+def shortened(slope, bound):
+    """The gradient, multiplied so that its norm over all parameters is at most `bound`."""
+    norm = math.sqrt(sum(float(x.square().sum()) for x in slope.values()))
+    return {name: x * min(1, bound / norm) for name, x in slope.items()}
+
+
+@pytest.mark.parametrize("bound", [0.05, 100.0])
+def test_one_step_of_adam_on_gain_and_entropy(bound):
+    args = multitask_args(entropy_coef=0.3, max_grad_norm=bound)
     batch, theta = make_batch(multitask_ppo, args, make_theta(args)), nearby(make_theta(args))
     before, objects = clone(theta), dict(theta)
     slope = slow_slope(before, together(batch), args, 0.3)
@@ -303,8 +310,10 @@ def test_one_step_of_adam_on_gain_and_entropy():
     close(flat(slope), central_differences(objective, flat(before)), 1e-8)
     optimizer = torch.optim.Adam(theta.values(), 123.0)
     stats = multitask_ppo.learn_all(ALONE, theta, optimizer, batch, args, 0.5, seeded(0))
-    close(flat(theta), flat(SlowAdam().step(before, slope, 0.5 * 0.02)))
-    close(-flat({name: value.grad for name, value in theta.items()}), flat(slope))  # Adam alone hides the length
+    assert 0.05 < float(flat(slope).norm()) < 100
+    used = shortened(slope, bound)
+    close(flat(theta), flat(SlowAdam().step(before, used, 0.5 * 0.02)), 1e-5)
+    close(-flat({name: x.grad for name, x in theta.items()}), flat(used), 1e-5)  # Adam alone hides the length
     assert all(theta[name] is objects[name] and not theta[name].requires_grad for name in theta)
     gain = float(slow_gain(before, together(batch), args.clip))
     assert abs(gain) > 1e-4
@@ -359,7 +368,8 @@ def test_training_against_iterations_by_hand():
             for rows in (order[:4], order[4:8], order[8:]):
                 minibatch = type(batch)(*(torch.stack([x[k // E, k % E] for k in rows]) for x in batch))
                 gain = slow_gain(theta, minibatch, args.clip)
-                theta = adam.step(theta, slow_slope(theta, minibatch, args, 0.01), lr)
+                slope = slow_slope(theta, minibatch, args, 0.01)
+                theta = adam.step(theta, shortened(slope, args.max_grad_norm), lr)
         steps += int(batch.mask.sum())
         assert env_steps == steps < iteration * N * E * T
         assert stats["train/gain"] == pytest.approx(float(gain), rel=1e-5)
