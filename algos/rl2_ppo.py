@@ -7,8 +7,8 @@ Result: bandits of 10 arms, 100 pulls: 82.2 (paper 83.5), Gittins index 83.6 (pa
     mazes takes 19.6 steps in episode 1, 8.3 in episode 4 (30 where it misses the cheese; shortest path 6.7)
 Algorithm:
     [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
-    [2]     a trial begins with an empty memory; in its first step, previous action, reward and done are 0
-    [3]     at each step the network reads x = (obs, previous action, reward and done) and its memory, and
+    [2]     a trial begins with an empty memory, and all that is told of the step before its first is 0
+    [3]     at each step the network reads x = (obs; previous obs, action, reward, done) and its memory, and
             gives the policy, the value V of the trial's remaining steps, and the next memory, which goes on
             through the ends of episodes
     [4]     advantages A by GAE over the whole trial, through the ends of episodes; V = 0 after its last step
@@ -21,13 +21,13 @@ Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entrop
     gamma, gae_lambda, target = A + V of [4]. Rewards are divided by the standard deviation, over all steps
     of a batch, of the discounted sums of rewards from there on; V and A are in this unit.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
-    H features, A actions (choices, or dimensions), J = A + 2 inputs about the previous step, O observation,
-    E episodes, P task vector.
-Differs from the paper: PPO instead of TRPO (the authors' code has PPO, too); one network with two heads
-    instead of two networks; no weight normalisation; 64 units (paper: 256); lambda 0.9 (paper: 0.3); far
-    smaller batches; rewards scaled and advantages normalised; learning rate and entropy bonus fall to 0.
-    All worlds (one for each task) begin an episode together: where one ended early, its world waits; the
-    network does not see the wait.
+    H features, A actions (choices, or dimensions), J = O + A + 2 inputs about the previous step, O
+    observation, E episodes, P task vector.
+Differs from the paper: the network sees the previous observation, too (--no-previous-obs: it does not); PPO
+    instead of TRPO (the authors' code has PPO, too); one network with two heads instead of two networks; no
+    weight normalisation; 64 units (paper: 256); lambda 0.9 (paper: 0.3); far smaller batches; rewards scaled
+    and advantages normalised; learning rate and entropy bonus fall to 0. All worlds (one for each task) begin
+    an episode together: where one ended early, its world waits; the network does not see the wait.
 """
 
 import math
@@ -47,7 +47,6 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]
 Memory = dict[str, Tensor]  # what the network knows of each trial so far; {} at its beginning
-HORIZONS = {"TabularMDP-v0": 10, "SparseNavigation2D-v0": 20, "MouseCheese-v0": 30}
 
 
 @dataclass
@@ -63,7 +62,9 @@ class Args:
     episodes_per_trial: int = 10
     """episodes of a trial (E); the paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
     horizon: int | None = None
-    """steps of an episode (T); default: 1 for bandits, for others what HORIZONS says, or 100"""
+    """steps of an episode (T); default: the family's own, of a bandit 1"""
+    previous_obs: bool = True
+    """the network sees the previous observation, too, and so the whole last step; not so in the paper"""
     encoder: Literal["gru", "lstm"] = "gru"
     """the recurrent cell; the paper: GRU, Wang et al.: LSTM"""
     hidden_size: int = 64
@@ -104,14 +105,12 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        if self.horizon is None:
-            self.horizon = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
         ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1))
         ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6))
         ranges |= {"seed": (0, 2**31), "minibatches": (1, self.meta_batch_size)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
-            if not isinstance(value, bool | str) and not low <= value <= high:
+            if not isinstance(value, bool | str | None) and not low <= value <= high:
                 allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
 
@@ -119,7 +118,7 @@ class Args:
 class Steps(NamedTuple):
     """A trial of each of N tasks, S steps long; a shorter one is filled up with steps of mask 0."""
 
-    x: Tensor  # [N, S, I] obs, previous action (one-hot where it is a choice), reward and done
+    x: Tensor  # [N, S, I] obs, then what is known of the previous step (J, see `play_trials`)
     action: Tensor  # [N, S] numbers of choices, or [N, S, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, S] log pi(a|x, memory) when it was drawn
     mask: Tensor  # [N, S] 1 for the trial's steps
@@ -182,7 +181,9 @@ def init_network(envs, args: Args, generator: Generator) -> Params:
     """theta: encoder, policy (near uniform choices, or means near 0 and standard deviation 1) and V."""
     space = envs.single_action_space
     A = space.shape[0] if space.shape else int(space.n)
-    theta = INITS[args.encoder](envs.single_observation_space.shape[0] + A + 2, args, generator)
+    num_obs = envs.single_observation_space.shape[0]
+    num_previous = A + 2 + (num_obs if args.previous_obs else 0)
+    theta = INITS[args.encoder](num_obs + num_previous, args, generator)
     theta |= {"w_policy": dense(A, args.hidden_size, generator, scale=0.01), "b_policy": torch.zeros(A)}
     theta |= {"w_value": dense(1, args.hidden_size, generator), "b_value": torch.zeros(1)}
     return theta | ({"log_std": torch.zeros(A)} if space.shape else {})
@@ -217,7 +218,11 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple:
-    """A trial of each task, all at once: its Steps, advantages included, and each episode's return [N, E]."""
+    """A trial of each task, all at once: its Steps, advantages included, and each episode's return [N, E].
+
+    The network's input x_t is obs_t and, of the step before, obs_(t-1) (where --previous-obs), action_(t-1)
+    (one-hot where it is a choice), reward_(t-1), and done_(t-1), 1 where that step ended its episode.
+    """
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -228,7 +233,8 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
-    previous_NJ = obs_NO.new_zeros(N, A + 2)
+    num_previous = A + 2 + (obs_NO.shape[1] if args.previous_obs else 0)
+    previous_NJ = obs_NO.new_zeros(N, num_previous)
     playing_N = obs_NO.new_ones(N)  # 0: its episode has ended; it waits for the others, without any effect
     return_NE = obs_NO.new_zeros(N, envs.episodes)
     steps = []
@@ -238,18 +244,20 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
             feature_N1H, memory = ENCODERS[args.encoder](theta, x_NI[:, None], memory, args, playing_N)
             output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
             action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA
-            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So `obs` is
+            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So next_NO is
             # its first observation then; info: `done`, the world's episode ended in this step, early or at
             # the horizon; `waits`, until the next one begins; `episode`, the number of this step's episode.
-            obs_NO, reward_N, _, _, info = envs.step(action)
+            next_NO, reward_N, _, _, info = envs.step(action)
             return_NE[:, info["episode"]] += reward_N  # 0 from worlds that wait
             step = {"x": x_NI, "action": action, "output": output_NA, "value": value_N}
             steps.append(step | {"reward": reward_N, "mask": playing_N})
             action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
-            latest_NJ = torch.cat([action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)], 1)
+            latest = [action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)]
+            latest_NJ = torch.cat([obs_NO, *latest] if args.previous_obs else latest, 1)
             # Of a world that waits, the step with done = 1 stays the previous one until the next episode.
             previous_NJ = torch.where(playing_N[:, None] > 0, latest_NJ, previous_NJ)
             playing_N = 1 - info["waits"].to(obs_NO)
+            obs_NO = next_NO
             if envs.is_over:
                 break
     played = without_waiting({name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})

@@ -5,8 +5,8 @@ Run: python algos/rl2_transformer_ppo.py --env-id Bandit5-v0     (--help explain
 Result: bandits of 5 arms, 10 pulls: transformer 6.65, SNAIL 6.66, Gittins index 6.63 (SNAIL's paper: 6.6)
 Algorithm:
     [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
-    [2]     a trial begins with an empty memory; in its first step, previous action, reward and done are 0
-    [3]     at each step the network reads x = (obs, previous action, reward and done) and its memory, KV
+    [2]     a trial begins with an empty memory, and all that is told of the step before its first is 0
+    [3]     at each step the network reads x = (obs; previous obs, action, reward, done) and its memory, KV
             caches of the trial's earlier steps, whatever their episode; it gives the policy and the value V
     [4]     advantages A by GAE over the whole trial, through the ends of episodes; V = 0 after its last step
     [5]     some epochs over minibatches of whole trials, all steps of each at once, with a causal mask
@@ -16,12 +16,14 @@ Algorithm:
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
     gamma, gae_lambda, target = A + V of [4]. Rewards, V and A are divided by the batch's std of returns.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
-    H features, A actions (choices, or dimensions), J = A + 2 inputs about the previous step, O observation,
-    E episodes, P task vector; C columns of a cache, F and U features in layers, G heads of width D.
-Differs from the papers: PPO for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial
-    (Melo: 5 steps, no normalisation, T-Fixup). SNAIL: dilations 1, 2, .. (2, 4, ..). Both, like rl2_ppo.py:
-    far smaller batches, rewards scaled, A normalised, learning rate and entropy bonus fall to 0. All worlds
-    (one for each task) begin an episode together; the network does not see a world's wait for the others.
+    H features, A actions (choices, or dimensions), J = O + A + 2 inputs about the previous step, O
+    observation, E episodes, P task vector; C columns of a cache, F and U features in layers, G heads of
+    width D.
+Differs from the papers: the network sees the previous observation, too (--no-previous-obs: it does not); PPO
+    for SNAIL's TRPO. Transformer: pre-norm, learned positions, over the whole trial (Melo: 5 steps, no
+    normalisation, T-Fixup). SNAIL: dilations 1, 2, .. (2, 4, ..). Both, like rl2_ppo.py: far smaller batches,
+    rewards scaled, A normalised, learning rate and entropy bonus fall to 0. All worlds (one for each task)
+    begin an episode together; the network does not see a world's wait for the others.
 """
 
 import math
@@ -41,7 +43,6 @@ from torch.nn import functional
 
 Params = dict[str, Tensor]
 Memory = dict  # KV caches of a trial's past, by their layers' names, and positions; {} at its beginning
-HORIZONS = {"TabularMDP-v0": 10, "SparseNavigation2D-v0": 20, "MouseCheese-v0": 30}
 HEAD_WIDTH = 16  # of the transformer's attention
 
 
@@ -58,7 +59,9 @@ class Args:
     episodes_per_trial: int = 10
     """episodes of a trial (E); RL2's paper: 10 to 500 for bandits, 10 to 100 for MDPs, 2 for navigation"""
     horizon: int | None = None
-    """steps of an episode (T); default: 1 for bandits, for others what HORIZONS says, or 100"""
+    """steps of an episode (T); default: the family's own, of a bandit 1"""
+    previous_obs: bool = True
+    """the network sees the previous observation, too, and so the whole last step; not so in the paper"""
     encoder: Literal["transformer", "snail"] = "transformer"
     """snail: temporal convolutions and attention in turn"""
     layers: int = 2
@@ -101,14 +104,12 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        if self.horizon is None:
-            self.horizon = 1 if "Bandit" in self.env_id else HORIZONS.get(self.env_id, 100)
         ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1))
         ranges |= dict.fromkeys(("value_coef", "entropy_coef"), (0, 1e6))
         ranges |= {"seed": (0, 2**31), "minibatches": (1, self.meta_batch_size)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
-            if not isinstance(value, bool | str) and not low <= value <= high:
+            if not isinstance(value, bool | str | None) and not low <= value <= high:
                 allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
         if self.encoder == "transformer" and self.hidden_size % HEAD_WIDTH:
@@ -118,7 +119,7 @@ class Args:
 class Steps(NamedTuple):
     """A trial of each of N tasks, S steps long; a shorter one is filled up with steps of mask 0."""
 
-    x: Tensor  # [N, S, I] obs, previous action (one-hot where it is a choice), reward and done
+    x: Tensor  # [N, S, I] obs, then what is known of the previous step (J, see `play_trials`)
     action: Tensor  # [N, S] numbers of choices, or [N, S, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, S] log pi(a|x, memory) when it was drawn
     mask: Tensor  # [N, S] 1 for the trial's steps
@@ -244,7 +245,9 @@ def init_network(envs, args: Args, generator: Generator) -> Params:
     """theta: encoder, policy (near uniform choices, or means near 0 and standard deviation 1) and V."""
     space = envs.single_action_space
     A = space.shape[0] if space.shape else int(space.n)
-    theta = INITS[args.encoder](envs.single_observation_space.shape[0] + A + 2, args, generator)
+    num_obs = envs.single_observation_space.shape[0]
+    num_previous = A + 2 + (num_obs if args.previous_obs else 0)
+    theta = INITS[args.encoder](num_obs + num_previous, args, generator)
     theta |= {"w_policy": dense(A, args.hidden_size, generator, scale=0.01), "b_policy": torch.zeros(A)}
     theta |= {"w_value": dense(1, args.hidden_size, generator), "b_value": torch.zeros(1)}
     return theta | ({"log_std": torch.zeros(A)} if space.shape else {})
@@ -279,7 +282,11 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator) -> tuple:
-    """A trial of each task, all at once: its Steps, advantages included, and each episode's return [N, E]."""
+    """A trial of each task, all at once: its Steps, advantages included, and each episode's return [N, E].
+
+    The network's input x_t is obs_t and, of the step before, obs_(t-1) (where --previous-obs), action_(t-1)
+    (one-hot where it is a choice), reward_(t-1), and done_(t-1), 1 where that step ended its episode.
+    """
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -290,7 +297,8 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
-    previous_NJ = obs_NO.new_zeros(N, A + 2)
+    num_previous = A + 2 + (obs_NO.shape[1] if args.previous_obs else 0)
+    previous_NJ = obs_NO.new_zeros(N, num_previous)
     playing_N = obs_NO.new_ones(N)  # 0: its episode has ended; it waits for the others, without any effect
     return_NE = obs_NO.new_zeros(N, envs.episodes)
     steps = []
@@ -300,18 +308,20 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
             feature_N1H, memory = ENCODERS[args.encoder](theta, x_NI[:, None], memory, args, playing_N)
             output_NA, value_N = (x.squeeze(1) for x in actor_critic(theta, feature_N1H))  # [3]
             action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA
-            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So `obs` is
+            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So next_NO is
             # its first observation then; info: `done`, the world's episode ended in this step, early or at
             # the horizon; `waits`, until the next one begins; `episode`, the number of this step's episode.
-            obs_NO, reward_N, _, _, info = envs.step(action)
+            next_NO, reward_N, _, _, info = envs.step(action)
             return_NE[:, info["episode"]] += reward_N  # 0 from worlds that wait
             step = {"x": x_NI, "action": action, "output": output_NA, "value": value_N}
             steps.append(step | {"reward": reward_N, "mask": playing_N})
             action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
-            latest_NJ = torch.cat([action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)], 1)
+            latest = [action_NA, reward_N[:, None], info["done"][:, None].to(obs_NO)]
+            latest_NJ = torch.cat([obs_NO, *latest] if args.previous_obs else latest, 1)
             # Of a world that waits, the step with done = 1 stays the previous one until the next episode.
             previous_NJ = torch.where(playing_N[:, None] > 0, latest_NJ, previous_NJ)
             playing_N = 1 - info["waits"].to(obs_NO)
+            obs_NO = next_NO
             if envs.is_over:
                 break
     played = without_waiting({name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})

@@ -4,7 +4,7 @@ The computation is the same (tests/test_peer_rl2.py compares trials, advantages,
 organisation is that of the well-known codes:
 
 * a single Gymnasium environment for each trial in a `gymnasium.vector.SyncVectorEnv`; a wrapper plays the episodes of
-  one task, each world by itself, and puts the previous action, reward and end of episode into the observation;
+  one task, each world by itself, and puts the previous step, its reward and end of episode, into the observation;
 * NumPy to torch and back in every step, action, log-probability and value on the way;
 * an update that replays the recurrent cell one step at a time, its state multiplied by a mask where a trial begins;
 * attention (algos/rl2_transformer_ppo.py, whose network it borrows) that keeps no keys and values: each step of a trial
@@ -80,20 +80,23 @@ WORLDS = {f"Bandit{arms}-v0": partial(Bandit, arms) for arms in (5, 10, 50)} | {
 class Trial(gym.Wrapper):
     """Several episodes of one task, `self.task`, one after the other; behind the last one nothing changes any more.
 
-    Observation [I] = obs, previous action, previous reward, whether the previous step ended an episode.
+    Observation [I] = obs, previous obs (if asked for), action, reward, whether the previous step ended an episode.
     """
 
-    def __init__(self, env: gym.Env, episodes: int):
+    def __init__(self, env: gym.Env, episodes: int, previous_obs: bool):
         super().__init__(env)
+        self.num_seen = env.observation_space.shape[0] if previous_obs else 0
         space, self.episodes, self.task = env.action_space, episodes, None
         self.one_hot = np.eye(space.n) if isinstance(space, Discrete) else None
         self.num_actions = int(space.n) if isinstance(space, Discrete) else space.shape[0]
-        size = env.observation_space.shape[0] + self.num_actions + 2
+        self.num_previous = self.num_seen + self.num_actions + 2
+        size = env.observation_space.shape[0] + self.num_previous
         self.observation_space = Box(-np.inf, np.inf, (size,), np.float64)
 
     def reset(self, *, seed=None, options=None):
         obs, _ = self.env.reset(seed=seed, options={"task": self.task})
-        self.left, self.x = self.episodes, np.concatenate([obs, np.zeros(self.num_actions + 2)])
+        self.left, self.obs = self.episodes, obs
+        self.x = np.concatenate([obs, np.zeros(self.num_previous)])
         return self.x, {}
 
     def step(self, action):
@@ -105,7 +108,9 @@ class Trial(gym.Wrapper):
             self.left -= 1
             if self.left:
                 obs, _ = self.env.reset(options={"task": self.task})
-        self.x = np.concatenate([obs, action if self.one_hot is None else self.one_hot[action], (reward, done)])
+        shown = action if self.one_hot is None else self.one_hot[action]
+        self.x = np.concatenate([obs, self.obs[: self.num_seen], shown, (reward, done)])
+        self.obs = obs
         return self.x, reward, False, False, {}
 
 
@@ -120,7 +125,7 @@ def make(env_id: str, num_envs: int, args, **options) -> SyncVectorEnv:
         if isinstance(env.action_space, Box):
             scale = np.float32(args.action_scale)
             env = gym.wrappers.RescaleAction(env, -scale, scale)
-        return Trial(env, args.episodes_per_trial)
+        return Trial(env, args.episodes_per_trial, args.previous_obs)
 
     return SyncVectorEnv([trial] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
 

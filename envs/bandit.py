@@ -16,14 +16,14 @@ class Bandit(TaskVectorEnv):
     Reward: 1 or 0, drawn from the environment's generator; the pure function `reward` gives the probability.
     Tasks: the arms' probabilities [k], uniform in [0, 1]^k; test tasks have probabilities of the first arm that
     training never sees, in strips that cover [0, 1] evenly.
-    Horizon: the number n of pulls; the paper has n = 10, 100, 500 and k = 5, 10, 50.
-    Differs: one episode is a whole trial of n pulls, which the paper calls n episodes of one step; no other change.
+    Horizon: 1, a pull; a trial is n episodes of one task (`Trials`); the paper has n = 10, 100, 500 and k = 5, 10, 50.
+    Differs: nothing known. A longer horizon is as many pulls in one episode, the same problem.
     """
 
     arms = 5
     world_state = ()
 
-    def __init__(self, num_envs, max_episode_steps=10, device="cpu", dtype=torch.float32):
+    def __init__(self, num_envs, max_episode_steps=1, device="cpu", dtype=torch.float32):
         self.task_dim = self.arms
         space = Box(0, 1, (1,), np.float32)
         super().__init__(num_envs, space, Discrete(self.arms), max_episode_steps, device, dtype)
@@ -73,7 +73,7 @@ class GaussianBandit5(Bandit):
     Observation, action: as `Bandit`.
     Reward: N(mean, 1), drawn from the environment's generator; the pure function `reward` gives the mean.
     Tasks: the arms' means [k], each N(0, 1); test tasks have means of the first arm that training never sees.
-    Horizon: the number of pulls.
+    Horizon: 1, a pull.
     Differs: 5 arms; the book has 10.
     """
 
@@ -90,14 +90,11 @@ class DependentBandit(Bandit):
     Source: Wang et al. 2016 (arXiv:1611.05763), section 3.1, "dependent uniform".
     Observation, action, reward: as `Bandit`.
     Tasks: the arms' probabilities [2] = (p, 1 - p), p uniform in [0, 1]; test tasks have p that training never sees.
-    Horizon: 100 pulls.
-    Differs: as `Bandit`.
+    Horizon: 1, a pull; the paper's trials have 100.
+    Differs: nothing known.
     """
 
     arms = 2
-
-    def __init__(self, num_envs, max_episode_steps=100, device="cpu", dtype=torch.float32):
-        super().__init__(num_envs, max_episode_steps, device, dtype)
 
     def sample_tasks(self, num_tasks, generator, split="train"):
         first = held_out_uniform(num_tasks, 1, generator, split)

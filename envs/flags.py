@@ -14,6 +14,8 @@ from textwrap import wrap
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import gymnasium as gym
+
 from envs import HORIZONS, SUPERVISED
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
@@ -60,6 +62,14 @@ def show_help(Args: type, description: str, algorithm: str) -> None:
         print("\n".join(lines), flush=True)
     except OSError:  # no reader; Python, which tries again at its end, shall not stumble over it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def default_horizon(env_id: str) -> int:
+    """The steps of an episode that this id is registered with; Meta-World's 500; 100 where nothing is known."""
+    if env_id.startswith("Meta-World/"):
+        return 500
+    spec = gym.registry.get(env_id)
+    return (spec and spec.max_episode_steps) or 100
 
 
 def groups(Args: type) -> dict[str, list[str]]:

@@ -31,7 +31,7 @@ from envs import render
 from envs.core import NotFinite, SupervisedTasks, refuse_not_finite
 from envs.evaluation import tell, unused
 from envs.files import CannotWriteError, replace_file
-from envs.flags import show_help, wants_help
+from envs.flags import default_horizon, show_help, wants_help
 from envs.processes import in_any_process, refusal, summarise
 from envs.processor import keep_memory
 from envs.screen import Lenient, Progress, fill_standard_streams, lenient_output, say
@@ -112,6 +112,8 @@ def parse(Args: type, argv: list[str] | None, description: str, algorithm: str, 
     if resume or evaluate:
         saved = load_checkpoint(resume or evaluate, algorithm, Args, flag="--resume" if resume else "--evaluate")
     args = read_flags(Args, argv, saved.get("args"))
+    if getattr(args, "horizon", 1) is None:
+        args.horizon = default_horizon(args.env_id)
     if saved:
         saved["changed"] = changes(args, saved["args"])
         if resume:
@@ -267,6 +269,8 @@ def new_folder(args, algorithm: str) -> Path:
     defaults = {field.name: field.default for field in fields(args)}
     with suppress(TypeError, ValueError):
         defaults |= vars(type(args)(env_id=args.env_id))  # some defaults follow the environment
+    if defaults.get("horizon", 1) is None:
+        defaults["horizon"] = default_horizon(args.env_id)
     told = ""
     for name, value in vars(args).items():
         if name not in NAMELESS and value != defaults[name] and len(told) < 40:

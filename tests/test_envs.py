@@ -124,7 +124,7 @@ def test_the_task_is_never_in_the_observation(name):
 
 @every_family
 def test_returned_tensors_are_not_reused(name):
-    venv = make(name, 3)
+    venv = make(name, 3, horizon=10)
     action = random_actions(venv, 1)[0]
     kept = [venv.reset(seed=0)[0]]
     for _ in range(3):

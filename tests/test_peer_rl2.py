@@ -157,7 +157,7 @@ def test_collected_trials_are_consistent(env_id, from_gym, monkeypatch):
 
 
 def test_worlds_written_for_numpy_pay_with_the_tasks_probabilities():
-    args = ours.Args(meta_batch_size=400, episodes_per_trial=10)
+    args = ours.Args(meta_batch_size=400, episodes_per_trial=10, horizon=1)
     worlds = peer.make("Bandit5-v0", 400, args)
     worlds.set_attr("task", [np.array([0.1, 0.8, 0.5, 0.5, 0.5])] * 400)
     worlds.reset(seed=2)

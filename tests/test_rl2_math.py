@@ -21,7 +21,7 @@ from tests.double_precision import ALONE, Recorder, flat, float64, interval, see
 FILES = {"gru": rl2_ppo, "lstm": rl2_ppo, "transformer": rl2_transformer_ppo, "snail": rl2_transformer_ppo}
 FAMILIES = {  # class, horizon, episodes, worlds
     "mouse": (MouseCheese, 7, 3, 9),  # some wait, for others that never find the cheese
-    "mice": (MouseCheese, 40, 2, 2),  # both find it: the next episode begins before the horizon
+    "mice": (MouseCheese, 60, 2, 2),  # both find it: the next episode begins before the horizon
     "bandit": (Bandit5, 1, 10, 9),
     "navigation": (SparseNavigation2D, 4, 3, 9),
 }
@@ -62,6 +62,8 @@ def setup(encoder, name, num=None, **kwargs):
     if name == "navigation":
         tasks *= 0.2  # within reach, so that there is pay
     theta = noisy(ours.init_network(envs, args, seeded(1)), 2)
+    if name == "mice":
+        theta["w_policy"] *= 0.3  # so that none keeps running into a wall
     return SimpleNamespace(name=name, ours=ours, args=args, envs=envs, tasks=tasks, theta=theta)
 
 
@@ -76,7 +78,7 @@ def encode(lab, theta, x, memory, mask=None):
 def net(encoder, steps=S, hidden_size=32):
     """An encoder alone, and inputs of 4 trials."""
     ours = FILES[encoder]
-    args = ours.Args(encoder=encoder, hidden_size=hidden_size, episodes_per_trial=steps)
+    args = ours.Args(encoder=encoder, hidden_size=hidden_size, episodes_per_trial=steps, horizon=1)
     theta = noisy(ours.INITS[encoder](X, args, seeded(1)), 2)
     return SimpleNamespace(ours=ours, args=args, theta=theta, x=torch.randn(4, steps, X, generator=seeded(3)))
 
@@ -113,20 +115,23 @@ def play_by_hand(lab, task, actions):
     """What a network sees in a world of its own [S, I], and the rewards and episodes of the steps."""
     family, horizon, episodes, _ = FAMILIES[lab.name]
     world, choices, actions = family(1, horizon, dtype=torch.float64), lab.name != "navigation", iter(actions)
-    x, rewards, numbers, past = [], [], [], torch.zeros((4 if choices else 2) + 2)
+    x, rewards, numbers = [], [], []
+    seen = len(world.reset(options={"tasks": task[None]})[0][0]) if lab.args.previous_obs else 0
+    past = torch.zeros(seen + (4 if choices else 2) + 2)
     for episode in range(episodes):
         obs, _ = world.reset(options={"tasks": task[None]})
         over, step = False, 0
         while not over:
             x.append(torch.cat([obs[0], past]))
             action = next(actions)
+            before = obs[0].tolist()[:seen]
             obs, reward, terminated, _, _ = world.step((action if choices else action * world._high)[None])
             step += 1
             over = bool(terminated) or step == horizon
             rewards.append(float(reward))
             numbers.append(episode)
             shown = torch.eye(4)[action] if choices else action
-            past = torch.tensor([*shown.tolist(), rewards[-1], float(over)])
+            past = torch.tensor([*before, *shown.tolist(), rewards[-1], float(over)])
     return torch.stack(x), rewards, numbers
 
 
@@ -248,7 +253,7 @@ def test_lstm_follows_its_equations():
 
 @pytest.mark.parametrize(("width", "layers"), [(16, 1), (32, 2), (48, 3)])
 def test_transformer_is_that_of_torch(width, layers):
-    args = rl2_transformer_ppo.Args(hidden_size=width, layers=layers, episodes_per_trial=S)
+    args = rl2_transformer_ppo.Args(hidden_size=width, layers=layers, episodes_per_trial=S, horizon=1)
     theta = noisy(rl2_transformer_ppo.init_transformer(X, args, seeded(1)), 2)
     x = torch.randn(4, S, X, generator=seeded(3))
     hidden = functional.linear(x, theta["w_in"]) + theta["position"]
@@ -310,7 +315,8 @@ def test_snail_follows_its_paper_step_by_step(steps, dilations):
 def test_first_policy_is_near_uniform_and_wide(encoder, name):
     lab = setup(encoder, name)
     theta = lab.ours.init_network(lab.envs, lab.args, seeded(1))
-    x = torch.randn(50, 1, lab.envs.single_observation_space.shape[0] + len(theta["b_policy"]) + 2, generator=seeded(2))
+    num_inputs = 2 * lab.envs.single_observation_space.shape[0] + len(theta["b_policy"]) + 2
+    x = torch.randn(50, 1, num_inputs, generator=seeded(2))
     feature, _ = encode(lab, theta, x, {})
     output, _ = lab.ours.actor_critic(theta, feature)
     if name == "navigation":
@@ -336,7 +342,7 @@ def test_each_gate_is_orthogonal_at_first(encoder):
 
 
 def test_blocks_of_the_transformer_add_nothing_at_first():
-    args = rl2_transformer_ppo.Args(hidden_size=32, episodes_per_trial=S)
+    args = rl2_transformer_ppo.Args(hidden_size=32, episodes_per_trial=S, horizon=1)
     theta, x = rl2_transformer_ppo.init_transformer(X, args, seeded(0)), torch.randn(2, S, X, generator=seeded(1))
     expected = functional.layer_norm(x @ theta["w_in"].T + theta["position"], (32,))
     close(rl2_transformer_ppo.transformer(theta, x, {}, args)[0], expected)
@@ -367,8 +373,11 @@ def test_replaying_is_acting(lab):
 
 
 @each
+@pytest.mark.parametrize("previous_obs", [True, False])
 @pytest.mark.parametrize("name", ["mouse", "mice", "navigation"])
-def test_the_network_sees_what_a_world_alone_shows(lab):
+def test_the_network_sees_what_a_world_alone_shows(encoder, name, previous_obs):
+    lab = setup(encoder, name, previous_obs=previous_obs)
+    lab.steps, _ = collect(lab)
     ends = 0
     for task, steps, n in zip(lab.tasks, zip(*lab.steps, strict=True), lengths(lab.steps), strict=True):
         x, action, _, mask, *_ = steps
@@ -388,13 +397,13 @@ def test_the_network_sees_what_a_world_alone_shows(lab):
 def test_the_network_sees_its_last_pull_and_pay(lab):
     x, action = lab.steps.x, lab.steps.action
     assert not x[:, 0].any()
-    assert not x[:, :, 0].any()
+    assert not x[:, :, :2].any()  # a bandit shows nothing, now and before
     for trial in range(len(x)):
         for t in range(1, 10):
-            assert x[trial, t, 1:6].nonzero().tolist() == [[int(action[trial, t - 1])]]
-            assert x[trial, t, 6] == lab.returns[trial, t - 1]  # a pull is an episode
-            assert x[trial, t, 7] == 1
-    pay = x[:, 1:, 6].flatten().tolist()
+            assert x[trial, t, 2:7].nonzero().tolist() == [[int(action[trial, t - 1])]]
+            assert x[trial, t, 7] == lab.returns[trial, t - 1]  # a pull is an episode
+            assert x[trial, t, 8] == 1
+    pay = x[:, 1:, 7].flatten().tolist()
     assert {*pay} == {0.0, 1.0}
 
 
@@ -655,7 +664,7 @@ def test_an_update_is_adam_on_minibatches_of_whole_trials(lab):
             for x in weights.values():
                 x.grad *= min(1.0, 0.2 / float(norm))
             optimizer.step()
-    close(flat(theta), flat(weights).detach(), 1e-6)
+    close(flat(theta), flat(weights).detach(), 3e-6)  # clipping adds 1e-6 to the norm
     assert flat(theta).sub(flat(lab.theta)).norm() > 0.01
     expected = {f"train/{name}": float(value.detach()) for name, value in parts.items()}
     assert stats == pytest.approx({**expected, "train/gradient_norm": float(norm)}, rel=1e-4)
@@ -747,7 +756,8 @@ def test_a_bandit_is_learned(encoder):
     ours, recurrent = FILES[encoder], encoder in ("gru", "lstm")
     usual = {"lr": 0.02, "iterations": 25, "hidden_size": 32} if recurrent else {"iterations": 20, "hidden_size": 32}
     usual |= {} if recurrent else {"layers": 1}
-    args = ours.Args(encoder=encoder, meta_batch_size=400, gae_lambda=0.3, entropy_coef=0.01, eval_every=100, **usual)
+    usual |= {"meta_batch_size": 400, "horizon": 1}
+    args = ours.Args(encoder=encoder, gae_lambda=0.3, entropy_coef=0.01, eval_every=100, **usual)
     envs = make_trials(DependentBandit, 400, 1, 10)
     ours.train(envs, args, run := Recorder(args), start(ours.init_network(envs, args, seeded(1))))
     first, last = (run.logged[i][2] for i in (0, -1))

@@ -30,7 +30,7 @@ def finished(tmp_path, monkeypatch):
 def test_a_line_gives_the_reward_on_new_problems_beside_gittins_and_the_paper(finished):
     folder = finished(rl2_ppo, "--env-id", "Bandit5-v0")
     line = rl2.line(folder, rl2.Options("table", (folder,), tasks=40, seed=3))
-    args = rl2_ppo.Args(meta_batch_size=40, hidden_size=16)
+    args = rl2_ppo.Args(meta_batch_size=40, hidden_size=16, horizon=1)
     state = records.load_checkpoint(str(folder), "rl2_ppo", rl2_ppo.Args)
     envs, generator = Trials(make("Bandit5-v0", 40, 1, discrete=True), 10), torch.Generator().manual_seed(3)
     tasks_NP = envs.unwrapped.sample_tasks(40, generator, "test")

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from algos import maml_trpo as algorithm
-from envs import fewshot, records
+from envs import HORIZONS, fewshot, records
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "algos" / "maml_trpo.py"
@@ -244,12 +244,13 @@ def test_the_step_size_falls_and_equal_rewards_do_no_harm():
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(3e-3 / 3)
 
 
-@pytest.mark.parametrize(
-    ("env_id", "horizon"), [("Bandit50-v0", 1), ("TabularMDP-v0", 10), ("MouseCheese-v0", 30), ("AntDir2D-v0", 100)]
-)
-def test_the_horizon_follows_the_family(env_id, horizon):
+@pytest.mark.parametrize("family", HORIZONS)
+def test_the_horizon_follows_the_family(family):
     for name in ("rl2_ppo", "rl2_transformer_ppo"):
-        assert importlib.import_module(f"algos.{name}").Args(env_id=env_id).horizon == horizon
+        Args = importlib.import_module(f"algos.{name}").Args
+        flags = ["--env-id", f"{family.__name__}-v0"]
+        assert records.parse(Args, flags, "", name)[0].horizon == HORIZONS[family]
+        assert records.parse(Args, [*flags, "--horizon", "7"], "", name)[0].horizon == 7
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
