@@ -27,7 +27,8 @@ from envs.locomotion import available_cpus  # noqa: E402
 
 ALL_CORES = "maml_trpo", "promp", "reptile_ppo", "multitask_ppo"
 FAMILY = "--peer --peer-tasks 10 --peer-iterations 3 --iterations 3"
-CHEETAH = "--env-id HalfCheetahVel-v0 --episodes-per-trial 2 --meta-batch-size 40 --peer --peer-iterations 3"
+CHEETAH = "--env-id HalfCheetahVel-v0 --episodes-per-trial 2 --horizon 100 --meta-batch-size 40"
+CHEETAH += " --peer --peer-iterations 3"
 RUNS = (
     "maml --iterations 200",
     "fomaml --iterations 200",
