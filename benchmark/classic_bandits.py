@@ -25,7 +25,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.classic import compare, print_settings, summary
 
-COLUMNS = ("random", "gittins", "thompson", "optimistic_thompson", "ucb1", "epsilon_greedy", "greedy", "rl2")
+POLICIES = ("random", "gittins", "thompson", "optimistic_thompson", "densest_thompson")
+POLICIES += ("ucb1", "epsilon_greedy", "greedy")
+COLUMNS = ("random", "gittins", "thompson", "densest_thompson", "ucb1", "epsilon_greedy", "greedy", "rl2")
 PAPER = {  # (pulls, arms): table 1 of the paper, 1,000 problems each
     (10, 5): (5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6, 6.7),
     (10, 10): (5.0, 6.6, 5.5, 6.2, 6.7, 6.6, 6.6, 6.7),
@@ -40,6 +42,7 @@ PAPER = {  # (pulls, arms): table 1 of the paper, 1,000 problems each
 GRIDS = {
     "ucb1": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0),
     "epsilon_greedy": (0.0, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2),
+    "densest_thompson": (1, 2, 3, 5, 7, 10, 15, 20),
 }
 SLOW = 200  # pulls from which a Gittins table is kept on disk
 
@@ -73,6 +76,17 @@ def thompson(wins_BK, losses_BK, t, n, generator):
 def optimistic_thompson(wins_BK, losses_BK, t, n, generator):
     """Samples below the posterior mean are lifted to it (Chapelle & Li 2011)."""
     return thompson(wins_BK, losses_BK, t, n, generator).maximum(greedy(wins_BK, losses_BK, t, n, generator))
+
+
+def densest_thompson(wins_BK, losses_BK, t, n, generator, *, strength):
+    """Of `strength` samples of all arms the one with the highest posterior density. The authors of RL2 call this
+    optimistic Thompson sampling (rllab-curriculum, commit 2c6c7da3, sandbox/rocky/neural_learner/scripts/bandits)."""
+    samples_MBK = torch.stack([thompson(wins_BK, losses_BK, t, n, generator) for _ in range(strength)])
+    # Without the factor that the samples share; kept from 0 and 1, whose logarithms are infinite.
+    p_MBK = samples_MBK.clamp(1e-12, 1 - 1e-7)
+    density_MB = ((wins_BK - 1) * p_MBK.log() + (losses_BK - 1) * (1 - p_MBK).log()).sum(-1)
+    densest_B = density_MB.argmax(0)
+    return samples_MBK[densest_B, torch.arange(len(wins_BK), device=wins_BK.device)]
 
 
 def gittins(wins_BK, losses_BK, t, n, generator):
@@ -163,7 +177,7 @@ def evaluate(arms: int, pulls: int, problems: int, seed: int = 1, device: str = 
     """Every algorithm on the same problems; what has a parameter is tuned first, on 1,000 other problems."""
     generator = torch.Generator(device).manual_seed(seed)
     tuning_BK, p_BK = (torch.rand(b, arms, generator=generator, device=device) for b in (1000, problems))
-    algorithms = {name: globals()[name] for name in COLUMNS[:-1]}
+    algorithms = {name: globals()[name] for name in POLICIES}
     result = compare(
         algorithms,
         GRIDS,

@@ -127,7 +127,7 @@ def line(folder: Path, options: Options) -> dict:
         result |= {"gittins": summary(gittins_B), "difference": summary(return_NE.sum(1) - gittins_B)}
     if args.env_id == "TabularMDP-v0" and args.horizon == classic_mdps.HORIZON:  # likewise PSRL
         generator = Generator().manual_seed(options.seed + 1)
-        psrl_B = classic_mdps.run(classic_mdps.psrl, tables(tasks_NP), args.episodes_per_trial, generator)
+        psrl_B = classic_mdps.run(classic_mdps.RULES["psrl"], tables(tasks_NP), args.episodes_per_trial, generator)
         result |= {"psrl": summary(psrl_B), "difference": summary(return_NE.sum(1) - psrl_B)}
     if args.env_id == "MouseCheese-v0":
         steps, found = torch.stack(steps_of_mouse).mean(0), (return_NE > 0).float().mean(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Beta
 
 from benchmark import classic_bandits as bandits
 from benchmark import classic_mdps as mdps
@@ -21,6 +22,7 @@ from benchmark import classic_mdps as mdps
 ROOT = Path(__file__).resolve().parent.parent
 UCB = functools.partial(bandits.ucb1, strength=0.2)
 EPSILON = functools.partial(bandits.epsilon_greedy, strength=0.1)
+DENSEST = functools.partial(bandits.densest_thompson, strength=3)
 
 
 def seeded(seed):
@@ -192,6 +194,10 @@ def test_gittins_policy_is_nearly_bayes_optimal(n):
 
 def loop_scores(name, wins, losses, t, n, draws):
     """Scores of one problem's arms, one arm at a time."""
+    if name == "densest_thompson":
+        samples = [np.array(a) / (np.array(a) + np.array(b)) for a, b in zip(draws[::2], draws[1::2], strict=True)]
+        posterior = Beta(torch.tensor(wins), torch.tensor(losses))
+        return max(samples, key=lambda p: float(posterior.log_prob(torch.tensor(p)).sum())).tolist()
     scores = []
     for arm, (won, lost) in enumerate(zip(wins, losses, strict=True)):
         mean = won / (won + lost)
@@ -209,17 +215,20 @@ def loop_scores(name, wins, losses, t, n, draws):
     return scores
 
 
-@pytest.mark.parametrize("name", bandits.COLUMNS[:-1])
+@pytest.mark.parametrize("name", bandits.POLICIES)
 def test_bandit_run_against_loop(name):
     b, k, n = 30, 4, 25
     p_BK = torch.rand(b, k, generator=seeded(1), dtype=torch.float64)
-    policy = {"ucb1": UCB, "epsilon_greedy": EPSILON}.get(name, getattr(bandits, name))
+    policies = {"ucb1": UCB, "epsilon_greedy": EPSILON, "densest_thompson": DENSEST}
+    policy = policies.get(name, getattr(bandits, name))
     total_B = bandits.run(policy, p_BK, n, seeded(2))
     generator, wins, losses = seeded(2), np.ones((b, k)), np.ones((b, k))
     for t in range(n):
         draws = [()] * b
         if "thompson" in name:
-            gammas = [torch._standard_gamma(torch.tensor(counts), generator=generator) for counts in (wins, losses)]
+            gammas = []
+            for _ in range(3 if name == "densest_thompson" else 1):
+                gammas += [torch._standard_gamma(torch.tensor(x), generator=generator) for x in (wins, losses)]
             draws = list(zip(*(gamma.tolist() for gamma in gammas), strict=True))
         elif name in ("random", "epsilon_greedy"):
             rows = torch.rand(b, k, generator=generator).tolist()
@@ -275,32 +284,39 @@ def small_mdps(b, s, a, seed=1):
     return torch.tensor(reward_BSA), torch.tensor(transition_BSAT)
 
 
-def some_belief(seed=3, b=4, s=mdps.STATES, a=mdps.ACTIONS):
+def some_belief(seed=3, b=4, s=mdps.STATES, a=mdps.ACTIONS, prior=mdps.TRUE, left=mdps.HORIZON):
     rng = np.random.default_rng(seed)
     counts_BSAT = rng.poisson(0.3, (b, s, a, s)).astype(float)
     sums_BSA = counts_BSAT.sum(-1) * rng.normal(1, 1, (b, s, a))
-    return mdps.Belief(torch.tensor(counts_BSAT), torch.tensor(sums_BSA))
+    missed_BSA = rng.poisson(0.2, (b, s, a))  # rewards of last steps, whose transitions do not count
+    rewards_BSA = torch.tensor(counts_BSAT.sum(-1) + missed_BSA)
+    return mdps.Belief(torch.tensor(counts_BSAT), torch.tensor(sums_BSA), rewards_BSA, prior, left)
+
+
+def loop_q(reward, transition, horizon, later=None):
+    """Value iteration of one MDP in plain loops: the values of all actions [H, S, A]."""
+    states, actions = reward.shape
+    value, values = [0.0] * states, []
+    later = np.zeros(reward.shape) if later is None else later
+    for i in range(horizon):
+        q = np.empty((states, actions))
+        for s, a in np.ndindex(states, actions):
+            q[s, a] = reward[s, a] + sum(transition[s, a, j] * value[j] for j in range(states)) + i * later[s, a]
+        value = [max(row) for row in q]
+        values.insert(0, q)
+    return np.array(values)
 
 
 def loop_plan(reward, transition, horizon):
-    """Value iteration of one MDP in plain loops: actions and values [H, S]."""
-    states, actions = reward.shape
-    value, policy, values = [0.0] * states, [], []
-    for _ in range(horizon):
-        q = [
-            [reward[s, a] + sum(transition[s, a, j] * value[j] for j in range(states)) for a in range(actions)]
-            for s in range(states)
-        ]
-        value = [max(row) for row in q]
-        policy.insert(0, [row.index(max(row)) for row in q])
-        values.insert(0, value)
-    return policy, values
+    """Actions and values [H, S] of `loop_q`."""
+    q = loop_q(reward, transition, horizon)
+    return q.argmax(-1).tolist(), q.max(-1)
 
 
 def test_plan_against_every_policy():
     """3 steps, 3 states, 2 actions: all 512 policies, each evaluated by products of matrices."""
     reward_BSA, transition_BSAT = small_mdps(3, 3, 2)
-    policy_HBS, value_HBS = mdps.plan(reward_BSA, transition_BSAT, 3)
+    policy_HBS, value_HBS, _ = mdps.plan(reward_BSA, transition_BSAT, 3)
     for b in range(3):
         values = {}
         for actions in itertools.product((0, 1), repeat=9):
@@ -317,7 +333,7 @@ def test_plan_against_every_policy():
 
 def test_plan_against_loop():
     reward_BSA, transition_BSAT = small_mdps(4, mdps.STATES, mdps.ACTIONS)
-    policy_HBS, value_HBS = mdps.plan(reward_BSA, transition_BSAT)
+    policy_HBS, value_HBS, _ = mdps.plan(reward_BSA, transition_BSAT)
     assert len(policy_HBS) == 10
     for b in range(4):
         policy, values = loop_plan(reward_BSA[b].numpy(), transition_BSAT[b].numpy(), 10)
@@ -354,21 +370,24 @@ def test_posterior_of_rewards_on_a_grid():
     density /= density.sum()
     mean = (grid * density).sum()
     deviation = math.sqrt((density * (grid - mean) ** 2).sum())
-    belief = mdps.Belief(torch.tensor([3.0, 0, 0, 0]).expand(20000, 1, 1, 4), torch.full((20000, 1, 1), sum(rewards)))
+    three_BSA = torch.full((20000, 1, 1), 3.0)
+    belief = mdps.Belief(torch.zeros(20000, 1, 1, 4), three_BSA / 3 * sum(rewards), three_BSA)
     assert belief.mean()[0][0].item() == pytest.approx(mean, abs=1e-6)
     sample_B = belief.sample(seeded(1))[0].flatten()
     assert sample_B.mean().item() == pytest.approx(mean, abs=4 * deviation / 20000**0.5)
     assert sample_B.std().item() == pytest.approx(deviation, rel=0.03)
-    nothing = mdps.Belief(torch.zeros(20000, 1, 1, 4), torch.zeros(20000, 1, 1))
-    sample_B = nothing.sample(seeded(1))[0]
-    assert (sample_B.mean().item(), sample_B.std().item()) == pytest.approx((1, 1), abs=0.03)
+    zeros = torch.zeros(20000, 1, 1, 4), torch.zeros(20000, 1, 1), torch.zeros(20000, 1, 1)
+    for prior, moments in ((mdps.TRUE, (1, 1)), (mdps.Prior(-2.0, 4.0), (-2, 0.5))):
+        sample_B = mdps.Belief(*zeros, prior).sample(seeded(1))[0]
+        assert (sample_B.mean().item(), sample_B.std().item()) == pytest.approx(moments, abs=0.03)
 
 
 def test_posterior_of_transitions():
-    """Dirichlet(1 + counts): means a / A, variances a (A - a) / (A^2 (A + 1))."""
+    """Dirichlet(weight + counts): means a / A, variances a (A - a) / (A^2 (A + 1))."""
     counts_T = torch.tensor([4.0, 0, 1, 0])
-    belief = mdps.Belief(counts_T.expand(20000, 1, 1, 4), torch.zeros(20000, 1, 1))
-    alpha_T = counts_T + 1
+    prior = mdps.Prior(weight=0.5)
+    belief = mdps.Belief(counts_T.expand(20000, 1, 1, 4), torch.zeros(20000, 1, 1), torch.zeros(20000, 1, 1), prior)
+    alpha_T = counts_T + 0.5
     total = alpha_T.sum()
     torch.testing.assert_close(belief.mean()[1][0, 0, 0], alpha_T / total)
     sample_BT = belief.sample(seeded(1))[1][:, 0, 0]
@@ -379,38 +398,57 @@ def test_posterior_of_transitions():
     )
 
 
-@pytest.mark.parametrize("name", mdps.COLUMNS[:-1])
-def test_mdp_algorithms_against_loop(name):
+@pytest.mark.parametrize("left", [10, 4, 1])
+@pytest.mark.parametrize("name", mdps.RULES)
+def test_mdp_algorithms_against_loop(name, left):
     """The model that each plans with, built entry by entry for one MDP after the other."""
-    belief, strength = some_belief(), 0.3
-    tuned = {"strength": strength} if name in mdps.GRIDS else {}
-    policy_HBS, epsilon = getattr(mdps, name)(belief, seeded(5), **tuned)
-    assert epsilon == {"random": 1.0, "epsilon_greedy": strength}.get(name, 0.0)
+    rule, strength = mdps.RULES[name], 3 if name == "tabula_opsrl" else 0.3
+    mu, tau, weight = rule.prior
+    belief = some_belief(prior=rule.prior, left=left)
+    policy_HBS, epsilon = rule.algorithm(belief, seeded(5), **({"strength": strength} if name in mdps.GRIDS else {}))
+    assert epsilon == {"random": 1.0}.get(name, strength if "epsilon" in name else 0.0)
     generator, shape = seeded(5), belief.sums.shape
-    noise_BSA = torch.randn(shape, generator=generator)
-    drawn_BSAT = torch._sample_dirichlet(1 + belief.counts, generator=generator).numpy()
+    draws = []
+    for _ in range(strength if name == "tabula_opsrl" else 1):
+        noise_BSA = torch.randn(shape, generator=generator)
+        draws.append((noise_BSA, torch._sample_dirichlet(weight + belief.counts, generator=generator).numpy()))
+    bonus = {"beb": 0.3, "beb_every_step": 0.3, "myopic_bonus": 0.3}.get(name, 0.0)
     for b, counts_SAT in enumerate(belief.counts.numpy()):
-        reward, transition, radius = np.zeros(shape[1:]), np.zeros(counts_SAT.shape), np.zeros(shape[1:])
-        for s, a in np.ndindex(*shape[1:]):
-            visits = counts_SAT[s, a].sum()
-            mean = reward[s, a] = (1 + belief.sums[b, s, a].item()) / (1 + visits)
-            transition[s, a] = (counts_SAT[s, a] + 1) / (visits + 10)
-            if "psrl" in name:
-                reward[s, a] += noise_BSA[b, s, a].item() / math.sqrt(1 + visits)
-                transition[s, a] = drawn_BSAT[b, s, a]
-            if name == "optimistic_psrl":
-                reward[s, a] = max(reward[s, a], mean)
-            if name == "beb":
-                reward[s, a] += strength / (1 + visits)
-            if name == "ucrl2":
-                radius[s, a] = strength * math.sqrt(math.log(counts_SAT.sum() + 2) / (1 + visits))
-                reward[s, a] += radius[s, a]
-        if name == "ucrl2":
-            model = torch.tensor(reward)[None], torch.tensor(transition)[None], 10, torch.tensor(radius)[None] * 10**0.5
-            expected_HS = mdps.plan(*model)[0][:, 0].tolist()
-        else:
-            expected_HS = loop_plan(reward, transition, 10)[0]
-        assert policy_HBS[:, b].tolist() == expected_HS
+        q = []
+        for noise_BSA, drawn_BSAT in draws:
+            reward, radius, later = (np.zeros(shape[1:]) for _ in range(3))
+            transition = np.zeros(counts_SAT.shape)
+            for s, a in np.ndindex(*shape[1:]):
+                visits, seen = belief.visits[b, s, a].item(), counts_SAT[s, a].sum()
+                mean = (tau * mu + belief.sums[b, s, a].item()) / (tau + visits)
+                reward[s, a] = mean + bonus / (1 + visits)
+                transition[s, a] = (counts_SAT[s, a] + weight) / (seen + 10 * weight)
+                if "psrl" in name or "opsrl" in name:
+                    reward[s, a] += noise_BSA[b, s, a].item() / math.sqrt(tau + visits)
+                    transition[s, a] = drawn_BSAT[b, s, a]
+                if name == "optimistic_psrl":
+                    reward[s, a] = max(reward[s, a], mean)
+                if name == "ucrl2":
+                    radius[s, a] = strength * math.sqrt(math.log(belief.visits[b].sum().item() + 2) / (1 + visits))
+                    reward[s, a] += radius[s, a]
+                    radius[s, a] *= 10**0.5
+                if name == "tabula_ucrl2":
+                    time = belief.visits[b].sum().item() // 10 + 1
+                    width = 4 * math.log(2 * 10 * 5 * (time + 1) / 0.05)
+                    reward[s, a] += strength * math.sqrt(width / max(visits, 1))
+                    radius[s, a] = strength * math.sqrt(10 * width / max(seen + 10 * 1e-5 - 1e-5, 1))
+                if name == "tabula_beb":
+                    reward[s, a] += 1 / (1 + visits + 1)
+                    later[s, a] = 2 * 10 * 10 * strength * 10 / (1 + seen + 10)
+            if "ucrl2" in name:
+                model = (torch.tensor(x)[None] for x in (reward, transition, radius))
+                reward_1SA, transition_1SAT, radius_1SA = model
+                q.append(mdps.plan(reward_1SA, transition_1SAT, left, radius_1SA)[2][:, 0].numpy())
+            elif "myopic" in name:
+                q.append(np.array([reward] * left))
+            else:
+                q.append(loop_q(reward, transition, left, later))
+        assert policy_HBS[:, b].tolist() == np.max(q, axis=0).argmax(-1).tolist()
 
 
 def test_ucrl2_radii_widen_the_plan():
@@ -422,7 +460,9 @@ def test_ucrl2_radii_widen_the_plan():
     torch.testing.assert_close(values[2], reward_BSA.amax(-1) + 9 * best_B[:, None])
 
 
-def test_mdp_run_accounts_for_every_step():
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("counts_last", [True, False])
+def test_mdp_run_accounts_for_every_step(every_step, counts_last):
     """A walk without chance from 0 to 9, where it stays: every state is left once an episode."""
     b, beliefs = 500, []
     transition_BSAT = torch.zeros(b, 10, 5, 10)
@@ -431,17 +471,26 @@ def test_mdp_run_accounts_for_every_step():
     reward_BSA = torch.randn(10, 5, generator=seeded(1)).expand(b, 10, 5)
 
     def around(belief, generator):
-        beliefs.append((belief.counts.clone(), belief.sums.clone()))
-        return torch.full((10, b, 10), 3), 0.0
+        beliefs.append((belief.counts.clone(), belief.sums.clone(), belief.visits.clone(), belief.left))
+        wrong = torch.full((belief.left - 1 if every_step else 0, b, 10), 1)  # only the first step of a plan is taken
+        return torch.cat([torch.full((belief.left - len(wrong), b, 10), 3), wrong]), 0.0
 
-    total_B = mdps.run(around, (reward_BSA, transition_BSAT), 3, seeded(2))
-    for episode, (counts_BSAT, sums_BSA) in enumerate(beliefs):
+    rule = mdps.Rule(around, every_step=every_step, counts_last=counts_last)
+    total_B = mdps.run(rule, (reward_BSA, transition_BSAT), 3, seeded(2))
+    assert len(beliefs) == (30 if every_step else 3)
+    for number, (counts_BSAT, sums_BSA, visits_BSA, left) in enumerate(beliefs):
+        episode, step = divmod(number, 10) if every_step else (number, 0)
+        assert left == 10 - step
+        times_S = torch.tensor([episode + (s < step) for s in range(10)]).float()
         expected_SAT = torch.zeros(10, 5, 10)
-        expected_SAT[:, 3] = episode * transition_BSAT[0, :, 3]
+        expected_SAT[:, 3] = times_S[:, None] * transition_BSAT[0, :, 3]
+        if not counts_last:
+            expected_SAT[9] = 0  # state 9 is left in the last step
         assert (counts_BSAT == expected_SAT).all()
+        assert (visits_BSA[:, :, 3] == times_S).all()
         assert (sums_BSA[:, :, [0, 1, 2, 4]] == 0).all()
-        error_S = sums_BSA[:, :, 3].mean(0) - episode * reward_BSA[0, :, 3]
-        assert (error_S.abs() <= 4.5 * (episode / b) ** 0.5).all()
+        error_S = sums_BSA[:, :, 3].mean(0) - times_S * reward_BSA[0, :, 3]
+        assert (error_S.abs() <= 4.5 * (times_S / b) ** 0.5).all()
     assert total_B.mean().item() == pytest.approx(3 * reward_BSA[0, :, 3].sum().item(), abs=4 * (30 / b) ** 0.5)
     assert total_B.std().item() == pytest.approx(30**0.5, rel=0.15)
 
@@ -453,7 +502,7 @@ def test_mdp_run_draws_the_transitions():
         seen.append(belief)
         return torch.full((10, 3000, 10), 3), 0.0
 
-    mdps.run(third, model, 1, seeded(2))
+    mdps.run(mdps.Rule(third), model, 1, seeded(2))
     counts_ST = seen[0].counts[:, :, 3].sum(0)  # the belief as the run left it
     visits_S1, p_ST = counts_ST.sum(-1, keepdim=True), model[1][0, :, 3]
     assert counts_ST.sum() == 30000
@@ -463,13 +512,13 @@ def test_mdp_run_draws_the_transitions():
 def test_mdp_optimal_value_is_earned():
     """Copies of one MDP, played by its own best policy: the mean total is the planned value; half random is worse."""
     model = tuple(x[:1].expand(4000, *x.shape[1:]) for x in mdps.sample_mdps(1, seeded(1)))
-    policy_HBS, value_HBS = mdps.plan(*model)
-    total_B = mdps.run(lambda belief, generator: (policy_HBS, 0.0), model, 2, seeded(2))
+    policy_HBS, value_HBS, _ = mdps.plan(*model)
+    total_B = mdps.run(mdps.Rule(lambda belief, generator: (policy_HBS, 0.0)), model, 2, seeded(2))
     assert total_B.mean().item() == pytest.approx(
         2 * value_HBS[0, 0, 0].item(), abs=4 * total_B.std().item() / 4000**0.5
     )
-    explored_B = mdps.run(lambda belief, generator: (policy_HBS, 0.5), model, 2, seeded(2))
-    random_B = mdps.run(mdps.random, model, 2, seeded(2))
+    explored_B = mdps.run(mdps.Rule(lambda belief, generator: (policy_HBS, 0.5)), model, 2, seeded(2))
+    random_B = mdps.run(mdps.RULES["random"], model, 2, seeded(2))
     assert above(total_B - explored_B)
     assert above(explored_B - random_B)
 
@@ -480,10 +529,10 @@ def test_mdp_order_and_totals():
     assert model[0].std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(model[1].sum(-1), torch.ones(1000, 10, 5))
     assert model[1].var().item() == pytest.approx(0.1 * 0.9 / 11, rel=0.02)
-    algorithms = {name: getattr(mdps, name) for name in ("random", "greedy", "psrl", "optimistic_psrl")}
-    algorithms |= {name: functools.partial(getattr(mdps, name), strength=0.5) for name in ("beb", "epsilon_greedy")}
-    algorithms["ucrl2"] = functools.partial(mdps.ucrl2, strength=0.2)
-    total = {name: mdps.run(algorithm, model, 10, seeded(2)) for name, algorithm in algorithms.items()}
+    tuned = {"beb": 0.5, "beb_every_step": 0.75, "epsilon_greedy": 0.5, "ucrl2": 0.2, "myopic_bonus": 0.75}
+    tuned |= {"tabula_opsrl": 5, "tabula_ucrl2": 0.4, "tabula_beb": 0.0016, "tabula_epsilon_greedy": 0.1}
+    options = {name: {"strength": tuned[name]} if name in tuned else {} for name in mdps.RULES}
+    total = {name: mdps.run(rule, model, 10, seeded(2), **options[name]) for name, rule in mdps.RULES.items()}
     best_B = 10 * mdps.plan(*model)[1][0, :, 0]
     assert total["random"].mean().item() == pytest.approx(100, abs=2.5)
     assert total["psrl"].mean().item() == pytest.approx(134, abs=3)
@@ -493,6 +542,17 @@ def test_mdp_order_and_totals():
     for name in ("beb", "ucrl2"):
         assert above(total[name] - total["optimistic_psrl"])
         assert above(best_B - total[name])
+    for name in ("psrl", "beb", "greedy"):  # new knowledge is used at once
+        assert above(total[f"{name}_every_step"] - total[name])
+    assert above(total["myopic"] - total["beb"])
+    assert above(total["myopic_bonus"] - total["myopic"])
+    assert above(total["tabula_opsrl"] - total["tabula_psrl"])
+    for name in (
+        "psrl",
+        "opsrl",
+    ):  # the paper's figures, of 1,000 other MDPs
+        paper = dict(zip(mdps.COLUMNS, mdps.PAPER[10], strict=True))[f"tabula_{name}"]
+        assert total[f"tabula_{name}"].mean().item() == pytest.approx(paper, abs=4)
 
 
 # ---- tuning and the command lines ----
@@ -501,7 +561,11 @@ def test_mdp_order_and_totals():
 @pytest.mark.parametrize("module", [bandits, mdps])
 def test_the_best_parameter_is_taken(module, monkeypatch):
     grids = {"epsilon_greedy": (1.0, 0.0, 0.8), "ucb1": (0.2, 50.0), "ucrl2": (0.1, 50.0), "beb": (50.0, 0.5)}
-    best = {"epsilon_greedy": 0.0, "ucb1": 0.2, "ucrl2": 0.1, "beb": 0.5}
+    grids |= {"beb_every_step": (50.0, 0.5), "myopic_bonus": (50.0, 0.5), "tabula_opsrl": (20, 1)}
+    grids |= {"tabula_ucrl2": (0.4, 0.0001), "tabula_beb": (1.0, 0.0016), "tabula_epsilon_greedy": (1.0, 0.1)}
+    best = {"epsilon_greedy": 0.0, "ucb1": 0.2, "ucrl2": 0.1, "beb": 0.5, "beb_every_step": 0.5, "myopic_bonus": 0.5}
+    best |= {"tabula_opsrl": 20, "tabula_ucrl2": 0.4, "tabula_beb": 0.0016, "tabula_epsilon_greedy": 0.1}
+    grids["densest_thompson"], best["densest_thompson"] = (1, 10), 10
     monkeypatch.setattr(module, "GRIDS", {name: grids[name] for name in module.GRIDS})
     setting = {"arms": 5, "pulls": 50} if module is bandits else {"episodes": 8}
     result = module.evaluate(**setting, problems=200)
@@ -516,7 +580,8 @@ def test_command_line(file):
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (line,) = map(json.loads, out.splitlines())
     module = {"classic_bandits": bandits, "classic_mdps": mdps}[file]
-    names, best = module.COLUMNS[:-1], {"classic_bandits": "best arm", "classic_mdps": "optimal"}[file]
+    names = {"classic_bandits": bandits.POLICIES, "classic_mdps": mdps.RULES}[file]
+    best = {"classic_bandits": "best arm", "classic_mdps": "optimal"}[file]
     assert set(line["reward"]) == {*names, best}
     assert line["reward"][best][0] > line["reward"]["random"][0] + line["reward"]["random"][1]
     assert set(line["paper"]) == set(module.COLUMNS)

@@ -456,7 +456,12 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     elif hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
     elif hasattr(traced.Args, "episodes_per_trial"):
-        envs, wanted, sizes, init = PrimeTrials(), memory, SIZES | {"I": 13 + 13 + 2 + 2, "J": 13 + 2 + 2}, "init_network"
+        envs, wanted, sizes, init = (
+            PrimeTrials(),
+            memory,
+            SIZES | {"I": 13 + 13 + 2 + 2, "J": 13 + 2 + 2},
+            "init_network",
+        )
         sizes.pop("F")  # of any layer
     else:
         envs, sizes, init = PrimeSizes(), SIZES, None
