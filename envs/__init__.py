@@ -22,6 +22,7 @@ from envs.core import (
     held_out_uniform,
     one_thread,
 )
+from envs.experiments import Harlow, TwoStep
 from envs.fewshot import Glyphs, Omniglot
 from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
 from envs.gridworlds import (
@@ -87,6 +88,8 @@ HORIZONS = {
     DependentBandit: 1,
     TabularMDP: 10,
     MouseCheese: 30,
+    TwoStep: 200,
+    Harlow: 1,
     CartPoleLength: 200,
     CartPoleFixed: 200,
     EmptyRooms: 100,

@@ -20,7 +20,7 @@ episodes of a batch start together and end together at the horizon.
   that is not finite: the message says whose it is. On a GPU the host would have to wait in every step to see it; there
   it is the same error at the horizon, or at the next reset (`checks_late`).
 * Equal seeds give equal first observations whatever the tasks, the device and the number of threads; chance during an
-  episode comes from the same generator on the CPU. (Only `MouseCheese` shows a part of its task: the maze.)
+  episode comes from the same generator on the CPU. (`MouseCheese` and `Harlow` show a part of their tasks.)
 * Under torchrun the worlds of a batch are shared by several processes (envs/processes.py). An algorithm need not know:
   `reset` takes the tasks of all worlds; `noise`, `minibatches` and `choose` draw for all; each process takes its own
   part; `total` adds all parts up.

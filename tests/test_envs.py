@@ -24,11 +24,11 @@ from envs.navigation import Navigation2D
 ROOT = Path(__file__).parent.parent
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomotion.MujocoTaskVectorEnv)]
-SAME_TASKS = {"HalfCheetahDir", "AntDir", "NonstationaryABC"}  # train and test are the same two tasks
+SAME_TASKS = {"HalfCheetahDir", "AntDir", "NonstationaryABC", "TwoStep"}  # train and test are the same two tasks
 FORWARD = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]
 ONE_TASK = {**{name: [1.0] for name in FORWARD}, "CartPoleFixed": [0.5], "FixedABC": [1.0, -0.5, 0.5]}
 # Chance decides rewards and states; tests/test_envs_discrete.py has the oracles.
-RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP"]
+RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP", "TwoStep", "Harlow"]
 POLES = ["CartPoleLength", "CartPoleFixed"]  # tests/test_gridworlds.py has the oracles of these and of the grid worlds
 SWAPPED = ["RandomABCReversed", "RandomABCDiagonal", "SymABCReversed", "SymABCDiagonal"]
 ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"]
@@ -39,7 +39,12 @@ ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]  # by random acti
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
-SILENT = [*DISCRETE[:7], "EmptyRooms", "Navigation2D"]  # their observations do not tell that an episode has ended
+SILENT = [
+    *RANDOM,
+    "MouseCheese",
+    "EmptyRooms",
+    "Navigation2D",
+]  # their observations do not tell that an episode has ended
 every_telling = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SILENT])
 every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
@@ -116,9 +121,12 @@ def test_the_task_is_never_in_the_observation(name):
     tasks = venv.sample_tasks(8, seeded(0))
     if name == "MouseCheese":
         tasks[:, :4] = tasks[0, :4]  # the maze is seen, the cheese is not
+    if name == "Harlow":
+        tasks[:, :-1] = tasks[0, :-1]  # the objects are seen, the food is not
+        tasks[:, -1] = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0])
     first = venv.reset(seed=1, options={"tasks": tasks[:4]})[0]
     assert torch.equal(first, venv.reset(seed=1, options={"tasks": tasks[4:]})[0])
-    if name != "MouseCheese":
+    if name not in ("MouseCheese", "Harlow"):
         assert torch.equal(first, venv.reset(seed=1)[0])  # tasks drawn by reset do not disturb the start states
 
 
@@ -268,12 +276,13 @@ def test_test_tasks_are_held_out(name):
         turns = [torch.atan2(tasks[:, 1], tasks[:, 0]) for tasks in (train, test)]
         span = 1.0 if name == "SparseNavigation2D" else 2.0
         train_part, test_part = ((turn / (span * torch.pi)) % 1 for turn in turns)
-    elif name in RANDOM:
+    elif name in RANDOM and name != "Harlow":
         strips = 10 if name in ("GaussianBandit5", "TabularMDP") else 1
         train_part, test_part = (strips * tasks[:, 0] % 1 for tasks in (train, test))
     else:
         ranges = dict.fromkeys(("Navigation2D", "Navigation2DEndless"), (-0.5, 0.5)) | dict.fromkeys(ABC, (-1, 1))
         ranges |= {"HalfCheetahVel": (0, 2), "HalfCheetahVel3": (0, 3), "AntVel": (0, 3), "CartPoleLength": (0.5, 5)}
+        ranges |= {"Harlow": (-1, 1)}
         low, high = ranges.get(name, (-3, 3))
         train_part, test_part = ((tasks[:, 0] - low) / (high - low) for tasks in (train, test))
     # In fiftieths of the range, no interval holds tasks of both kinds, and together they cover all of it.

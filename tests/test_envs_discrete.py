@@ -1,7 +1,7 @@
 """Bandits, tabular decision processes and the mouse's maze, against statistics and slow implementations."""
 
 from collections import deque
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -406,3 +406,78 @@ def test_the_picture_shows_cheese_mouse_and_path():
     assert shown["mouse"] == {(3, 2)}
     assert shown["path"] == {(1, 1), (2, 1), (3, 1)}
     assert shown["wall"] == {divmod(i, 9) for i, cell in enumerate(MAZE.replace("\n", "")) if cell == "#"}
+
+
+# ---------------------------------------------------------------- the two-step task and Harlow's objects
+
+
+def test_two_step_ways_pay_and_reversals():
+    """3,000 worlds of 40 trials that always choose by a fixed pattern: all frequencies are those of the source."""
+    venv = FAMILIES["TwoStep"](3000, 80, dtype=torch.float64)
+    tasks = venv.sample_tasks(3000, seeded(0))
+    obs, _ = venv.reset(seed=1, options={"tasks": tasks})
+    assert torch.equal(obs, torch.tensor([1.0, 0, 0]).double().expand(3000, 3))
+    common, paid_by_place = [], []
+    for trial in range(40):
+        choice = torch.full((3000,), trial % 2)
+        obs, reward, terminated, truncated, _ = venv.step(choice)
+        assert not reward.any()
+        assert torch.equal(obs.sum(1), torch.ones(3000).double())
+        assert not obs[:, 0].any()
+        place = obs[:, 2].long()
+        common.append((place == choice).double())
+        obs, reward, terminated, truncated, _ = venv.step(torch.randint(2, (3000,), generator=seeded(trial)))
+        assert obs[:, 0].all()
+        assert {*reward.tolist()} == {0.0, 1.0}
+        better_at_first = (tasks[:, 0] < 0).long()
+        paid_by_place.append([reward[place == better_at_first].mean(), reward[place != better_at_first].mean()])
+    assert not terminated.any()
+    assert truncated.all()
+    assert torch.stack(common).mean() == pytest.approx(0.8, abs=4 * 0.4 / 120000**0.5)
+    # The place that paid better at first still does after t trials with probability (1 + 0.95^t) / 2.
+    for trial, (first, other) in enumerate(paid_by_place):
+        still = (1 + 0.95**trial) / 2
+        assert float(first) == pytest.approx(0.9 * still + 0.1 * (1 - still), abs=0.05)
+        assert float(other) == pytest.approx(0.1 * still + 0.9 * (1 - still), abs=0.05)
+
+
+def test_two_step_is_worth_what_a_planner_earns():
+    """Choosing by Bayes' rule earns far more than the half of all trials that chance does."""
+    venv = FAMILIES["TwoStep"](1000, 200, dtype=torch.float64)
+    venv.reset(seed=1, options={"tasks": venv.sample_tasks(1000, seeded(0))})
+    first_B, total_B = torch.full((1000,), 0.5), torch.zeros(1000)  # the probability that the first place is better
+    for _ in range(100):
+        obs, *_ = venv.step((first_B < 0.5).long())
+        place = obs[:, 2].long()
+        _, reward, *_ = venv.step(torch.zeros_like(place))
+        like_first = torch.where(place == 0, 0.9, 0.1)  # of a reward here, if the first place is better
+        like_first = torch.where(reward > 0, like_first, 1 - like_first)
+        odds = first_B * like_first / (first_B * like_first + (1 - first_B) * (1 - like_first))
+        first_B = odds * 0.975 + (1 - odds) * 0.025
+        total_B += reward.float()
+    assert 60 < total_B.mean() < 74  # 74 = 100 (0.8 0.9 + 0.2 0.1), with the better place always known
+
+
+def test_harlow_shows_both_objects_and_pays_one():
+    venv = FAMILIES["Harlow"](2000, 6, dtype=torch.float64)
+    tasks = venv.sample_tasks(2000, seeded(0), "test")
+    first, second, food = tasks[:, :8], tasks[:, 8:16], tasks[:, 16].long()
+    assert {*food.tolist()} == {0, 1}
+    assert tasks[:, :16].min() >= -1
+    assert tasks[:, :16].max() <= 1
+    assert tasks[:, 1:16].mean().abs() < 0.02
+    obs, _ = venv.reset(seed=1, options={"tasks": tasks})
+    sides = []
+    for trial in range(6):
+        left, right = obs[:, :8], obs[:, 8:]
+        first_is_left = (left == first).all(1)
+        assert torch.equal(left, torch.where(first_is_left[:, None], first, second))
+        assert torch.equal(right, torch.where(first_is_left[:, None], second, first))
+        sides.append(first_is_left)
+        action = torch.randint(2, (2000,), generator=seeded(trial))
+        obs, reward, *_ = venv.step(action)
+        chose_first = first_is_left == (action == 0)
+        assert torch.equal(reward > 0, chose_first == (food == 0))
+    assert torch.stack(sides).double().mean() == pytest.approx(0.5, abs=0.02)
+    stays = torch.stack([(a == b).double() for a, b in pairwise(sides)])
+    assert stays.mean() == pytest.approx(0.5, abs=0.02)

@@ -109,7 +109,7 @@ class Single(gym.Env):
 @pytest.mark.parametrize("drawn", [False, True])
 def test_parts_of_a_batch_are_its_worlds(family, drawn):
     """Each part moves as its worlds in the whole do, with given tasks and with tasks that the batch draws itself."""
-    whole, parts = family(num_envs=6), [family(num_envs=2) for _ in range(3)]
+    whole, *parts = (family(num_envs=number, max_episode_steps=10) for number in (6, 2, 2, 2))
     for number, part in enumerate(parts):
         part.shard = number, 3
     given = whole.sample_tasks(6, torch.Generator().manual_seed(1))
