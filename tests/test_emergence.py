@@ -14,20 +14,8 @@ from benchmark import emergence
 from benchmark.emergence import Choices, Options
 from envs.experiments import TwoStep
 
-
 SMALL = ["--meta-batch-size", "8", "--minibatches", "2", "--iterations", "2"]
 SMALL += ["--hidden-size", "16", "--eval-every", "1"]
-    "--meta-batch-size",
-    "8",
-    "--minibatches",
-    "2",
-    "--iterations",
-    "2",
-    "--hidden-size",
-    "16",
-    "--eval-every",
-    "1",
-]
 
 
 def seeded(seed):
