@@ -37,6 +37,7 @@ from envs.gridworlds import (
     SymABCDiagonal,
     SymABCReversed,
 )
+from envs.hidden_goals import DarkRoom, DarkRoomSmall, GridNavi, GridNaviUnseen
 from envs.imagined import Imagined
 from envs.lifetimes import Lifetimes
 from envs.locomotion import (
@@ -90,6 +91,10 @@ HORIZONS = {
     MouseCheese: 30,
     TwoStep: 200,
     Harlow: 1,
+    GridNavi: 15,
+    GridNaviUnseen: 15,
+    DarkRoom: 100,
+    DarkRoomSmall: 20,
     CartPoleLength: 200,
     CartPoleFixed: 200,
     EmptyRooms: 100,

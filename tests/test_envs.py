@@ -32,19 +32,21 @@ RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit
 POLES = ["CartPoleLength", "CartPoleFixed"]  # tests/test_gridworlds.py has the oracles of these and of the grid worlds
 SWAPPED = ["RandomABCReversed", "RandomABCDiagonal", "SymABCReversed", "SymABCDiagonal"]
 ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"]
-DISCRETE = [*RANDOM, "MouseCheese", *POLES, "EmptyRooms", *ABC]
+# Goals in training, in tests, in both; tests/test_envs_discrete.py has the oracles.
+HIDDEN_GOALS = {"GridNavi": (21, 21, 21), "GridNaviUnseen": (17, 4, 21)}
+HIDDEN_GOALS |= {
+    "DarkRoom": (80, 20, 100),
+    "DarkRoomSmall": (64, 17, 81),
+}
+DISCRETE = [*RANDOM, *HIDDEN_GOALS, "MouseCheese", *POLES, "EmptyRooms", *ABC]
 FALLING = ["AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams"]
 FALLING += ["AntForward", "HopperForward", "Walker2dForward"]
 ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]  # by random actions: none leads Navigation2D to its goal
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])
-SILENT = [
-    *RANDOM,
-    "MouseCheese",
-    "EmptyRooms",
-    "Navigation2D",
-]  # their observations do not tell that an episode has ended
+# Observations of these do not tell of an end.
+SILENT = [*RANDOM, *HIDDEN_GOALS, "MouseCheese", "EmptyRooms", "Navigation2D"]
 every_telling = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SILENT])
 every_determined = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RANDOM])
 every_mujoco = pytest.mark.parametrize("name", MUJOCO)
@@ -268,9 +270,10 @@ def test_test_tasks_are_held_out(name):
         train_mazes, test_mazes = ({tuple(doors) for doors in tasks[:, :4].tolist()} for tasks in (train, test))
         assert (len(train_mazes), len(test_mazes), len(train_mazes | test_mazes)) == (54, 27, 81)
         return
-    if name == "EmptyRooms":
+    if name in ("EmptyRooms", *HIDDEN_GOALS):
         train_goals, test_goals = ({tuple(goal) for goal in tasks.tolist()} for tasks in (train, test))
-        assert (len(train_goals), len(test_goals), len(train_goals | test_goals)) == (82, 21, 103)
+        numbers = HIDDEN_GOALS.get(name, (82, 21, 103))
+        assert (len(train_goals), len(test_goals), len(train_goals | test_goals)) == numbers
         return
     if name in ("SparseNavigation2D", "AntDir2D", "AntGoal", "HumanoidDir"):
         turns = [torch.atan2(tasks[:, 1], tasks[:, 0]) for tasks in (train, test)]

@@ -481,3 +481,41 @@ def test_harlow_shows_both_objects_and_pays_one():
     assert torch.stack(sides).double().mean() == pytest.approx(0.5, abs=0.02)
     stays = torch.stack([(a == b).double() for a, b in pairwise(sides)])
     assert stays.mean() == pytest.approx(0.5, abs=0.02)
+
+
+# ---------------------------------------------------------------- grids with hidden goals
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "start", "elsewhere", "near"),
+    [
+        ("GridNavi", 5, (0, 0), -0.1, 1),
+        ("GridNaviUnseen", 5, (0, 0), -0.1, 1),
+        ("DarkRoom", 10, (0, 0), 0.0, -1),
+        ("DarkRoomSmall", 9, (4, 4), 0.0, -1),
+    ],
+)
+def test_grids_with_hidden_goals_against_a_walk_by_hand(name, side, start, elsewhere, near):
+    venv = FAMILIES[name](60, 40, dtype=torch.float64)
+    tasks = venv.sample_tasks(60, seeded(0))
+    actions = torch.randint(5, (40, 60), generator=seeded(1))
+    obs, _ = venv.reset(seed=0, options={"tasks": tasks})
+    places = [list(start) for _ in range(60)]
+    step_of = {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1), 4: (-1, 0)}  # stay, up, right, down, left
+    found = 0
+    for action in actions:
+        for world in range(60):
+            assert obs[world].nonzero().tolist() == [[side * places[world][1] + places[world][0]]]
+        obs, reward, terminated, _, _ = venv.step(action)
+        for world in range(60):
+            for axis in (0, 1):
+                moved = places[world][axis] + step_of[int(action[world])][axis]
+                places[world][axis] = min(max(moved, 0), side - 1)
+            is_there = places[world] == tasks[world].int().tolist()
+            found += is_there
+            assert reward[world] == pytest.approx(1.0 if is_there else elsewhere, abs=1e-12)
+        assert not terminated.any()
+    assert found > 5
+    goals = {tuple(goal) for split in ("train", "test") for goal in FAMILIES[name].goals(split).tolist()}
+    allowed = [(x, y) for x in range(side) for y in range(side) if max(abs(x - start[0]), abs(y - start[1])) > near]
+    assert goals == set(allowed)
