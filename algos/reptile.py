@@ -48,7 +48,7 @@ class Args:
     env_id: str = "Sinusoid-v0"
     """Sinusoid-v0, SinusoidAllPhases-v0, SinusoidOrLine-v0 (curves), Glyphs-v0, Omniglot-v0 (images)"""
     data: str = ""
-    """folder of Omniglot-v0: it holds images_background/ and images_evaluation/"""
+    """folder of Omniglot-v0, with images_background and images_evaluation, unpacked or as zips"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, examples"""
     iterations: int = 10000

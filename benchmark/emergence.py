@@ -36,6 +36,7 @@ RESULTS = ROOT / "benchmark/results/emergence"
 TRIALS = 100
 RATES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # alpha and beta of the model-free agent: a grid whose best is not at an edge
 SLOPES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+LEVELS = (0.6, 0.7, 0.8, 0.9, 0.95)  # of right choices in Harlow's second trial, whose stages are drawn
 LAGS = 5  # trials that the regression looks back
 
 
@@ -196,7 +197,8 @@ def draw_two_step(agents: dict[str, dict]) -> None:
         axis.set(title=f"{name}\ninteraction {weight:.3f} +- {half:.3f}", xticks=[0.2, 1.2], ylim=(0, 1))
         axis.set_xticklabels(["rewarded", "not rewarded"])
     figure.axes[0].set_ylabel("repeats its choice")
-    figure.axes[0].legend(loc="lower left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
     figure.savefig(IMAGES / "emergence_two_step.png", dpi=110)
 
 
@@ -220,13 +222,16 @@ def draw_harlow(rows: list[dict]) -> None:
     """As Harlow drew it: right choices by trial, a line for each stage of the training."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    stages = sorted({min(len(rows) - 1, k) for k in (0, 1, 2, 3, 5, 8, 13, 21)})
+    # The first evaluation, the last, and each in which the second trial first reaches a level.
+    reached = [next((k for k, row in enumerate(rows) if row["right"][1] >= level), 0) for level in LEVELS]
+    stages = sorted({0, *reached, len(rows) - 1})
     for k, stage in enumerate(stages):
         row = rows[stage]
-        shade = str(0.8 - 0.8 * k / max(1, len(stages) - 1))
+        shade = str(0.8 - 0.79 * k / max(1, len(stages) - 1))
         left.plot(range(1, len(row["right"]) + 1), row["right"], "o-", color=shade, label=f"{row['tasks']:,}")
     left.set(xlabel="trial with two new objects", ylabel="right choices", ylim=(0.4, 1.02))
-    left.legend(title="pairs trained on", fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, title="left: pairs\ntrained on", loc="outside right center")
     for k in (0, 1, 5):
         right.plot([row["tasks"] for row in rows], [row["right"][k] for row in rows], label=f"trial {k + 1}")
     right.set(xlabel="pairs of objects trained on")

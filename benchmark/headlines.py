@@ -134,6 +134,7 @@ def args_of(row: Row, seed: int) -> list[dict]:
     found = []
     for command in row.commands:
         args = tyro.cli(import_module(f"algos.{row.file}").Args, args=flags_of(command, seed), default=args)
+        records.fill_in(args)
         found.append(json.loads(json.dumps(vars(args))))
     return found
 

@@ -3,19 +3,18 @@
 `Glyphs` draws its characters itself, from a seed; `Omniglot` reads the real ones from a folder.
 """
 
+import hashlib
+import inspect
 import math
 from pathlib import Path
-from statistics import mode
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 
 from envs.core import SupervisedTasks
+from envs.omniglot import CLASSES, SIDE, cached, read_omniglot, stamp
 
-SIDE = 28  # pixels
-CLASSES, INSTANCES, TRAIN_CLASSES = 1623, 20, 1200  # Omniglot's numbers, and its usual split
+INSTANCES, TRAIN_CLASSES = 20, 1200  # drawings of each of Omniglot's characters, and how many of these train
 STROKES, CONTROLS, SAMPLES = 4, 5, 16  # of a glyph at most; points a stroke runs through; curve points between two
 
 
@@ -67,21 +66,29 @@ class Glyphs(FewShot):
     """
 
     def __init__(self, ways=5, device="cpu", dtype=torch.float32, classes=CLASSES, instances=INSTANCES, seed=0):
-        images = draw_glyphs(classes, instances, Generator().manual_seed(seed), device)
+        def draw() -> Tensor:
+            return draw_glyphs(classes, instances, Generator().manual_seed(seed), device).cpu()
+
+        # What could change a pixel: the numbers, the code that draws, torch, and the kind of device.
+        code = hashlib.sha256(Path(inspect.getfile(draw_glyphs)).read_bytes()).hexdigest()
+        source = f"{classes} {instances} {seed} {code} {torch.__version__} {torch.device(device).type}"
+        images = cached("glyphs_28x28.pt", source, draw) if classes == CLASSES else draw()
         super().__init__(images, round(classes * TRAIN_CLASSES / CLASSES), ways, device, dtype)
 
 
 class Omniglot(FewShot):
     """Handwritten characters of 50 alphabets: 1,623 classes of 20 drawings (Lake et al. 2015).
 
-    Source: github.com/brendenlake/omniglot, python/images_background.zip and images_evaluation.zip, unpacked in `data`:
-    data/images_background/ALPHABET/characterNN/XXXX_NN.png.
+    Source: github.com/brendenlake/omniglot, python/images_background.zip and images_evaluation.zip: `data` is the
+    folder of these zips, or of what they hold, images_background/ALPHABET/characterNN/XXXX_NN.png, or one that has
+    either in omniglot-py/, as torchvision and learn2learn leave it. The pictures, 28 x 28, are kept in
+    omniglot_28x28.pt beside them, so that the next start is quick.
     Input, target, tasks: those of `FewShot`; 1,200 characters, drawn once with a fixed seed, are for training (of a
     part of the data set: the same share), as in openai/supervised-reptile; the others are held out.
     """
 
     def __init__(self, data: str, ways=5, device="cpu", dtype=torch.float32):
-        images = read_omniglot(data)
+        images = cached("omniglot_28x28.pt", stamp(data), lambda: read_omniglot(data), beside=Path(data))
         images = images[torch.randperm(len(images), generator=Generator().manual_seed(0))]
         super().__init__(images, round(len(images) * TRAIN_CLASSES / CLASSES), ways, device, dtype)
 
@@ -150,46 +157,3 @@ def render_strokes(points: Tensor, pen: Tensor) -> Tensor:
     near = y.mT @ x
     distance = (-torch.log(near) / beta).clamp_min(0).sqrt().masked_fill(near < 1e-32, math.inf)  # beyond 0.06
     return (255 * torch.sigmoid(140 * (pen[:, None, None] - distance))).round().to(torch.uint8)
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_omniglot(data: str) -> Tensor:
-    """Pictures [characters, drawings, 28, 28] (uint8) in the order of their names.
-
-    ValueError, naming what is wrong and where: no such folders, an alphabet without characters, a character that is
-    missing from an alphabet's numbering, one with other than the usual number of drawings, a file that is no picture.
-    """
-    folders = [Path(data) / name for name in ("images_background", "images_evaluation")]  # _small1: the same again
-    alphabets = sorted(path for folder in folders for path in folder.glob("[!.]*") if path.is_dir())
-    if not alphabets:
-        raise ValueError(f"{data}: no images_background/ALPHABET/characterNN/ folders there (Omniglot's layout)")
-    characters = [character for alphabet in alphabets for character in _characters_of(alphabet)]
-    if len(alphabets) == 50 and len(characters) != CLASSES:
-        raise ValueError(f"{data}: {len(characters)} characters in 50 alphabets; the whole Omniglot has {CLASSES}")
-    files = [sorted(character.glob("[!.]*.png")) for character in characters]
-    usual = mode(map(len, files))
-    for character, drawings in zip(characters, files, strict=True):
-        if len(drawings) != usual or not usual:
-            raise ValueError(f"{character}: {len(drawings)} drawings (.png), most characters have {usual}")
-    return torch.from_numpy(np.array([[_read(path) for path in drawings] for drawings in files]))
-
-
-def _characters_of(alphabet: Path) -> list[Path]:
-    characters = sorted(path for path in alphabet.glob("character*") if path.is_dir())
-    if not characters:
-        raise ValueError(f"{alphabet}: no characterNN folders there")
-    for number, character in enumerate(characters, 1):
-        if character.name != f"character{number:02d}":
-            raise ValueError(f"{alphabet}: character{number:02d} is missing (the next one is {character.name})")
-    return characters
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
-    return 255 - np.asarray(small)  # black ink on white paper becomes 255 on 0

@@ -112,8 +112,7 @@ def parse(Args: type, argv: list[str] | None, description: str, algorithm: str, 
     if resume or evaluate:
         saved = load_checkpoint(resume or evaluate, algorithm, Args, flag="--resume" if resume else "--evaluate")
     args = read_flags(Args, argv, saved.get("args"))
-    if getattr(args, "horizon", 1) is None:
-        args.horizon = default_horizon(args.env_id)
+    fill_in(args)
     if saved:
         saved["changed"] = changes(args, saved["args"])
         if resume:
@@ -124,6 +123,12 @@ def parse(Args: type, argv: list[str] | None, description: str, algorithm: str, 
         run = f"{resume or evaluate}, " if saved else ""
         say(f"{algorithm} {doing} {run}{args.env_id}, seed {args.seed}, on {device}")
     return args, saved
+
+
+def fill_in(args) -> None:
+    """Give the flags that follow the environment, where they are not given, the values that it asks for."""
+    if getattr(args, "horizon", 1) is None:
+        args.horizon = default_horizon(args.env_id)
 
 
 def read_flags(Args: type, argv: list[str], default) -> object:
@@ -268,9 +273,9 @@ def new_folder(args, algorithm: str) -> Path:
     """A folder that no other run has, under runs/."""
     defaults = {field.name: field.default for field in fields(args)}
     with suppress(TypeError, ValueError):
-        defaults |= vars(type(args)(env_id=args.env_id))  # some defaults follow the environment
-    if defaults.get("horizon", 1) is None:
-        defaults["horizon"] = default_horizon(args.env_id)
+        usual = type(args)(env_id=args.env_id)  # some defaults follow the environment
+        fill_in(usual)
+        defaults |= vars(usual)
     told = ""
     for name, value in vars(args).items():
         if name not in NAMELESS and value != defaults[name] and len(told) < 40:

@@ -1,7 +1,9 @@
 """The supervised task families: their contract, the curves, the drawn characters, Omniglot's folder, clear errors."""
 
 import math
+import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from PIL import Image, ImageDraw
 import envs
 from envs import fewshot
 from envs.core import SupervisedTasks
-from envs.fewshot import FewShot, Glyphs, Omniglot, catmull_rom, draw_glyphs, read_omniglot, render_strokes
+from envs.fewshot import FewShot, Glyphs, Omniglot, catmull_rom, draw_glyphs, render_strokes
+from envs.omniglot import cached, read_omniglot, stamp
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 
 pytestmark = pytest.mark.xdist_group("supervised_envs")
@@ -664,3 +667,138 @@ def test_cuda_without_a_device_is_refused(name, monkeypatch, folder):
     message = refusal(f"{name}-v0", 5, 2, str(folder) if name == "Omniglot" else "", cuda=True)
     assert message.startswith("--cuda: torch sees no CUDA device")
     assert "leave the flag out" in message
+
+
+# ---------------------------------------------------------------- zips, other layouts, and what is kept
+
+
+def pack(root, part):
+    """A part as the official distribution has it: a zip beside the folder, which goes."""
+    with zipfile.ZipFile(root / f"{part}.zip", "w") as file:
+        for path in sorted((root / part).rglob("*"), reverse=True):  # the order in a zip is nobody's promise
+            file.write(path, path.relative_to(root))
+    shutil.rmtree(root / part)
+
+
+def test_zips_are_read_as_the_folders_in_them(tmp_path):
+    root = write_omniglot(tmp_path, {"images_background/Greek": 3, "images_evaluation/Aurek": 2}, 2)
+    expected = read_omniglot(str(root))
+    pack(root, "images_evaluation")
+    assert torch.equal(read_omniglot(str(root)), expected)
+    pack(root, "images_background")
+    assert torch.equal(read_omniglot(str(root)), expected)
+
+
+def test_torchvisions_layout_is_found(tmp_path):
+    root = write_omniglot(tmp_path / "omniglot-py", {"images_background/Greek": 3, "images_evaluation/Aurek": 2}, 2)
+    pack(root, "images_evaluation")
+    assert torch.equal(read_omniglot(str(tmp_path)), read_omniglot(str(root)))
+
+
+def _cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+    return str(path), "not a whole zip"
+
+
+def _damaged(path):
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("images_background/Latin/character02/0005_01.png")
+    content[info.header_offset + 80] ^= 1
+    path.write_bytes(content)
+    return f"{path}/Latin/character02/0005_01.png", "not a picture"
+
+
+def _without_an_alphabets_characters(path):
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("images_background/Klingon/", "")
+    return f"{path}/Klingon", "no characterNN folders"
+
+
+def _no_omniglot(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("cats/1.png", "")
+    return str(path.parent), "no images_background/ALPHABET/characterNN/ folders"
+
+
+@pytest.mark.parametrize("breaks", [_cut_short, _damaged, _without_an_alphabets_characters, _no_omniglot])
+def test_a_broken_zip_is_a_value_error_that_names_the_place(breaks, tmp_path):
+    root = write_omniglot(tmp_path / "data", {"images_background/Greek": 3, "images_background/Latin": 4}, 2)
+    pack(root, "images_background")
+    place, words = breaks(root / "images_background.zip")
+    with pytest.raises(ValueError, match=words) as error:
+        read_omniglot(str(root))
+    assert str(error.value).startswith(place)
+    assert refusal("Omniglot-v0", 2, 2, str(root)) == f"--data {error.value}"
+
+
+@pytest.fixture
+def makes(tmp_path, monkeypatch):
+    """Keeps a tensor under a source, and tells whether it had to be made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+    def keep(source, value, beside=None):
+        made = []
+        images = cached("x.pt", source, lambda: made.append(1) or torch.full((2, 3), value, dtype=torch.uint8), beside)
+        return images.flatten().tolist(), bool(made)
+
+    return keep
+
+
+def test_what_is_kept_is_used_while_it_is_whole_and_of_the_same_source(makes, tmp_path):
+    ones, twos = [1] * 6, [2] * 6
+    assert makes("a", 1, tmp_path) == (ones, True)
+    assert makes("a", 2, tmp_path) == (ones, False)
+    assert makes("b", 2, tmp_path) == (twos, True)
+    assert makes("b", 1, tmp_path) == (twos, False)
+    assert not (tmp_path / "home").exists()
+    path = tmp_path / "x.pt"
+    whole = path.read_bytes()
+    position = whole.rindex(b"\2\2\2\2\2\2")
+    for broken in (whole[:-100], b"", b"nonsense", whole[:position] + b"\3" + whole[position + 1 :]):
+        path.write_bytes(broken)
+        assert makes("b", 2, tmp_path) == (twos, True)
+        assert makes("b", 1, tmp_path) == (twos, False)
+
+
+def test_where_nothing_can_be_written_the_home_keeps_it_or_nothing_does(makes, tmp_path):
+    (tmp_path / "file").write_bytes(b"")  # no folder: nothing can be written there, not even by root
+    assert makes("a", 1, tmp_path / "file") == ([1] * 6, True)
+    assert (tmp_path / "home/cleanmeta/x.pt").exists()
+    assert makes("a", 2, tmp_path / "file") == ([1] * 6, False)
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").write_bytes(b"")
+    assert makes("a", 2, tmp_path / "file") == ([2] * 6, True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_omniglots_second_start_reads_what_the_first_one_kept_unless_a_file_has_changed(packed, tmp_path, monkeypatch):
+    root = write_omniglot(tmp_path, {"images_background/Greek": 3, "images_evaluation/Aurek": 3}, 2)
+    if packed:
+        pack(root, "images_background")
+        pack(root, "images_evaluation")
+    reads = []
+    monkeypatch.setattr(fewshot, "read_omniglot", lambda data: reads.append(data) or read_omniglot(data))
+    first = Omniglot(str(root), 2).images
+    assert torch.equal(Omniglot(str(root), 2).images, first)
+    assert len(reads) == 1
+    before = stamp(str(root))
+    changed = root / "images_evaluation.zip" if packed else next(root.rglob("*.png"))
+    os.utime(changed, ns=(0, 0))
+    assert stamp(str(root)) != before
+    assert torch.equal(Omniglot(str(root), 2).images, first)
+    assert len(reads) == 2
+
+
+def test_glyphs_are_drawn_once(monkeypatch):
+    drawn = []
+
+    def draw(classes, instances, generator, device):
+        drawn.append(classes)
+        return torch.randint(256, (classes, instances, 28, 28), generator=generator, dtype=torch.uint8)
+
+    monkeypatch.setattr(fewshot, "draw_glyphs", draw)
+    first, again, other = Glyphs().images, Glyphs().images, Glyphs(seed=1).images
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert drawn == [1623, 1623]
