@@ -1,10 +1,22 @@
-"""For all tests: what the environments keep to start quickly is kept in a folder of the tests."""
+"""For all tests: what the environments keep to start quickly is kept in a folder of the test."""
+
+from itertools import count
 
 import pytest
 
+NUMBERS = count()
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
+def _cache(tmp_path_factory):
+    """A folder for what fixtures of modules keep."""
+    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_cache, monkeypatch):
+    """A test that draws pictures of its own must not leave them to others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_cache / str(next(NUMBERS))))

@@ -51,7 +51,7 @@ def test_kept_results_are_the_line_and_what_the_run_wrote(finished, capsys):
     assert (results / "TabularMDP_25x10_gru_seed1.args.json").read_bytes() == (folder / "args.json").read_bytes()
     with rl2.gzip.open(results / "TabularMDP_25x10_gru_seed1.metrics.jsonl.gz") as file:
         assert file.read() == (folder / "metrics.jsonl").read_bytes()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1].split(" ", 1)[1])["paper"]["psrl"] == 408.8
+    assert json.loads(capsys.readouterr().out.splitlines()[-1].split(" ", 1)[1])["paper"]["tabula_psrl"] == 408.8
 
 
 def test_steps_of_the_mouse_are_those_of_the_environment(finished):
