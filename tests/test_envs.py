@@ -939,6 +939,7 @@ def test_wrong_choices_are_told_at_the_horizon_where_asking_would_wait():
 
 DRAWS = """
 import sys; sys.path.insert(0, {root!r})
+from itertools import cycle
 import gymnasium as gym, numpy as np, torch, envs
 from envs.render import adaptation_gif
 pictured = [family for family in envs.HORIZONS if family.render_frame is not envs.TaskVectorEnv.render_frame]
@@ -963,8 +964,8 @@ adaptation_gif("b.gif", points, {{"x": lambda obs: torch.ones(1, 2)}}, every=1)
 for family in (f for f in pictured if hasattr(f(1).single_action_space, "n")):
     worlds = envs.make(f"{{family.__name__}}-v0", 2, 7, discrete=True)
     worlds.reset()
-    last = worlds.action_space.nvec[:1] - 1
-    adaptation_gif(f"{{family.__name__}}.gif", worlds, {{"last": lambda obs: last}}, every=1)
+    in_turn = cycle(range(worlds.action_space.nvec[0] - 1, -1, -1))  # some have no effect at first
+    adaptation_gif(f"{{family.__name__}}.gif", worlds, {{"in turn": lambda obs: np.full(1, next(in_turn))}}, every=1)
 """
 
 
