@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
 from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion, processor  # noqa: E402
-from envs.records import Follower, first_state  # noqa: E402
+from envs.records import Follower, fill_in, first_state  # noqa: E402
 
 
 @dataclass
@@ -305,6 +305,7 @@ def parse(flags: list[str] | None = None) -> tuple:
     algorithm, (run, iterations) = load(ROOT / f"algos/{options.algorithm}.py"), runner(options.algorithm)
     default = {"default": algorithm.Args(hidden_size=100)} if options.algorithm in SAMPLING else {}
     args = tyro.cli(algorithm.Args, args=rest, **default)
+    fill_in(args)
     args.iterations, args.eval_every = 10**9, 10**9  # the stopwatch ends train(), and nothing is evaluated
     options.iterations = options.iterations or iterations
     algorithm.evaluate = lambda *_, **__: ({}, {}) if options.algorithm in SAMPLING else {}
