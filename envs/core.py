@@ -132,11 +132,13 @@ def alternating_signs(num_tasks: int, generator: Generator, split: str) -> Tenso
     return (1.0 - 2.0 * ((torch.arange(num_tasks) + first) % 2))[:, None]
 
 
-def stratified(points: Tensor, count: int, order: Tensor | None = None) -> Tensor:
+def stratified(points: Tensor, count: int, generator: Generator, order: Tensor | None = None) -> Tensor:
     """The numbers [count] of points [M, P] that cover their space evenly, as do the first n of them for every n.
 
     The points are halved again and again, each time at the middle of the coordinate in which they differ most, until
-    there are `count` parts, a power of two up to M; of each part the first point is taken. The two halves take turns.
+    there are `count` parts, a power of two up to M; of each part the first point is taken. The two halves take turns;
+    which of them begins is drawn, as in Owen's scrambled sequences. Were it always the lower one, the first n points
+    would lie in the lower corners of n parts.
     """
     order = torch.arange(len(points)) if order is None else order
     if count == 1:
@@ -145,7 +147,9 @@ def stratified(points: Tensor, count: int, order: Tensor | None = None) -> Tenso
     order = order.sort().values
     order = order[points[order, widest].argsort(stable=True)]
     halves = order.tensor_split(2)
-    return torch.stack([stratified(points, count // 2, half) for half in halves], 1).flatten()
+    if torch.rand(1, generator=generator) < 0.5:
+        halves = halves[::-1]
+    return torch.stack([stratified(points, count // 2, generator, half) for half in halves], 1).flatten()
 
 
 class TestSet:
@@ -165,7 +169,8 @@ class TestSet:
             drawn = self.sample_tasks(4 * size, Generator().manual_seed(TEST_SEED), "test")
             points = drawn.cpu().double()
             points = points / points.std(0, correction=0).clamp_min(1e-12)
-            self._test_tasks = drawn[stratified(points, size).to(drawn.device)]
+            chosen = stratified(points, size, Generator().manual_seed(TEST_SEED + 2))
+            self._test_tasks = drawn[chosen.to(drawn.device)]
         return self._test_tasks[:num_tasks].clone(), Generator().manual_seed(TEST_SEED + 1)
 
     def test_set_name(self) -> str:

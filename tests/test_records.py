@@ -118,10 +118,22 @@ def test_the_test_set_covers_the_range_evenly():
 
 def test_one_point_is_taken_from_each_part_of_the_plane():
     points = torch.rand(4096, 2, generator=seeded(1), dtype=torch.float64)
-    chosen = stratified(points, 64)
+    chosen = stratified(points, 64, seeded(2))
     assert len(set(chosen.tolist())) == 64
     cells = np.histogram2d(*points[chosen].numpy().T, bins=4, range=[[0, 1], [0, 1]])[0]
     assert (np.abs(cells - 4) <= 2).all()  # 4 in each; of 64 random points one cell in ten would be further away
+
+
+@pytest.mark.parametrize("number", [20, 40, 64, 100, 500])
+@pytest.mark.parametrize("env_id", ["HalfCheetahVel-v0", "Navigation2D-v0", "RandomABC-v0", "Bandit5-v0", "Bandit10-v0"])
+def test_small_test_sets_lean_to_no_side(env_id, number):
+    """Means in units of the spread, of each coordinate and of all together, are no larger than those of random tasks."""
+    envs = make(env_id, 1, 5, discrete=True).unwrapped
+    drawn = envs.sample_tasks(50_000, seeded(1), "test").double()
+    tasks = envs.test_set(number)[0].double()
+    shift = (tasks.mean(0) - drawn.mean(0)) / drawn.std(0)
+    assert shift.abs().max() < 3 / number**0.5
+    assert shift.mean().abs() < 2 / (number * len(shift)) ** 0.5
 
 
 def test_the_test_set_has_the_mean_and_the_spread_of_the_family():
