@@ -4,7 +4,7 @@ Paper: Finn, Abbeel, Levine 2017, arXiv:1703.03400, Algorithm 3. TRPO: 1502.0547
     1810.06784, DiCE 1802.05098, Loaded DiCE 1909.10549, E-MAML 1803.01118. Learned step sizes: 1707.09835.
 Run: python algos/maml_trpo.py --env-id HalfCheetahDir-v0     (--help explains every flag; --cuda: on the GPU)
 Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -4, 703, 693 (paper: -51,
-    293, 316, at iteration 100, too; its 200 steps are a fifth of the time); Navigation2D: docs/maml_trpo.md
+    293, 316 in episodes a fifth as long, 0.01 s a step, here 0.05 s); Navigation2D: docs/maml_trpo.md
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta, the support D_i
@@ -15,8 +15,8 @@ Algorithm:
     [6]     J(theta) = mean_i mean_D'_i [ pi_theta'_i(a|s) / pi_old_i(a|s) A ], theta'_i a function of theta
     [7]     g = grad J(theta), through the inner steps
     [8]     d = (F + damping)^-1 g by conjugate gradient, F the Hessian of mean_i KL(pi_old_i || pi_theta'_i)
-    [9]     theta <- theta + the longest of some steps along d with mean KL <= delta and a better J
-    [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
+    [9]     theta <- theta + the longest step tried along d (`longest_allowed`) with KL <= delta, J better
+    [10]    every eval_every iterations: return on test tasks after 0, 1, .. inner steps (2nd on: alpha / 2)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, delta = max_kl, lambda of [3] = gae_lambda;
     pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
@@ -166,14 +166,14 @@ def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
 
 @torch.no_grad()
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
-    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+    """Play E episodes of each task, with one policy for all tasks or one per task: by name, [N, E, T, ..].
 
-    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    `envs` has N * E worlds, a task's side by side, takes and gives tensors, and never restarts by itself.
     """
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; axis 1: tasks, of this process
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -234,8 +234,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
-    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
+    # At least 0.3 % of the rms of what was subtracted: where actions change nothing, only what the baseline
+    # cannot fit is left (less than that at T = 200), which must not be scaled up to noise of size 1.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -377,7 +377,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 def longest_allowed(is_allowed) -> float:
     """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
-    fraction = 0.92  # the whole step would end on the border, at best: its KL is only about quadratic
+    fraction = 0.92  # of the step predicted: KL is not quadratic, and F is known by a share of the data
     if is_allowed(fraction):
         return fraction
     allowed = 0.0
@@ -388,7 +388,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # where the KL is what refuses, it is now 1 / 1.06^2 of delta or more
+        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if it refuses
             break
     return allowed
 
@@ -396,7 +396,7 @@ def longest_allowed(is_allowed) -> float:
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives` gives, for theta and these batches, J_i [N] and the outputs of the adapted policies [6].
+    `objectives`, `surrogate` or mbmpo.py's, gives J_i [N] and the adapted policies' outputs (step 6).
     """
     theta_W = parameters_to_vector(theta.values())
 
@@ -408,12 +408,12 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     gradient_W, J = average(gradient_W, J)
     fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W, F_direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
-    # A small step d has a KL of about d^T F d / 2: this one ends at the border, or before it by the damping.
+    # A small step d has a KL of about d^T F d / 2: of this one that is delta, or by the damping less.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ F_direction_W).clamp_min(1e-30)).sqrt()
     tried = {0.0: (torch.zeros_like(J), J)}  # KL and J at a fraction of the step
 
     def is_allowed(fraction: float) -> bool:
-        with torch.no_grad():
+        with torch.no_grad():  # by theta; torch.func takes the inner steps' gradients all the same
             J_new, new = mean_objective(theta_W + fraction * step_W)
         kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
         kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
@@ -431,8 +431,8 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
-    stands for half the width of that mean's 95 % interval, taken over different tasks.
+    A run logs the means of metrics over tasks; of a pair (x, tasks), here x is the gain of adaptation, half
+    the 95 % interval of x's mean, for which equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta
@@ -471,7 +471,7 @@ def train(envs, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -506,6 +506,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.evaluate:
             train(envs, args, run, state)
         if args.capture_video:
+            # Of the first test task; alpha.*, which has no axis N, is cut, too, but not needed.
             params = {name: value[0] for name, value in evaluate(envs, state["theta"], args)[1].items()}
             run.film(envs, policy, {"before": state["theta"], "after": params})
 

@@ -176,14 +176,14 @@ def normalised_change(models: Params, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
-    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+    """Play E episodes of each task, with one policy for all tasks or one per task: by name, [N, E, T, ..].
 
-    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    `envs` has N * E worlds, a task's side by side, takes and gives tensors, and never restarts by itself.
     """
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; axis 1: tasks, of this process
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -244,8 +244,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
-    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
+    # At least 0.3 % of the rms of what was subtracted: where actions change nothing, only what the baseline
+    # cannot fit is left (less than that at T = 200), which must not be scaled up to noise of size 1.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -409,7 +409,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 def longest_allowed(is_allowed) -> float:
     """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
-    fraction = 0.92  # the whole step would end on the border, at best: its KL is only about quadratic
+    fraction = 0.92  # of the step predicted: KL is not quadratic, and F is known by a share of the data
     if is_allowed(fraction):
         return fraction
     allowed = 0.0
@@ -420,7 +420,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # where the KL is what refuses, it is now 1 / 1.06^2 of delta or more
+        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if it refuses
             break
     return allowed
 
@@ -428,7 +428,7 @@ def longest_allowed(is_allowed) -> float:
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives` gives, for theta and these batches, J_i [N] and the outputs of the adapted policies [6].
+    `objectives`, `surrogate` or mbmpo.py's, gives J_i [N] and the adapted policies' outputs (step 6).
     """
     theta_W = parameters_to_vector(theta.values())
 
@@ -440,12 +440,12 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     gradient_W, J = average(gradient_W, J)
     fisher = fisher_product(theta, objectives, supports, query, args)
     direction_W, F_direction_W = conjugate_gradient(fisher, gradient_W)  # [8]
-    # A small step d has a KL of about d^T F d / 2: this one ends at the border, or before it by the damping.
+    # A small step d has a KL of about d^T F d / 2: of this one that is delta, or by the damping less.
     step_W = direction_W * (2 * args.max_kl / (direction_W @ F_direction_W).clamp_min(1e-30)).sqrt()
     tried = {0.0: (torch.zeros_like(J), J)}  # KL and J at a fraction of the step
 
     def is_allowed(fraction: float) -> bool:
-        with torch.no_grad():
+        with torch.no_grad():  # by theta; torch.func takes the inner steps' gradients all the same
             J_new, new = mean_objective(theta_W + fraction * step_W)
         kl_NB = kl_divergence(normal(*old), normal(*new)).sum(-1) * query.mask.flatten(1)
         kl, J_new = average((kl_NB.sum(1) / query.mask.sum((1, 2))).mean(), J_new)
@@ -522,7 +522,7 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()

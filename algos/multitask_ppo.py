@@ -4,7 +4,7 @@ Paper: Schulman et al. 2017, arXiv:1707.06347 (PPO). The yardsticks are those of
     5.3): a pretrained and a random initialisation, fine-tuned, and an oracle that sees the task.
 Run: python algos/multitask_ppo.py --env-id HalfCheetahDir-v0      (domain randomisation: the task is hidden)
     python algos/multitask_ppo.py --env-id HalfCheetahDir-v0 --task-given                         (the oracle)
-Result: HalfCheetahVel after 0, 1, 3 steps of fine-tuning: -57, -43, -29 (MAML: -58, -45, -39), the oracle
+Result: HalfCheetahVel after 0, 1, 3 steps of fine-tuning: -57, -43, -29 (maml_trpo.py: -58, -45, -39), oracle
     -16; HalfCheetahDir: 0, 0, 0, for it learns to stand still, the oracle 672 (MAML: -4, 703, 693) with
     `--horizon 200 --iterations 200 --lr 0.003`
 Algorithm:
@@ -13,9 +13,10 @@ Algorithm:
     [3]     per batch: advantages A by GAE over a linear baseline fitted to the task's own batch, normalised
     [4]     J = mean [ min(r A, clip(r, 1 - eps, 1 + eps) A) ], r = pi_theta(a|s) / pi_old(a|s),
             pi_old the policy that sampled the episodes
-    [5]     several times over all of them, in random parts: theta <- one step of Adam on J + c H(pi_theta)
-    [6]     now and then, per test task: the return after 0, 1, .. steps of fine-tuning, each of them E
-            episodes and SGD on J; in the first iteration also from the random theta (`random/return_k0`, ..)
+    [5]     several times over all of them, in random parts: theta <- one step of Adam on J + c H(pi_theta),
+            the gradient's norm bounded, the step size falling to 0
+    [6]     every eval_every iterations, per test task: the return after 0, 1, .. steps of fine-tuning, each
+            of E episodes and SGD on J; in the first also from the random theta (`random/return_k0`, ..)
 Symbols: eps = clip, c = entropy_coef, H = the entropy, lambda of [3] = gae_lambda.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
     O observation, A action, P task vector, F features of the baseline, Y of time. The entries of parameter
@@ -157,14 +158,14 @@ def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
 
 @torch.no_grad()
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
-    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+    """Play E episodes of each task, with one policy for all tasks or one per task: by name, [N, E, T, ..].
 
-    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    `envs` has N * E worlds, a task's side by side, takes and gives tensors, and never restarts by itself.
     """
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; axis 1: tasks, of this process
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -225,8 +226,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
-    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
+    # At least 0.3 % of the rms of what was subtracted: where actions change nothing, only what the baseline
+    # cannot fit is left (less than that at T = 200), which must not be scaled up to noise of size 1.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -292,8 +293,8 @@ def learn_all(
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Fine-tune to the test tasks, the same tasks and noise in every run: metrics, parameters.
 
-    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
-    stands for half the width of that mean's 95 % interval, taken over different tasks.
+    A run logs the means of metrics over tasks; of a pair (x, tasks), here x is the gain of fine-tuning, half
+    the 95 % interval of x's mean, for which equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta

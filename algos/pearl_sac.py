@@ -467,7 +467,7 @@ def train(envs, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()

@@ -18,7 +18,7 @@ Algorithm:
             With K > 1 the mean over the inner steps, each with its eta and the policies before that step
     [8]     several times on the same data: theta <- one step of Adam on J, through the inner steps
     [9]     --target-kl: an eta doubles if its KL came out above 1.5 times the target, halves if below 1 / 1.5
-    [10]    now and then: return on the test tasks after 0, 1, .. inner steps (alpha / 2 from the second on)
+    [10]    every eval_every iterations: return on test tasks after 0, 1, .. inner steps (2nd on: alpha / 2)
 Symbols: theta'_i = params, alpha = inner_lr, K = inner_steps, eps = clip, eta = kl_coef, lambda of [3] =
     gae_lambda; pi_old_i is the policy that sampled D'_i: pi_theta'_i at the theta before the update.
 Shapes: a suffix names a tensor's axes (obs_NETO): N tasks, E episodes per task, T steps, B = E * T samples,
@@ -159,14 +159,14 @@ def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
 
 @torch.no_grad()
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
-    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+    """Play E episodes of each task, with one policy for all tasks or one per task: by name, [N, E, T, ..].
 
-    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    `envs` has N * E worlds, a task's side by side, takes and gives tensors, and never restarts by itself.
     """
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; axis 1: tasks, of this process
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -227,8 +227,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
-    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
+    # At least 0.3 % of the rms of what was subtracted: where actions change nothing, only what the baseline
+    # cannot fit is left (less than that at T = 200), which must not be scaled up to noise of size 1.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -321,9 +321,10 @@ def meta_update(
 ) -> dict[str, float]:
     """Steps of Adam on J, which change theta in place; J's parts after them, and the last gradient's norm.
 
-    Before, the gain and all KL are 0: all ratios are 1, and advantages have the mean 0.
+    There are none before them: the gain and all KL would be 0, for ratios are 1 and advantages have mean 0.
     """
-    with torch.no_grad():  # theta has not changed yet: it is the one that sampled
+    # theta has not changed yet: it is the one that sampled. torch.func takes inner gradients in no_grad, too.
+    with torch.no_grad():
         old, _ = repeat_inner_steps(theta, supports, args)
     for _ in range(args.epochs):
         gradient, _ = grad(promp_objective, has_aux=True)(theta, old, supports, query, args, kl_coef)
@@ -352,8 +353,8 @@ def next_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
-    stands for half the width of that mean's 95 % interval, taken over different tasks.
+    A run logs the means of metrics over tasks; of a pair (x, tasks), here x is the gain of adaptation, half
+    the 95 % interval of x's mean, for which equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta
@@ -403,7 +404,7 @@ def train(envs, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()

@@ -12,7 +12,7 @@ Algorithm:
                 pi_old_i the policy that sampled the batch
     [5]         phi_i <- phi_i + alpha grad J_i, several times on the same batch
     [6]     theta <- theta + epsilon mean_i (phi_i - theta), epsilon falling linearly to 0
-    [7]     now and then: return on the test tasks after 0, 1, .. inner steps ([2] to [5])
+    [7]     every eval_every iterations: return on the test tasks after 0, 1, .. inner steps ([2] to [5])
 With one step of [5] and k = 1 theta climbs the mean return of all tasks, which is joint training; whatever
     prepares theta for adaptation is of second order in alpha and grows with more steps (section 5).
 Symbols: phi_i = params, k = inner_steps, alpha = inner_lr, eps = clip, epsilon = outer_lr at the start,
@@ -147,14 +147,14 @@ def batch_log_prob(params: Params, batch: Episodes) -> Tensor:
 
 @torch.no_grad()
 def rollout(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Generator) -> dict[str, Tensor]:
-    """Play E episodes of each task, all at once, with one policy for all tasks or one policy per task.
+    """Play E episodes of each task, with one policy for all tasks or one per task: by name, [N, E, T, ..].
 
-    Returns obs [N, E, T, O], action [N, E, T, A], and log_prob, mask and reward [N, E, T], by name.
+    `envs` has N * E worlds, a task's side by side, takes and gives tensors, and never restarts by itself.
     """
     E = args.episodes_per_task
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.horizon, len(tasks_NP), E, *envs.single_action_space.shape
-    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # standard normal; tasks lie along axis 1
+    noise_TNEA = envs.unwrapped.noise(generator, *size, dim=1)  # normal; axis 1: tasks, of this process
     obs, _ = envs.reset(seed=seed, options={"tasks": tasks_NP.repeat_interleave(E, 0)})
     playing_NE = torch.ones_like(noise_TNEA[0, :, :, 0])
     steps = []
@@ -215,8 +215,8 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     subtracted_NET = value_NET + mean_N11
     std_N11 = (weight_NET * centred_NET.square()).sum((1, 2), keepdim=True).sqrt()
     level_N11 = (weight_NET * subtracted_NET.square()).sum((1, 2), keepdim=True).sqrt()
-    # A floor: where actions change nothing, what is left is what the baseline cannot fit, below 0.3 % of its
-    # level (T = 200). Divided by its own deviation it would make an inner step of pure noise.
+    # At least 0.3 % of the rms of what was subtracted: where actions change nothing, only what the baseline
+    # cannot fit is left (less than that at T = 200), which must not be scaled up to noise of size 1.
     std_N11 = torch.maximum(std_N11, 0.003 * level_N11) + 1e-8
     return Episodes(
         **played,
@@ -251,8 +251,8 @@ def ppo_step(params: Params, batch: Episodes, args: Args) -> Params:
 def evaluate(envs, theta: Params, args: Args) -> tuple[dict, Params]:
     """Adapt to the test tasks, the same tasks and noise in every run: metrics, adapted parameters.
 
-    Metrics are tensors over tasks, of which a run logs the means; a pair under a name that ends in ci95
-    stands for half the width of that mean's 95 % interval, taken over different tasks.
+    A run logs the means of metrics over tasks; of a pair (x, tasks), here x is the gain of adaptation, half
+    the 95 % interval of x's mean, for which equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     params = theta

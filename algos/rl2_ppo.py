@@ -16,10 +16,10 @@ Algorithm:
             gradients through all its steps
     [6]         L = mean[c_V (V - target)^2 - min(rA, clip(r, 1 - c, 1 + c) A) - c_H entropy], r = pi / pi_old
     [7]         theta <- one step of Adam on L, the gradient's norm clipped
-    [8]     now and then: returns of episodes 1, 2, .. E of trials with the test tasks; theta stays as it is
+    [8]     every eval_every iterations: returns of episodes 1, .. E of trials with the test tasks
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
-    gamma, gae_lambda, target = A + V of [4]. Rewards are divided by the standard deviation, over all steps
-    of a batch, of the discounted sums of rewards from there on; V and A are in this unit.
+    gamma, gae_lambda, target = A + V of [4]; in [6] A is normalised. Rewards are divided by the standard
+    deviation of the batch's returns (discounted sums from each step on): V and target are in this unit.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
     H features, A actions (choices, or dimensions), J = O + A + 2 inputs about the previous step, O
     observation, E episodes, P task vector.
@@ -64,7 +64,7 @@ class Args:
     horizon: int | None = None
     """steps of an episode (T); default: the family's own, of a bandit 1"""
     previous_obs: bool = True
-    """the network sees the previous observation, too, and so the whole last step; not so in the paper"""
+    """the network sees the previous observation, too (not an episode's last one); not so in the paper"""
     encoder: Literal["gru", "lstm"] = "gru"
     """the recurrent cell; the paper: GRU, Wang et al.: LSTM"""
     hidden_size: int = 64
@@ -348,8 +348,8 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
     """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
 
-    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
-    that mean's 95 % interval, taken over different tasks.
+    A run logs the means of these tensors; of pairs (x, tasks) half the 95 % interval of x's mean, for which
+    equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
@@ -380,7 +380,7 @@ def train(envs, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     from envs import Trials, join, make, records
 
     algorithm = Path(__file__).stem
-    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    args, saved = records.parse(Args, argv, __doc__, algorithm)  # fills in --horizon where it is not given
     # torchrun's processes, if any: each moves a part of the worlds and, by sees_all, has the steps of all.
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
     options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions

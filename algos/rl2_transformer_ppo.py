@@ -12,7 +12,7 @@ Algorithm:
     [5]     some epochs over minibatches of whole trials, all steps of each at once, with a causal mask
     [6]         L = mean[c_V (V - target)^2 - min(rA, clip(r, 1 - c, 1 + c) A) - c_H entropy], r = pi / pi_old
     [7]         theta <- one step of Adam on L, the gradient's norm clipped
-    [8]     now and then: returns of episodes 1, 2, .. E of trials with the test tasks; theta stays as it is
+    [8]     every eval_every iterations: returns of episodes 1, .. E of trials with the test tasks
 Symbols: theta = the network's weights, c = clip, c_V = value_coef, c_H = entropy_coef, gamma, lambda of [4] =
     gamma, gae_lambda, target = A + V of [4]. Rewards, V and A are divided by the batch's std of returns.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks with a trial each, S steps, I inputs of the network,
@@ -61,7 +61,7 @@ class Args:
     horizon: int | None = None
     """steps of an episode (T); default: the family's own, of a bandit 1"""
     previous_obs: bool = True
-    """the network sees the previous observation, too, and so the whole last step; not so in the paper"""
+    """the network sees the previous observation, too (not an episode's last one); not so in the paper"""
     encoder: Literal["transformer", "snail"] = "transformer"
     """snail: temporal convolutions and attention in turn"""
     layers: int = 2
@@ -412,8 +412,8 @@ def ppo(envs, theta: Params, optimizer, steps: Steps, args: Args, remaining: flo
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
     """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
 
-    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
-    that mean's 95 % interval, taken over different tasks.
+    A run logs the means of these tensors; of pairs (x, tasks) half the 95 % interval of x's mean, for which
+    equal tasks count as one.
     """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     _, return_NE = play_trials(envs, tasks_NP, theta, args, generator)
@@ -444,7 +444,7 @@ def train(envs, args: Args, run, state: dict) -> None:
 
 
 def average(*values: Tensor) -> list[Tensor]:
-    """Means over torchrun's processes, each of which has a part of the tasks; in a single one the values."""
+    """Means over torchrun's processes, each of which has computed a part; in a single one the values."""
     values = [x.detach() for x in values]
     if dist.is_initialized():
         vector = torch.cat([x.flatten() for x in values]) / dist.get_world_size()
@@ -461,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
 
     multiply_by_onednn()  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
-    args, saved = records.parse(Args, argv, __doc__, algorithm)
+    args, saved = records.parse(Args, argv, __doc__, algorithm)  # fills in --horizon where it is not given
     # torchrun's processes, if any: each moves a part of the worlds and, by sees_all, has the steps of all.
     leads = join(args.cuda, args.minibatches, sees_all=True, meta_batch_size=args.meta_batch_size)
     options = {"discrete": True, "physics": args.physics}  # choices are welcome, as are continuous actions

@@ -32,7 +32,7 @@ class TwoStep(TaskVectorEnv):
     """
 
     task_dim = 1
-    world_state = ("_better",)
+    world_state = ("_better",)  # what a step depends on beside task and observation
 
     def __init__(self, num_envs, max_episode_steps=200, device="cpu", dtype=torch.float32):
         super().__init__(num_envs, Box(0, 1, (3,), np.float32), Discrete(2), max_episode_steps, device, dtype)
@@ -52,7 +52,7 @@ class TwoStep(TaskVectorEnv):
         return self._one_hot(torch.zeros_like(self._better))
 
     def _advance(self, action):
-        ways, pays, reversal = self._draw(torch.rand, self._generator, 3).to(self._obs).unbind(1)
+        ways, pays, reversal = self._draw(torch.rand, self._generator, 3).to(self._obs).unbind(1)  # [B] each
         is_start = self._obs[:, 0] > 0
         place = self._obs[:, 2].long()  # 0 at the start, too, where it has no effect
         leads_to = torch.where(ways < COMMON, action, 1 - action)
@@ -63,7 +63,7 @@ class TwoStep(TaskVectorEnv):
         return self._one_hot(torch.where(is_start, 1 + leads_to, 0)), self._over, {}
 
     def _transition_reward(self, action, next_obs):
-        return self._paid
+        return self._paid  # what `step` pays; `reward` gives the mean
 
 
 class Harlow(TaskVectorEnv):
@@ -75,9 +75,10 @@ class Harlow(TaskVectorEnv):
     Source: Harlow 1949, "The formation of learning sets", as in Wang et al. 2016 (arXiv:1611.05763).
     Observation: [2 * 8], features of the left object, then of the right one. Action: 0 for the left, 1 for the right.
     Reward: 1 under the object with food, else 0.
-    Tasks: [2 * 8 + 1], features of two objects, uniform in [-1, 1], and the number (0, 1) of the one with food. Test
-    tasks have objects that training never sees: their first features lie in other strips. The objects show in the
-    observation, never the food; which of them is on the left is drawn anew for every choice.
+    Tasks: [2 * 8 + 1], features of two objects, uniform in [-1, 1], and the number (0, 1) of the one with food. Every
+    task has objects of its own; of test tasks the first object's first feature lies in strips, a fifth of [-1, 1],
+    that training never draws. The objects show in the observation, never the food; which of them is on the left is
+    drawn anew for every choice.
     Horizon: 1, a choice; a task's trials are episodes (`Trials`), six in the sources.
     Differs: objects are vectors, chosen by number; in the paper they are pictures, chosen by looking at them.
     """
@@ -109,7 +110,7 @@ class Harlow(TaskVectorEnv):
         return torch.where(swapped, objects.roll(self.features, dims=1), objects)
 
     def _start(self, task, generator):
-        return self._show()
+        return self._show()  # `task` is self.tasks
 
     def _advance(self, action):
         return self._show(), self._over, {}

@@ -1,4 +1,4 @@
-"""Open grids with a goal that is not seen: GridNavi of VariBAD, and the dark rooms of DPT and AD. Plain torch."""
+"""Open grids with a goal that is not seen: GridNavi of VariBAD, the dark rooms of DPT and AD. Plain torch."""
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # of columns and rows: stay,
 
 
 class GridNavi(TaskVectorEnv):
-    """Find a goal that is not seen, and come back to it: whoever knows where it cannot be walks no cell twice.
+    """Find a goal that is not seen, and come back to it: the best search enters no cell twice.
 
     Source: Zintgraf et al. 2020 (VariBAD, arXiv:1910.08348), section 5.1, and the authors' code.
     Observation: the cell, one-hot [25]; cell 5 row + column, from the lower left corner, where every episode starts.
     Action: stay, up, right, down, left; the border stops.
-    Reward: 1 for each step that ends on the goal, -0.1 for every other; `reward` is pure.
+    Reward: 1 for each step that ends on the goal, -0.1 for every other. Only the horizon ends an episode.
     Tasks: [2] = column and row of the goal, one of the 21 cells that are more than one step, diagonal ones included,
     from the start. Every goal is for training and for tests, as in the paper; `GridNaviUnseen` holds goals out.
     Horizon: 15. The paper's trials are 4 episodes of one task.
@@ -91,20 +91,20 @@ class GridNaviUnseen(GridNavi):
 
 
 class DarkRoom(GridNavi):
-    """A larger grid, whose goal pays as long as one stays on it: what a learner in context is shown first.
+    """A larger grid, in which a search costs nothing but time.
 
     Source: Lee et al. 2023 (DPT, arXiv:2306.14892), section 5.2, and the authors' code.
     Observation: the cell, one-hot [100]; cell 10 row + column, from the corner where every episode starts.
     Action: stay, up, right, down, left; the border stops.
     Reward: 1 for each step that ends on the goal, else 0.
-    Tasks: [2] = column and row of the goal, any of the 100 cells: 80 for training, 20 for tests, each fifth one.
+    Tasks: [2] = column and row of the goal, any of the 100 cells: 80 for training, 20 for tests.
     Horizon: 100.
     Differs: the authors' observation is the place as two numbers, and their actions have another order.
     """
 
     side = 10
     off_goal = 0.0
-    clear = -1
+    clear = -1  # the start may be the goal, too
 
     def __init__(self, num_envs, max_episode_steps=100, device="cpu", dtype=torch.float32):
         super().__init__(num_envs, max_episode_steps, device, dtype)
@@ -120,7 +120,7 @@ class DarkRoom(GridNavi):
 class DarkRoomSmall(DarkRoom):
     """The dark room of Laskin et al. 2022 (AD, arXiv:2210.14215): 9 x 9 cells, from the middle, 20 steps.
 
-    All else is as in `DarkRoom`; 64 goals are for training, 17 for tests.
+    Observation [81]. All else is as in `DarkRoom`; 64 goals are for training, 17 for tests.
     """
 
     side = 9
