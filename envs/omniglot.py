@@ -1,10 +1,7 @@
-"""The pictures of Omniglot, from the folders or zips of its official distribution, and a file that keeps them small."""
+"""The pictures of Omniglot, from the folders or zips of its official distribution."""
 
 import hashlib
-import os
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from statistics import mode
@@ -14,8 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-
-from envs.files import replace_file
 
 SIDE = 28  # pixels
 CLASSES = 1623  # characters of the 50 alphabets
@@ -138,30 +133,3 @@ def stamp(data: str) -> str:
             size = 0 if path.is_dir() else about.st_size
             digest.update(f"{path.relative_to(part.parent)} {size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def cached(name: str, source: str, make: Callable[[], Tensor], beside: Path | None = None) -> Tensor:
-    """The tensor that a file keeps, if it was made from this `source` and is whole; else `make()`, which is then kept.
-
-    The file lies in the folder `beside`, or, where that cannot be written, in ~/.cache/cleanmeta (XDG_CACHE_HOME).
-    """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanmeta"
-    places = [folder / name for folder in (beside, home) if folder]
-    for path in places:
-        with suppress(Exception):  # whatever is wrong with it: it is made anew
-            kept = torch.load(path, weights_only=True)
-            if kept["source"] == source and kept["checksum"] == checksum(kept["images"]):
-                return kept["images"]
-    images = make()
-    buffer = BytesIO()
-    torch.save({"source": source, "checksum": checksum(images), "images": images}, buffer)
-    for path in places:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, buffer.getbuffer())
-            break
-    return images
-
-
-def checksum(images: Tensor) -> str:
-    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -14,7 +14,8 @@ import envs
 from envs import fewshot
 from envs.core import SupervisedTasks
 from envs.fewshot import FewShot, Glyphs, Omniglot, catmull_rom, draw_glyphs, render_strokes
-from envs.omniglot import cached, read_omniglot, stamp
+from envs.files import cached
+from envs.omniglot import read_omniglot, stamp
 from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
 
 pytestmark = pytest.mark.xdist_group("supervised_envs")
