@@ -5,29 +5,29 @@ Run: python algos/varibad_ppo.py                     (--help explains every flag
 Result: RESULT
 Algorithm:
     [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
-    [2]     a trial begins with an empty memory; then the encoder, a recurrent network, reads x_0 = (o_0; 0, 0)
-            and behind each step x_(t+1) = (o_(t+1); a_t, r_(t+1)), also through the ends of episodes
+    [2]     the encoder, a GRU whose memory is empty at first, reads x_0 = (o_0; 0, 0), and after each step
+            x_(t+1) = (o_(t+1); a_t, r_(t+1)), through the ends of episodes
     [3]     after x_0 .. x_t it gives the belief q(m|tau_:t) = N(mu_t, sigma_t^2) about the task's latent m
     [4]     the policy pi(a | o_t, mu_t, log sigma_t^2) acts, with a value V of the trial's remaining steps
     [5]     keep the trials in a buffer of past ones
     [6]     PPO, some epochs over minibatches of trials: L = mean[c_V (V - target)^2
-            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old, A by GAE over the trial;
-            beliefs are mere numbers there: no gradient reaches the encoder
-    [7]     some updates of encoder and decoder: draw trials from the buffer, and for each t one m ~ q(m|tau_:t)
-    [8]     ELBO_t = sum over all steps i of the trial, past and future, of log p(r_(i+1) | o_(i+1), m)
-            - w KL(q(m|tau_:t) || q(m|tau_:t-1)), where q(m|tau_:-1) = N(0, 1)
-    [9]     phi <- one step of Adam that raises the mean of ELBO_t
-    [10]    now and then: returns of episodes 1, 2, .. E of trials with the test tasks; nothing is updated there
+            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old, A by GAE over the
+            trial; beliefs are mere numbers there, so that no gradient reaches the encoder
+    [7]     some updates of encoder and decoder: draw trials from the buffer, for each t one m ~ q(m|tau_:t)
+    [8]         ELBO_t = sum over all steps i of the trial, past and future, of log p(r_(i+1) | o_(i+1), m)
+                - w KL(q(m|tau_:t) || q(m|tau_:t-1)), where q(m|tau_:-1) = N(0, 1)
+    [9]         phi <- one step of Adam that raises the mean of ELBO_t
+    [10]    now and then: returns of episodes 1, 2, .. E of trials with the test tasks; nothing is updated
 Symbols: phi = encoder and decoder (the paper's phi and theta), theta = policy and V (the paper's psi), m =
     latent, w = kl_weight, c = clip, c_V = value_coef, c_H = entropy_coef. o_(t+1) of [2] and [8] is what the
     step led to, also where the next episode then starts elsewhere.
-Shapes: a suffix names a tensor's axes (x_NKI): N tasks with a trial each, or trials from the buffer, S steps, K
-    = S + 1 beliefs, D of them that are decoded, O observation, A actions (choices, or dimensions), I = O + A
-    + 1 inputs of the encoder, H its features, Z latent, F = O + 2 Z inputs of the policy, E episodes, P task
-    vector, R trials in the buffer, U updates.
-Differs from the paper: policy and V share their hidden layer; no embeddings before the encoder; rewards scaled
-    and advantages normalised; learning rate and entropy bonus of PPO fall to 0. From its code: the first
-    belief has read o_0. All worlds (one for each task) begin an episode together, as in rl2_ppo.py.
+Shapes: a suffix names a tensor's axes (x_NKI): N tasks with a trial each, or trials from the buffer, S steps,
+    K = S + 1 beliefs, D of them that are decoded, O observation, A actions (choices, or dimensions), I = O +
+    A + 1 inputs of the encoder, H features, Z latent, F inputs of the policy or of a decoder, E episodes, P
+    task vector, U updates, B trials of an update.
+Differs from the paper: policy and V share a layer; the encoder has no layers before the GRU; rewards scaled,
+    advantages normalised; PPO's learning rate and entropy bonus fall to 0. From its code: the first belief
+    has read o_0; the policy's inputs are not normalised. All worlds begin an episode together (rl2_ppo.py).
 """
 
 import math
@@ -46,7 +46,6 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn import functional
 
 Params = dict[str, Tensor]
-Buffer = dict[str, Tensor]  # of R trials: the fields of Seen [R, S, ..]
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Args:
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
-    iterations: int = 2000
+    iterations: int = 1500
     """of collecting, then updates of policy and belief"""
     meta_batch_size: int = 64
     """tasks per iteration and per evaluation, a trial of each (N); 16 in the authors' code"""
@@ -65,9 +64,8 @@ class Args:
     """steps of an episode (T); default: the family's own"""
     action_scale: float = 1.0
     """worlds divide continuous actions by it, then clip them to their bounds"""
-    reward_decoder: Literal["cells", "gaussian"] = "cells"
-    """cells: for one-hot observations, of each cell the log-odds that it pays more than 0 (the code's "multi-
-    head"); gaussian: a network tells the mean of r from o', a and m, with variance 1"""
+    reward_decoder: Literal["cells", "gaussian"] | None = None
+    """cells: does each cell pay (r > 0)? gaussian: r of o', a, m; default: cells for GridNavi and DarkRoom"""
     decode_obs: bool = False
     """the decoder also tells next observations, normal with variance 1; for tasks whose dynamics differ"""
     hidden_size: int = 64
@@ -77,35 +75,35 @@ class Args:
     decoder_size: int = 32
     """units of each of the decoder's two ReLU layers; the authors' code: 32, for cheetahs 64 and 32"""
     policy_size: int = 64
-    """units of the policy's tanh layer; the authors' code: two layers of 32, for cheetahs of 128"""
+    """units of the policy's tanh layer; the authors' code: 32, for cheetahs two of 128"""
     buffer_size: int = 4000
     """past trials that the belief learns from (R); the authors' code: 100,000, for cheetahs 10,000"""
-    vae_updates: int = 3
+    vae_updates: int = 10
     """updates of encoder and decoder in an iteration (U); the authors' code: 3, for cheetahs 1"""
     vae_batch_size: int = 25
     """trials of such an update; the authors' code: 25, for cheetahs 10"""
     decoded_beliefs: int | None = None
-    """beliefs of a trial in such an update, drawn anew each time; default: all; in the code 50 for cheetahs"""
+    """beliefs of a trial in such an update, drawn anew each time; default: all; the code: cheetahs 50"""
     kl_weight: float = 0.1
     """weight of the KL between successive beliefs (w); the authors' code: 1, for cheetahs 0.1"""
-    vae_lr: float = 1e-3
+    vae_lr: float = 2e-3
     """Adam's step size for encoder and decoder; 1e-3 in the authors' code"""
-    lr: float = 7e-4
+    lr: float = 2e-3
     """Adam's step size for the policy at the start; falls linearly to 0; 7e-4 in the authors' code"""
-    epochs: int = 2
-    """passes over the trials of an iteration; the authors' code: 2 for cheetahs"""
-    minibatches: int = 4
-    """parts, of whole trials, of a pass; one step of Adam on each; the authors' code: 4 for cheetahs"""
-    clip: float = 0.1
-    """how far a probability ratio may profit (c); the authors' code: 0.1 for cheetahs"""
+    epochs: int = 3
+    """passes over the trials of an iteration; 2 in the authors' code"""
+    minibatches: int = 8
+    """parts, of whole trials, of a pass; one step of Adam on each; 4 in the authors' code"""
+    clip: float = 0.2
+    """how far a probability ratio may profit (c); the authors' code: 0.05, for cheetahs 0.1"""
     gamma: float = 0.95
     """discount, through the episodes' ends; the authors' code: 0.95, for cheetahs 0.97"""
     gae_lambda: float = 0.95
     """lambda of GAE; the authors' code: 0.95, for cheetahs 0.9"""
     value_coef: float = 0.5
     """weight of the value's squared error (c_V); 0.5 in the authors' code"""
-    entropy_coef: float = 0.02
-    """weight of the entropy at the start (c_H); falls linearly to 0; if too small, exploration dies early"""
+    entropy_coef: float = 0.04
+    """weight of the entropy at the start (c_H); falls linearly to 0; the authors' code: 0.1, cheetahs 0.01"""
     max_grad_norm: float = 0.5
     """the policy's gradient is shortened to this norm; 0.5 in the authors' code"""
     eval_every: int = 20
@@ -124,10 +122,12 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1))
+        if self.reward_decoder is None:
+            self.reward_decoder = "cells" if self.env_id.startswith(("Grid", "Dark")) else "gaussian"
+        N = self.meta_batch_size
+        ranges = {"seed": (0, 2**31), "minibatches": (1, N), "buffer_size": (N, 10**9)}
+        ranges |= dict.fromkeys(("gamma", "gae_lambda", "clip"), (0, 1))
         ranges |= dict.fromkeys(("value_coef", "entropy_coef", "kl_weight"), (0, 1e6))
-        ranges |= {"seed": (0, 2**31), "minibatches": (1, self.meta_batch_size)}
-        ranges["buffer_size"] = (self.meta_batch_size, 10**9)
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str | None) and not low <= value <= high:
@@ -146,9 +146,9 @@ class Seen(NamedTuple):
 class Choices(NamedTuple):
     """What the policy has done in N trials, S steps each: all that it learns from."""
 
-    x: Tensor  # [N, S, F] obs and belief: mean and log variance, as they were when the policy acted
+    told: Tensor  # [N, S, F] obs and belief, mean and log variance: as they were when the policy acted
     action: Tensor  # [N, S] numbers of choices, or [N, S, A] as the policy drew it, unclipped
-    log_prob: Tensor  # [N, S] log pi(a|x) when it was drawn
+    log_prob: Tensor  # [N, S] log pi(a|told) when it was drawn
     mask: Tensor  # [N, S] 1 for the trial's steps
     advantage: Tensor  # [N, S] mean 0 and standard deviation 1 over the steps of all trials
     target: Tensor  # [N, S] what V should have been
@@ -160,33 +160,30 @@ def dense(rows: int, columns: int, generator: Generator, scale: float = 1.0) -> 
 
 
 def init_learner(envs, args: Args, generator: Generator) -> dict:
-    """phi, theta and an empty buffer; "stored" counts all trials that were ever put into it."""
-    space = envs.single_action_space
+    """phi, whose first beliefs are near N(0, 1), theta, near uniform choices or means near 0, a buffer."""
+    space, (obs_size,) = envs.single_action_space, envs.single_observation_space.shape
     A = space.shape[0] if space.shape else int(space.n)
-    (obs_size,) = envs.single_observation_space.shape
     x_size = obs_size + A + 1
-    Z, H = args.latent_size, args.hidden_size
+    Z, H, layers = args.latent_size, args.hidden_size, [args.decoder_size] * 2
     phi = {}
     for name, columns in (("x", x_size), ("h", H)):
         gates = [torch.nn.init.orthogonal_(torch.empty(H, columns), generator=generator) for _ in range(3)]
         phi |= {f"w_{name}": torch.cat(gates), f"b_{name}": torch.zeros(3 * H)}
-    # The first beliefs are near N(0, 1).
     phi |= {"w_belief": dense(2 * Z, H, generator, scale=0.1), "b_belief": torch.zeros(2 * Z)}
-    layers = [args.decoder_size, args.decoder_size]
-    sizes = {"reward": [Z, *layers, obs_size] if args.reward_decoder == "cells" else [Z + x_size - 1, *layers, 1]}
-    sizes |= {"obs": [Z + x_size - 1, *layers, obs_size]} if args.decode_obs else {}
+    by_cell, by_step = [Z, *layers, obs_size], [Z + obs_size + A, *layers, 1]
+    sizes = {"reward": by_cell if args.reward_decoder == "cells" else by_step}
+    sizes |= {"obs": [*by_step[:-1], obs_size]} if args.decode_obs else {}
     for part, widths in sizes.items():
         for i, (n, m) in enumerate(pairwise(widths)):
             phi |= {f"{part}_w{i}": dense(m, n, generator), f"{part}_b{i}": torch.zeros(m)}
-    H = args.policy_size
-    theta = {"w_hidden": dense(H, obs_size + 2 * Z, generator), "b_hidden": torch.zeros(H)}
-    # Near uniform choices, or means near 0 and standard deviation 1.
-    theta |= {"w_policy": dense(A, H, generator, scale=0.01), "b_policy": torch.zeros(A)}
-    theta |= {"w_value": dense(1, H, generator), "b_value": torch.zeros(1)}
+    F, H = obs_size + 2 * Z, args.policy_size
+    theta = {}
+    for name, rows, columns, scale in (("hidden", H, F, 1.0), ("policy", A, H, 0.01), ("value", 1, H, 1.0)):
+        theta |= {f"w_{name}": dense(rows, columns, generator, scale), f"b_{name}": torch.zeros(rows)}
     theta |= {"log_std": torch.zeros(A)} if space.shape else {}
-    R, S = args.buffer_size, args.episodes_per_trial * args.horizon
-    buffer = {"obs": torch.zeros(R, S, obs_size), "x": torch.zeros(R, S, x_size), "mask": torch.zeros(R, S)}
-    return {"phi": phi, "theta": theta, "buffer": buffer, "stored": 0}
+    size = args.buffer_size, args.episodes_per_trial * args.horizon
+    buffer = {"obs": torch.zeros(*size, obs_size), "x": torch.zeros(*size, x_size), "mask": torch.zeros(size)}
+    return {"phi": phi, "theta": theta, "buffer": buffer, "stored": 0}  # trials that were ever stored
 
 
 def beliefs(phi: Params, x_NSI: Tensor, h_1NH: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,46 +193,40 @@ def beliefs(phi: Params, x_NSI: Tensor, h_1NH: Tensor | None = None) -> tuple[Te
     """
     if h_1NH is None:
         h_1NH = x_NSI.new_zeros(1, len(x_NSI), phi["w_h"].shape[1])  # torch's first axis is that of layers
+    options = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "batch_first": True}
+    options |= {"bidirectional": False, "train": True}  # train: without it, cuDNN has no gradient
     weights = [phi[name] for name in ("w_x", "w_h", "b_x", "b_h")]
-    options = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "bidirectional": False, "batch_first": True}
-    options["train"] = True  # always: without it, cuDNN has no gradient
     feature_NSH, h_1NH = torch.gru(x_NSI, h_1NH, weights, **options)
     output = functional.linear(feature_NSH, phi["w_belief"], phi["b_belief"])
-    mean_NSZ, log_variance_NSZ = output.chunk(2, -1)
-    return mean_NSZ, log_variance_NSZ, h_1NH  # [3]
+    return *output.chunk(2, -1), h_1NH  # [3]
 
 
-def decode(phi: Params, part: str, x: Tensor) -> Tensor:
-    """Outputs [.., outputs] of one of the decoders for x [.., inputs]."""
+def decode(phi: Params, part: str, x: Tensor, step_NSF: Tensor | None = None) -> Tensor:
+    """A decoder's outputs for latents x [.., Z], or [N, D, S, ..] for each of x [N, D, Z] with each step."""
+    if step_NSF is not None:
+        size = *x.shape[:2], step_NSF.shape[1], -1
+        x = torch.cat([x[:, :, None].expand(size), step_NSF[:, None].expand(size)], -1)
     for i in range(3):
-        x = x.relu() if i > 0 else x
-        x = functional.linear(x, phi[f"{part}_w{i}"], phi[f"{part}_b{i}"])
+        x = functional.linear(x.relu() if i > 0 else x, phi[f"{part}_w{i}"], phi[f"{part}_b{i}"])
     return x
 
 
-def pairs(m_NDZ: Tensor, step_NSF: Tensor) -> Tensor:
-    """Each latent of a trial beside each of its steps: [N, D, S, Z + F]."""
-    size = len(m_NDZ), m_NDZ.shape[1], step_NSF.shape[1], -1
-    return torch.cat([m_NDZ[:, :, None].expand(size), step_NSF[:, None].expand(size)], -1)
-
-
-def reward_log_prob(phi: Params, m_NDZ: Tensor, seen: Seen, args: Args) -> Tensor:
-    """log p(r | o', m) [N, D, S] of all rewards of a trial, by each of its D latents."""
+def log_prob_of_steps(phi: Params, m_NDZ: Tensor, seen: Seen, args: Args) -> Tensor:
+    """log p(r | o', m) [N, D, S] of a trial's steps, by each of its latents; --decode-obs: and o'."""
+    O = seen.obs.shape[-1]  # noqa: E741
     reward_N1S = seen.x[:, None, :, -1]
     if args.reward_decoder == "cells":
         # An output for each cell; the product picks that of the cell that the step led to, which is one-hot.
-        next_NSO = seen.x[..., : seen.obs.shape[-1]]
-        logit_NDS = decode(phi, "reward", m_NDZ) @ next_NSO.mT
-        return (reward_N1S > 0) * logit_NDS - functional.softplus(logit_NDS)  # Bernoulli
-    mean_NDS = decode(phi, "reward", pairs(m_NDZ, seen.x[..., :-1])).squeeze(-1)
-    return -0.5 * (reward_N1S - mean_NDS).square()  # normal, up to a constant
-
-
-def obs_log_prob(phi: Params, m_NDZ: Tensor, seen: Seen) -> Tensor:
-    """log p(o' | o, a, m) [N, D, S] of all next observations of a trial, by each of its D latents."""
-    next_NSO, action_NSA = seen.x[..., :-1].tensor_split([seen.obs.shape[-1]], -1)
-    change_NDSO = decode(phi, "obs", pairs(m_NDZ, torch.cat([seen.obs, action_NSA], -1)))
-    return -0.5 * ((next_NSO - seen.obs)[:, None] - change_NDSO).square().sum(-1)  # likewise
+        logit_NDS = decode(phi, "reward", m_NDZ) @ seen.x[..., :O].mT
+        log_prob_NDS = (reward_N1S > 0) * logit_NDS - functional.softplus(logit_NDS)  # Bernoulli
+    else:
+        mean_NDS = decode(phi, "reward", m_NDZ, seen.x[..., :-1]).squeeze(-1)
+        log_prob_NDS = -0.5 * (reward_N1S - mean_NDS).square()  # normal
+    if args.decode_obs:
+        change_NDSO = decode(phi, "obs", m_NDZ, torch.cat([seen.obs, seen.x[..., O:-1]], -1))
+        error_NDSO = (seen.x[..., :O] - seen.obs)[:, None] - change_NDSO
+        log_prob_NDS = log_prob_NDS - 0.5 * error_NDSO.square().sum(-1)
+    return log_prob_NDS
 
 
 def successive_kl(mean_NKZ: Tensor, log_variance_NKZ: Tensor) -> Tensor:
@@ -254,9 +245,7 @@ def elbo(phi: Params, seen: Seen, index_D: Tensor, noise_NDZ: Tensor, args: Args
     kl_ND = successive_kl(mean_NKZ, log_variance_NKZ)[:, index_D]
     std_NDZ = (0.5 * log_variance_NKZ[:, index_D]).exp()
     m_NDZ = mean_NKZ[:, index_D] + std_NDZ * noise_NDZ
-    log_prob_NDS = reward_log_prob(phi, m_NDZ, seen, args)
-    if args.decode_obs:
-        log_prob_NDS = log_prob_NDS + obs_log_prob(phi, m_NDZ, seen)
+    log_prob_NDS = log_prob_of_steps(phi, m_NDZ, seen, args)
     likelihood_ND = (log_prob_NDS * seen.mask[:, None]).sum(2)  # of the whole trial, past and future
     belongs_ND = functional.pad(seen.mask, (1, 0), value=1.0)[:, index_D]  # one belief more than steps
     terms = {"log_likelihood": likelihood_ND, "belief_kl": kl_ND}
@@ -271,11 +260,10 @@ def learn_beliefs(phi: Params, optimizer, state: dict, args: Args, generator: Ge
     R, S = buffer["mask"].shape
     U, B, Z = args.vae_updates, args.vae_batch_size, args.latent_size
     D = min(args.decoded_beliefs or S + 1, S + 1)
-    # All random numbers at once, from this generator, which is on the CPU.
     rows_UB = torch.randint(min(state["stored"], R), (U, B), generator=generator)
     index_UD = torch.stack([torch.randperm(S + 1, generator=generator)[:D] for _ in range(U)])
-    noise_UBDZ = torch.randn(U, B, D, Z, generator=generator).to(buffer["mask"])
-    numbers = rows_UB.to(noise_UBDZ.device), index_UD.to(noise_UBDZ.device), noise_UBDZ
+    noise_UBDZ = torch.randn(U, B, D, Z, generator=generator)
+    numbers = (x.to(buffer["mask"].device) for x in (rows_UB, index_UD, noise_UBDZ))
     for rows_B, index_D, noise_BDZ in zip(*numbers, strict=True):
         seen = Seen(**{name: x[rows_B] for name, x in buffer.items()})  # [7]
         weights = {name: value.detach().requires_grad_() for name, value in phi.items()}
@@ -287,15 +275,11 @@ def learn_beliefs(phi: Params, optimizer, state: dict, args: Args, generator: Ge
     return {f"train/{name}": x.detach() for name, x in (parts | {"elbo": bound}).items()}
 
 
-def actor_critic(theta: Params, feature_NSH: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy's outputs [N, S, A], logits of choices or means, and values [N, S]."""
-    output_NSA = functional.linear(feature_NSH, theta["w_policy"], theta["b_policy"])
-    return output_NSA, functional.linear(feature_NSH, theta["w_value"], theta["b_value"]).squeeze(-1)
-
-
-def policy_and_value(theta: Params, x_NSF: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy's outputs [N, S, A] and values [N, S] for observations with beliefs."""
-    return actor_critic(theta, functional.linear(x_NSF, theta["w_hidden"], theta["b_hidden"]).tanh())
+def policy_and_value(theta: Params, told: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's outputs [.., A], logits of choices or means, and V [..], told obs and belief [.., F]."""
+    hidden = functional.linear(told, theta["w_hidden"], theta["b_hidden"]).tanh()
+    value = functional.linear(hidden, theta["w_value"], theta["b_value"]).squeeze(-1)
+    return functional.linear(hidden, theta["w_policy"], theta["b_policy"]), value
 
 
 def normal(mean: Tensor, std: Tensor) -> Normal:
@@ -325,8 +309,7 @@ def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator:
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    N = len(tasks_NP)
-    A = len(theta["b_policy"])
+    N, A = len(tasks_NP), len(theta["b_policy"])
     draw = gumbel_noise if is_choice else torch.randn
     # All noise at once and from this generator, so that a seed means the same actions on every device.
     noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
@@ -341,18 +324,16 @@ def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator:
             mean_N1Z, log_variance_N1Z, new_1NH = beliefs(phi, x_NI[:, None], h_1NH)
             # A world that waits keeps its memory, which reads its last step when the next episode begins.
             h_1NH = new_1NH if h_1NH is None else torch.where(playing_N[:, None] > 0, new_1NH, h_1NH)
-            x_NF = torch.cat([obs_NO, mean_N1Z.squeeze(1), log_variance_N1Z.squeeze(1)], 1)
-            output_NA, value_N = policy_and_value(theta, x_NF)
+            told_NF = torch.cat([obs_NO, mean_N1Z.squeeze(1), log_variance_N1Z.squeeze(1)], 1)
+            output_NA, value_N = policy_and_value(theta, told_NF)
             action = (output_NA + noise_NA).argmax(1) if is_choice else output_NA + std_A * noise_NA  # [4]
-            # Trials (envs/trials.py) begins the next episode by itself, in all worlds at once. So next_NO is
-            # its first observation then; info: `final_obs`, what the step led to before that; `waits`, the
-            # world waits until the next episode; `episode`, the number of this step's episode.
+            # Where an episode ends, next_NO is the next one's first observation, final_obs its own last one.
             next_NO, reward_N, _, _, info = envs.step(action)
             return_NE[:, info["episode"]] += reward_N  # 0 from worlds that wait
             action_NA = functional.one_hot(action, A).to(obs_NO) if is_choice else action
             latest_NI = torch.cat([info["final_obs"], action_NA, reward_N[:, None]], 1)
-            step = {"obs": obs_NO, "seen": latest_NI, "reward": reward_N, "mask": playing_N}
-            steps.append(step | {"x": x_NF, "action": action, "output": output_NA, "value": value_N})
+            step = {"obs": obs_NO, "x": latest_NI, "reward": reward_N, "mask": playing_N}
+            steps.append(step | {"told": told_NF, "action": action, "output": output_NA, "value": value_N})
             x_NI = torch.where(playing_N[:, None] > 0, latest_NI, x_NI)
             playing_N = 1 - info["waits"].to(obs_NO)
             obs_NO = next_NO
@@ -361,8 +342,8 @@ def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator:
     played = without_waiting({name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})
     played["log_prob"] = distribution(theta, played["output"]).log_prob(played["action"])
     played["advantage"], played["target"] = advantages(played, args)
-    seen = Seen(obs=played["obs"], x=played["seen"], mask=played["mask"])
-    return seen, Choices(**{name: played[name] for name in Choices._fields}), return_NE
+    seen, choices = (kind(**{name: played[name] for name in kind._fields}) for kind in (Seen, Choices))
+    return seen, choices, return_NE
 
 
 def without_waiting(played: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -417,7 +398,7 @@ def keep_trials(state: dict, seen: Seen) -> None:
 
 def choices_loss(theta: Params, choices: Choices, args: Args, entropy_coef: float) -> tuple[Tensor, dict]:
     """L of a minibatch of trials, and its parts: means over steps."""
-    output_NSA, value_NS = policy_and_value(theta, choices.x)
+    output_NSA, value_NS = policy_and_value(theta, choices.told)
     policy = distribution(theta, output_NSA)
     log_ratio_NS = (policy.log_prob(choices.action) - choices.log_prob) * choices.mask
     ratio_NS = log_ratio_NS.exp()
@@ -437,8 +418,7 @@ def learn_choices(envs, theta, optimizer, choices: Choices, args: Args, remainin
     """Epochs of PPO on theta, in place; `remaining` falls from 1 to 0. Statistics of the last minibatch."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     for _ in range(args.epochs):
-        # The trials in random order, cut into minibatches.
-        for rows in envs.unwrapped.minibatches(len(choices.x), args.minibatches, generator):
+        for rows in envs.unwrapped.minibatches(len(choices.told), args.minibatches, generator):
             minibatch = Choices(*(x[rows] for x in choices))
             weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
             loss, parts = choices_loss(weights, minibatch, args, remaining * args.entropy_coef)
@@ -451,11 +431,7 @@ def learn_choices(envs, theta, optimizer, choices: Choices, args: Args, remainin
 
 
 def evaluate(envs, phi: Params, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
-
-    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
-    that mean's 95 % interval, taken over different tasks.
-    """
+    """Returns [N] of trials with the test tasks, the same tasks and noise in every run: see rl2_ppo.py."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     *_, return_NE = play_with_beliefs(envs, tasks_NP, phi, theta, args, generator)
     stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
@@ -465,14 +441,12 @@ def evaluate(envs, phi: Params, theta: Params, args: Args) -> dict[str, Tensor]:
 
 def train(envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on, whose buffer it changes in place."""
-    device = envs.unwrapped.device
-    phi, theta = ({key: x.to(device, copy=True) for key, x in state[name].items()} for name in ("phi", "theta"))
+    phi, theta = state["phi"], state["theta"]
     vae_optimizer = torch.optim.Adam(phi.values(), args.vae_lr, fused=True)
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5, fused=True)
     if "optimizer" in state:
         vae_optimizer.load_state_dict(state["optimizer"]["phi"])
         optimizer.load_state_dict(state["optimizer"]["theta"])
-    state.update(phi=phi, theta=theta)
     generator = Generator()
     generator.set_state(state["generator"])
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
@@ -486,8 +460,8 @@ def train(envs, args: Args, run, state: dict) -> None:
         stats = learn_choices(envs, theta, optimizer, choices, args, remaining, generator)
         stats |= learn_beliefs(phi, vae_optimizer, state, args, generator)
         state["env_steps"] += int(seen.mask.sum())
-        state["optimizer"] = {"phi": vae_optimizer.state_dict(), "theta": optimizer.state_dict()}
-        state["generator"] = generator.get_state()
+        optimizers = {"phi": vae_optimizer.state_dict(), "theta": optimizer.state_dict()}
+        state.update(optimizer=optimizers, generator=generator.get_state())
         stats |= {"train/return_pre": return_NE[:, 0], "train/return_post": return_NE[:, -1]}
         run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, phi, theta, args))
 
@@ -503,16 +477,14 @@ def main(argv: list[str] | None = None) -> None:
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, **options)
     envs = Trials(envs, args.episodes_per_trial)
     generator = Generator().manual_seed(args.seed)
-    fresh = init_learner(envs, args, generator)
-    fresh["generator"] = generator.get_state()
+    fresh = init_learner(envs, args, generator) | {"generator": generator.get_state()}
     device = envs.unwrapped.device
     state = records.first_state(args, algorithm, fresh, saved, device, evaluates=("phi", "theta"))
 
     def examine() -> dict:
         return evaluate(envs, state["phi"], state["theta"], args)
 
-    unit = "episodes of a trial"
-    with records.open_run(args, state, envs, unit=unit, evaluate=examine) as run:
+    with records.open_run(args, state, envs, unit="episodes of a trial", evaluate=examine) as run:
         if not args.evaluate:
             train(envs, args, run, state)
 
