@@ -369,19 +369,22 @@ def test_an_update_of_the_belief_is_adam_on_trials_from_the_buffer(beliefs):
 
 
 def test_the_buffer_keeps_the_newest_trials():
-    lab = setup("mouse", buffer_size=20)
+    """Also where a shorter trial takes a longer one's place."""
+    lab = setup("mice", buffer_size=4)
     kept = []
-    for seed in range(5):
+    for seed in range(6):
         seen, *_ = play(lab, seed)
         ours.keep_trials(lab.state, seen)
-        kept += [{name: x[i] for name, x in seen._asdict().items()} for i in range(9)]
-    assert lab.state["stored"] == 45
-    for number, trial in enumerate(kept[-20:], start=25):
+        kept += [{name: x[i] for name, x in seen._asdict().items()} for i in range(2)]
+    assert lab.state["stored"] == 12
+    for number, trial in enumerate(kept[-4:], start=8):
         length = len(trial["mask"])
         for name, x in trial.items():
-            found = lab.state["buffer"][name][number % 20]
+            found = lab.state["buffer"][name][number % 4]
             assert torch.equal(found[:length], x)
             assert not found[length:].any()
+    lengths = [len(trial["mask"]) for trial in kept]
+    assert any(lengths[k] > lengths[k + 4] for k in range(4, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
