@@ -26,7 +26,7 @@ Shapes: a suffix names a tensor's axes (x_NKI): N tasks with a trial each, or tr
     A + 1 inputs of the encoder, H features, Z latent, F inputs of the policy or of a decoder, E episodes, P
     task vector, U updates, B trials of an update.
 Differs from the paper: policy and V share a layer; the encoder has no layers before the GRU; rewards scaled,
-    advantages normalised; PPO's learning rate and entropy bonus fall to 0. From its code: the first belief
+    advantages normalised; learning rates and the entropy bonus fall to 0. From its code: the first belief
     has read o_0; the policy's inputs are not normalised. All worlds begin an episode together (rl2_ppo.py).
 """
 
@@ -87,7 +87,7 @@ class Args:
     kl_weight: float = 0.1
     """weight of the KL between successive beliefs (w); the authors' code: 1, for cheetahs 0.1"""
     vae_lr: float = 2e-3
-    """Adam's step size for encoder and decoder; 1e-3 in the authors' code"""
+    """Adam's step size for encoder and decoder at the start; falls linearly to 0; the authors' code: 1e-3"""
     lr: float = 2e-3
     """Adam's step size for the policy at the start; falls linearly to 0; 7e-4 in the authors' code"""
     epochs: int = 3
@@ -253,9 +253,10 @@ def elbo(phi: Params, seen: Seen, index_D: Tensor, noise_NDZ: Tensor, args: Args
     return parts["log_likelihood"] - args.kl_weight * parts["belief_kl"], parts  # [8]
 
 
-def learn_beliefs(phi: Params, optimizer, state: dict, args: Args, generator: Generator) -> dict:
+def learn_beliefs(phi: Params, optimizer, state: dict, args: Args, remaining: float, generator) -> dict:
     """Updates of encoder and decoder on trials from the buffer, phi in place; the last one's statistics."""
-    optimizer.param_groups[0]["lr"] = args.vae_lr
+    # As slow in the end as the policy, which could not follow if beliefs went on to change what they mean.
+    optimizer.param_groups[0]["lr"] = remaining * args.vae_lr
     buffer = state["buffer"]
     R, S = buffer["mask"].shape
     U, B, Z = args.vae_updates, args.vae_batch_size, args.latent_size
@@ -458,7 +459,7 @@ def train(envs, args: Args, run, state: dict) -> None:
         run.doing("updating")
         remaining = 1 - (iteration - 1) / args.iterations
         stats = learn_choices(envs, theta, optimizer, choices, args, remaining, generator)
-        stats |= learn_beliefs(phi, vae_optimizer, state, args, generator)
+        stats |= learn_beliefs(phi, vae_optimizer, state, args, remaining, generator)
         state["env_steps"] += int(seen.mask.sum())
         optimizers = {"phi": vae_optimizer.state_dict(), "theta": optimizer.state_dict()}
         state.update(optimizer=optimizers, generator=generator.get_state())

@@ -127,7 +127,7 @@ def updates_of_beliefs(updates: int) -> int:
     args, state, seen, _ = learner_of_beliefs(vae_updates=updates, episodes_per_trial=2)
     assert waits(partial(varibad_ppo.keep_trials, state, seen)) == 0
     optimizer = fused_adam(state["phi"].values())
-    return waits(partial(varibad_ppo.learn_beliefs, state["phi"], optimizer, state, args, seeded(2)))
+    return waits(partial(varibad_ppo.learn_beliefs, state["phi"], optimizer, state, args, 1.0, seeded(2)))
 
 
 def epochs_of_choices(epochs: int) -> int:

@@ -260,7 +260,7 @@ def test_beliefs_about_two_possibilities_become_the_posterior():
     state = ours.init_learner(envs, args, seeded(1))
     ours.keep_trials(state, seen)
     optimizer = torch.optim.Adam(state["phi"].values(), args.vae_lr)
-    ours.learn_beliefs(state["phi"], optimizer, state, args, seeded(2))
+    ours.learn_beliefs(state["phi"], optimizer, state, args, 1.0, seeded(2))
     noise = torch.randn(20, len(goal), S + 1, 2, generator=seeded(3))
     bounds = [ours.elbo(state["phi"], seen, torch.arange(S + 1), x, args)[1]["log_likelihood"] for x in noise]
     best = -S * math.log(2) / (S + 1)
@@ -289,7 +289,7 @@ def test_no_gradient_crosses_between_belief_and_policy(lab):
     ours.keep_trials(lab.state, lab.seen)
     before = [flat(params).clone() for params in (lab.phi, lab.theta)]
     optimizer = torch.optim.Adam(lab.phi.values(), 0.01)
-    ours.learn_beliefs(lab.phi, optimizer, lab.state, lab.args, seeded(5))
+    ours.learn_beliefs(lab.phi, optimizer, lab.state, lab.args, 1.0, seeded(5))
     assert not torch.equal(flat(lab.phi), before[0])
     assert torch.equal(flat(lab.theta), before[1])
     before[0] = flat(lab.phi).clone()
@@ -351,9 +351,9 @@ def test_an_update_of_the_belief_is_adam_on_trials_from_the_buffer(beliefs):
     ours.keep_trials(lab.state, lab.seen)
     start = {key: value.clone() for key, value in lab.phi.items()}
     optimizer = torch.optim.Adam(lab.phi.values(), 1.0)
-    stats = ours.learn_beliefs(lab.phi, optimizer, lab.state, lab.args, seeded(9))
+    stats = ours.learn_beliefs(lab.phi, optimizer, lab.state, lab.args, 0.7, seeded(9))
     weights, generator, D = {k: v.requires_grad_() for k, v in start.items()}, seeded(9), beliefs or 19
-    optimizer = torch.optim.Adam(weights.values(), 0.01)
+    optimizer = torch.optim.Adam(weights.values(), 0.007)
     rows = torch.randint(5, (3, 4), generator=generator)  # of the trials that are there
     index = [torch.randperm(19, generator=generator)[:D] for _ in range(3)]
     noise = torch.randn(3, 4, D, 3, generator=generator)
