@@ -45,7 +45,7 @@ class Options:
     """trials of a run that are played, spread evenly over all goals"""
     seed: int = 100
     """seed of these trials"""
-    goal: tuple[int, int] = (1, 3)
+    goal: tuple[int, int] = (3, 1)
     """column and row of the goal in the picture"""
 
 
