@@ -6,6 +6,7 @@
     python benchmark/speed.py maml --env-id Glyphs-v0        (fomaml, reptile: see benchmark/speed_supervised.py)
     python benchmark/speed.py rl2_ppo --peer                 (rl2_transformer_ppo: see benchmark/speed_rl2.py)
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
+    python benchmark/speed.py varibad_ppo                    (no peer is written for it)
     python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
     python benchmark/speed.py meta_critic --peer             (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
 
@@ -54,13 +55,14 @@ class Options:
     algorithm: tyro.conf.Positional[
         Literal[
             "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
-            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo", "meta_critic", "lirpg", "lifetime_rewards",
+            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "varibad_ppo", "mbmpo", "meta_critic", "lirpg",
+            "lifetime_rewards",
         ]
     ]  # fmt: skip
     """file of algos/"""
     iterations: int | None = None
-    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2 and
-    the last three 20, supervised algorithms 40"""
+    """measured iterations (PEARL: blocks, MB-MPO: meta-updates), after one that warms up; default 5, MB-MPO 10, RL2,
+    VariBAD and the last three 20, supervised algorithms 40"""
     torch_threads: int = 0
     """threads of torch's operators; 0 leaves torch's default"""
     mkl: bool = False
@@ -296,6 +298,8 @@ def runner(name: str):
         return run_mbmpo, 10
     if name in speed_lives.PLAYS:
         return run_lives, 20
+    if name == "varibad_ppo":
+        return run_varibad, 20
     return (run_rl2, 20) if name in RL2 else (run_supervised, 40)
 
 
@@ -334,6 +338,23 @@ def run_rl2(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> 
     with suppress(FinishedError):
         speed_rl2.measure(options, algorithm, args, envs, watch)
     return speed_rl2.report(options, watch) | speed_rl2.sizes(options, args, envs, watch) | about
+
+
+def run_varibad(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    if options.peer:
+        raise SystemExit("--peer: none is written for varibad_ppo")
+    envs = task_envs.make(
+        args.env_id, args.meta_batch_size, args.horizon, args.cuda, args.action_scale, True, args.physics
+    )
+    about, envs = describe(options, args), task_envs.Trials(envs, args.episodes_per_trial)
+    generator = torch.Generator().manual_seed(args.seed)
+    fresh = algorithm.init_learner(envs, args, generator) | {"generator": generator.get_state()}
+    state = first_state(args, options.algorithm, fresh, {}, envs.unwrapped.device)
+    algorithm.play_with_beliefs = watch.around(algorithm.play_with_beliefs)
+    with suppress(FinishedError):
+        algorithm.train(envs, args, watch, state)
+    rates = {name: float(f"{value:.5g}") for name, value in watch.figures().items()}
+    return rates | {"steps_per_batch": int(watch.median("steps"))} | about
 
 
 def run_pearl(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:

@@ -33,7 +33,7 @@ METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metawor
 ACCEPTED = {  # for an algorithm that is not named here all kinds are listed
     **dict.fromkeys(("maml", "fomaml", "reptile"), (EXAMPLES,)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
-    **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
+    **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo", "varibad_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
     **dict.fromkeys(("lifetime_rewards", "meta_critic"), (CHOICES,)),
     "lirpg": (CONTINUOUS, CHOICES),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed

@@ -22,6 +22,7 @@ class Trials(gym.vector.VectorWrapper):
 
     * "done" [B] (bool): this step ended the world's episode, early or at the horizon;
     * "waits" [B] (bool): the world waits, so that its next action is without effect: reward 0, the observation repeats;
+    * "final_obs" [B, O]: the observation that the step led to, also where the next episode begins behind it;
     * "episode": the number of the episode, from 0, in which the step was taken.
 
     Args:
@@ -54,7 +55,7 @@ class Trials(gym.vector.VectorWrapper):
             raise gym.error.ResetNeeded("call reset() before the first step and after every trial")
         obs, reward, terminated, truncated, info = self.env.step(action)
         over, family = terminated | truncated, self.unwrapped
-        info |= {"done": over & ~self._waits, "episode": self._episode}
+        info |= {"done": over & ~self._waits, "final_obs": obs, "episode": self._episode}
         self._waits = over
         if family.at_horizon or (family.can_terminate and not in_any_process(not over.all(), over.device)):
             self._episode += 1

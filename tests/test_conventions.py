@@ -24,6 +24,7 @@ LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 455 for tho
 LONGEST |= {"maml_trpo": 515}  # five inner estimators, TRPO
 LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 566}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 506, "lirpg": 495}  # three networks and their losses; an update that is differentiated
+LONGEST |= {"varibad_ppo": 494}  # an auto-encoder beside PPO
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -323,7 +324,8 @@ class PrimeTrials(PrimeSizes):
         obs, reward, over, *_ = super().step(action)
         self.is_over, waits = self.steps == SIZES["E"] * SIZES["T"], over.clone()
         waits[0] = self.steps == 5  # one world waits for one step
-        return obs, reward, over, over, {"done": waits, "waits": waits, "episode": (self.steps - 1) // SIZES["T"]}
+        episode = (self.steps - 1) // SIZES["T"]
+        return obs, reward, over, over, {"done": waits, "waits": waits, "final_obs": -obs, "episode": episode}
 
 
 class PrimeWorlds(PrimeSizes):
@@ -438,7 +440,12 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     supervised |= {"iterations": 1, "eval_steps": 3, "inner_steps": 2}
     pearl = {"meta_batch_size": 5, "tasks_per_iteration": 5, "train_tasks": 19, "horizon": 7, "batch_size": 23}
     pearl |= {"context_size": 29, "latent_size": 3, "hidden_size": 17, "iterations": 1, "updates": 2, "replay_size": 37}
-    if hasattr(traced.Args, "own_critic_lr"):
+    belief = {"latent_size": 3, "decoder_size": 31, "policy_size": 37, "buffer_size": 29, "vae_updates": 2}
+    belief |= {"vae_batch_size": 23, "decoded_beliefs": 11, "reward_decoder": "gaussian", "decode_obs": True}
+    if hasattr(traced.Args, "vae_updates"):
+        envs, wanted, init = PrimeTrials(), memory | belief | {"hidden_size": 17}, "init_learner"
+        sizes = {k: SIZES[k] for k in "ETOAP1"} | {"I": 13 + 2 + 1, "Z": 3, "B": 23, "U": 2}
+    elif hasattr(traced.Args, "own_critic_lr"):
         wanted |= {"window_size": 7, "eval_episodes": 3, "latent_size": 3, "critic_size": 19, "eval_windows": 1}
         envs, sizes, init = PrimeChoices(), {k: SIZES[k] for k in "NTOAP1"} | {"I": 13 + 2 + 1}, "init_learners"
     elif hasattr(traced.Args, "latent_size"):
@@ -489,7 +496,7 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
             theta = traced.init_learners(envs, phi, args, generator) | {"worlds": {}}
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        is_state = init in ("init_state", "first_state", "init_learners", "init_lifetimes")
+        is_state = init in ("init_learner", "init_state", "first_state", "init_learners", "init_lifetimes")
         known = sizes | ({} if is_state else {"W": sum(value.numel() for value in theta.values())})
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
         state |= theta if is_state else {"theta": theta}
@@ -523,6 +530,9 @@ def test_every_suffix_is_true(path, tmp_path):
         assert {"x_NI", "known_NS", "noise_TNA", "mask_N", "advantage_NS", "norm_N", "tasks_NP", "died_N"} <= checked
     elif path.stem == "lirpg":
         assert {"obs_NO", "gae_weight_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_SF"} <= checked
+    elif path.stem == "varibad_ppo":
+        assert {"x_NSI", "mean_NKZ", "m_NDZ", "log_prob_NDS", "error_NDSO", "kl_ND", "noise_BDZ"} <= checked
+        assert {"told_NF", "latest_NI", "h_1NH", "noise_SNA", "ratio_NS", "return_NE", "place_N", "rows_UB"} <= checked
     elif path.stem.startswith("rl2"):
         assert {"x_NSI", "feature_NSH", "noise_SNA", "previous_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "v_NGCD", "position_NS", "Uh_NSU"} <= checked
@@ -541,6 +551,7 @@ FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "tr
 FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP", "tasks_NO")]
 FALSE += [("lifetime_rewards", "noise_TNA", "noise_NTA"), ("lifetime_rewards", "value_NT", "value_TN")]
 FALSE += [("lirpg", "same_NTT", "same_NTO"), ("lirpg", "reward_NT", "reward_TN"), ("lirpg", "square_W", "square_A")]
+FALSE += [("varibad_ppo", "m_NDZ", "m_DNZ"), ("varibad_ppo", "told_NF", "told_FN"), ("varibad_ppo", "kl_ND", "kl_DN")]
 FALSE += [("meta_critic", "z_NZ", "z_NI"), ("meta_critic", "action_NTCA", "action_NCTA")]
 
 

@@ -139,6 +139,7 @@ def test_the_groups_are_those_of_the_headings(name, capsys, monkeypatch):
         ("pearl_sac", "task", "env_id train_tasks horizon dense_training"),
         ("pearl_sac", "device", "cuda physics compile"),
         ("rl2_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
+        ("varibad_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
         ("lifetime_rewards", "task", "env_id episodes_per_lifetime horizon"),
         ("meta_critic", "evaluation", "eval_steps eval_windows eval_episodes eval_every"),
         ("reptile_ppo", "algorithm", "meta_batch_size episodes_per_task hidden_size inner_lr inner_steps inner_epochs")

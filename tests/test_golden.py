@@ -44,6 +44,8 @@ CONTEXT += "--batch-size 4 --context-size 6 --hidden-size 8 --replay-size 60 "
 MODELS = "--num-models 3 --real-episodes 2 --episodes-per-task 4 --hidden-size 8 --model-size 8 --model-epochs 3 "
 MODELS += "--model-batch-size 10 --meta-steps 2 "
 STREAMS = "--num-worlds 3 --rollout-steps 7 --horizon 5 --delay 3 --epochs 2 --minibatches 2 "
+BELIEFS = "--meta-batch-size 3 --episodes-per-trial 3 --hidden-size 8 --decoder-size 7 --policy-size 9 --buffer-size 4 "
+BELIEFS += "--vae-updates 2 --vae-batch-size 4 --minibatches 2 "
 POLES = "--meta-batch-size 3 --window-size 7 --horizon 5 --lifetime 2 --hidden-size 8 --critic-size 9 "
 POLES += "--eval-steps 2 --eval-windows 2 --eval-episodes 3 "
 LIVES = "--meta-batch-size 3 --episodes-per-lifetime 4 --horizon 5 --steps 3 --unroll 2 --policy-size 8 "
@@ -83,6 +85,10 @@ RUNS = {
     "rl2_ppo": [TRIALS, f"{TRIALS}--encoder lstm", WALKS, f"{WALKS}--encoder lstm"],
     "rl2_transformer_ppo": [f"{TRIALS}--encoder {e}" for e in ("transformer", "snail")]
     + [f"{WALKS}--encoder {e}" for e in ("transformer", "snail")],
+    "varibad_ppo": [
+        f"{BELIEFS}--horizon 5",
+        f"--env-id WalkerRandParams-v0 --horizon 40 {BELIEFS}--decode-obs --decoded-beliefs 9",
+    ],
     "pearl_sac": [
         f"--env-id Navigation2D-v0 --horizon 5 {CONTEXT}",
         f"--env-id AntDir-v0 --horizon 25 {CONTEXT}--auto-entropy --next-obs --posterior-episodes 2",

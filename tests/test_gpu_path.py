@@ -30,7 +30,20 @@ import torch
 from envs import TaskVectorEnv, fewshot, records, render
 from tests import test_golden
 from tests.pretended_gpu import Counts, pretended_gpu
-from tests.test_golden import CONTEXT, CURVES, GOLDEN, IMAGES, LIVES, MODELS, POINT, POLES, STREAMS, TRIALS, WALKS
+from tests.test_golden import (
+    BELIEFS,
+    CONTEXT,
+    CURVES,
+    GOLDEN,
+    IMAGES,
+    LIVES,
+    MODELS,
+    POINT,
+    POLES,
+    STREAMS,
+    TRIALS,
+    WALKS,
+)
 
 ALGORITHMS = sorted(path.stem for path in (GOLDEN.parent.parent / "algos").glob("*.py"))
 BUDGETS = GOLDEN / "gpu_budgets.json"
@@ -77,6 +90,13 @@ RUNS = {
         f"{POINT}--episodes-per-task 2 --inner-steps 2": {
             "step": ("--horizon", 5, 8),
             "epoch": ("--inner-epochs", 2, 3),
+        }
+    },
+    "varibad_ppo": {
+        f"{BELIEFS}--horizon 5": {
+            "step": ("--horizon", 5, 8),
+            "epoch": ("--epochs", 3, 4),
+            "update of beliefs": ("--vae-updates", 2, 3),
         }
     },
     "rl2_ppo": {TRIALS: {"step": ("--horizon", 5, 8), "epoch": ("--epochs", 2, 3)}},

@@ -252,6 +252,7 @@ def test_a_refusal_is_said_though_the_leader_is_late(tmp_path):
         ("pearl_sac", "--tasks-per-iteration 3", "--tasks-per-iteration 3: must be a multiple of 2"),
         ("mbmpo", "--num-models 5", "--num-models 5: must be a multiple of 2"),
         ("reptile_ppo", "", "torchrun: this algorithm runs in one process"),
+        ("varibad_ppo", "", "torchrun: this algorithm runs in one process"),
         ("lirpg", "", "torchrun: this algorithm runs in one process"),
         ("maml", "", "torchrun: this algorithm runs in one process"),
     ],

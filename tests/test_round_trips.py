@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from algos import maml_trpo, mbmpo, pearl_sac, promp, rl2_ppo, rl2_transformer_ppo
+from algos import maml_trpo, mbmpo, pearl_sac, promp, rl2_ppo, rl2_transformer_ppo, varibad_ppo
 from tests.double_precision import ALONE, Alone, seeded
 
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
@@ -84,7 +84,7 @@ class Worlds(Alone):
 
     def step(self, action):
         obs, over = action[:, :1].expand(-1, O).tanh(), action[:, 0] > 9
-        return obs, obs[:, 0], over, over, {"episode": 0, "done": over, "waits": over}
+        return obs, obs[:, 0], over, over, {"episode": 0, "done": over, "waits": over, "final_obs": obs}
 
 
 TASKS = torch.zeros(N, P)
@@ -102,6 +102,40 @@ def play_trials(module, encoder: str, horizon: int) -> int:
     return waits(partial(module.play_trials, envs, TASKS, theta, args, seeded(1)))
 
 
+def learner_of_beliefs(**kwargs) -> tuple:
+    """VariBAD's flags, worlds, state and what a trial of each world has shown and chosen."""
+    sizes = {
+        "meta_batch_size": N,
+        "horizon": 6,
+        "hidden_size": 8,
+        "minibatches": 2,
+        "buffer_size": 20,
+        "vae_batch_size": 3,
+        "env_id": "Mine-v0",
+    }
+    args, envs = varibad_ppo.Args(**sizes | kwargs), Worlds(N)
+    state = varibad_ppo.init_learner(envs, args, seeded(0))
+    seen, choices, _ = varibad_ppo.play_with_beliefs(envs, TASKS, state["phi"], state["theta"], args, seeded(1))
+    return args, state, seen, choices
+
+
+def play_with_beliefs(horizon: int) -> int:
+    return waits(partial(learner_of_beliefs, horizon=horizon))
+
+
+def updates_of_beliefs(updates: int) -> int:
+    args, state, seen, _ = learner_of_beliefs(vae_updates=updates, episodes_per_trial=2)
+    assert waits(partial(varibad_ppo.keep_trials, state, seen)) == 0
+    optimizer = fused_adam(state["phi"].values())
+    return waits(partial(varibad_ppo.learn_beliefs, state["phi"], optimizer, state, args, 1.0, seeded(2)))
+
+
+def epochs_of_choices(epochs: int) -> int:
+    args, state, _, choices = learner_of_beliefs(epochs=epochs)
+    optimizer = fused_adam(state["theta"].values())
+    return waits(partial(varibad_ppo.learn_choices, ALONE, state["theta"], optimizer, choices, args, 1.0, seeded(3)))
+
+
 def play_episode(horizon: int) -> int:
     args, envs = pearl_sac.Args(horizon=horizon, hidden_size=8), Worlds(N)
     theta, z = pearl_sac.init_networks(envs, args, seeded(0)), torch.zeros(N, args.latent_size)
@@ -117,6 +151,7 @@ def play_episode(horizon: int) -> int:
         partial(play_trials, rl2_transformer_ppo, "transformer"),
         partial(play_trials, rl2_transformer_ppo, "snail"),
         play_episode,
+        play_with_beliefs,
     ],
 )
 def test_no_step_of_a_rollout_waits(played):
@@ -156,7 +191,7 @@ def epochs_of_rl2(epochs: int) -> int:
     return waits(partial(rl2_ppo.ppo, ALONE, theta, fused_adam(theta.values()), steps, args, 1.0, seeded(3)))
 
 
-@pytest.mark.parametrize("updates", [learn, epochs_of_promp, epochs_of_rl2])
+@pytest.mark.parametrize("updates", [learn, epochs_of_promp, epochs_of_rl2, updates_of_beliefs, epochs_of_choices])
 def test_no_update_waits(updates):
     assert updates(2) == updates(5)
 

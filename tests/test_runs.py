@@ -56,6 +56,9 @@ POLES = ["--meta-batch-size", "3", "--window-size", "7", "--horizon", "5", "--li
 POLES += ["--critic-size", "9", "--eval-every", "2", "--eval-steps", "2", "--eval-windows", "2", "--eval-episodes", "3"]
 LIVES = ["--env-id", "SymABC-v0", "--meta-batch-size", "3", "--episodes-per-lifetime", "4", "--horizon", "5"]
 LIVES += ["--steps", "3", "--unroll", "2", "--policy-size", "8", "--hidden-size", "8", "--eval-every", "2"]
+BELIEFS = ["--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5", "--hidden-size", "8"]
+BELIEFS += ["--decoder-size", "7", "--policy-size", "9", "--buffer-size", "7", "--vae-updates", "2"]
+BELIEFS += ["--vae-batch-size", "4", "--minibatches", "2", "--eval-every", "2"]
 ENDLESS = ["--env-id", "Navigation2DEndless-v0"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps where no episode ends early
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
@@ -64,6 +67,7 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps wher
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
+    "varibad_ppo": (BELIEFS, 45),
     "promp": ([*TINY, "--target-kl", "0.01"], 60),
     "reptile_ppo": ([*TINY, "--inner-steps", "2"], 60),
     "multitask_ppo": (TINY, 30),  # nobody adapts in training
@@ -237,6 +241,27 @@ def test_pearl_with_dense_rewards_with_early_ends_and_with_other_contexts(env_id
         importlib.import_module("algos.pearl_sac").main(["--resume", str(part), "--train-tasks", "40"])
 
 
+@pytest.mark.parametrize("env_id", ["MouseCheese-v0", "SparseNavigation2D-v0", "HopperRandParams-v0", "DarkRoom-v0"])
+def test_beliefs_with_early_ends_with_continuous_actions_and_with_other_decoders(env_id):
+    flags = ["--env-id", env_id, "--iterations", "4", "--horizon", "30", "--decoded-beliefs", "9"]
+    flags += [] if env_id == "MouseCheese-v0" else ["--decode-obs"]
+    whole, part = run(*flags, name="varibad_ppo"), run(*flags, name="varibad_ppo", stop_at=2)
+    run(*flags, "--resume", str(part), name="varibad_ppo")
+    assert rows(part) == rows(whole)
+    saved = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part)]
+    assert saved[0]["stored"] == saved[1]["stored"] == 12
+    for key in ("phi", "theta", "buffer"):
+        assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
+    assert saved[0]["args"]["reward_decoder"] == ("cells" if env_id == "DarkRoom-v0" else "gaussian")
+    last, full = rows(whole)[-1], 4 * 3 * 3 * 30
+    assert last["env_steps"] < full if env_id[:2] in ("Mo", "Ho") else last["env_steps"] == full
+    main = importlib.import_module("algos.varibad_ppo").main
+    with pytest.raises(SystemExit, match=r"--resume .* must be the run's: --episodes-per-trial \(3 and not 2\)"):
+        main(["--resume", str(part), "--episodes-per-trial", "2"])
+    with pytest.raises(SystemExit, match=r"--resume .* must be the run's: --buffer-size \(7 and not 8\), buffer"):
+        main(["--resume", str(part), "--buffer-size", "8"])
+
+
 def test_the_step_size_falls_and_equal_rewards_do_no_harm():
     folder = run("--env-id", "MouseCheese-v0", "--horizon", "1", "--gamma", "0", "--iterations", "3", name="rl2_ppo")
     assert all(row["train/value_loss"] < 10 for row in rows(folder))
@@ -246,7 +271,7 @@ def test_the_step_size_falls_and_equal_rewards_do_no_harm():
 
 @pytest.mark.parametrize("family", HORIZONS)
 def test_the_horizon_follows_the_family(family):
-    for name in ("rl2_ppo", "rl2_transformer_ppo"):
+    for name in ("rl2_ppo", "rl2_transformer_ppo", "varibad_ppo"):
         Args = importlib.import_module(f"algos.{name}").Args
         flags = ["--env-id", f"{family.__name__}-v0"]
         assert records.parse(Args, flags, "", name)[0].horizon == HORIZONS[family]
@@ -455,6 +480,11 @@ WRONG = {
     "rl2_ppo": [
         ("--lr", "nan"), ("--gamma", "1.01"), ("--gae-lambda", "-0.1"), ("--minibatches", "4"), ("--horizon", "0"),
         ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
+    ],
+    "varibad_ppo": [
+        ("--buffer-size", "2"), ("--vae-updates", "0"), ("--kl-weight", "-1"), ("--vae-lr", "nan"),
+        ("--latent-size", "0"), ("--decoded-beliefs", "0"), ("--minibatches", "4"), ("--clip", "1.1"),
+        ("--horizon", "0"), ("--vae-batch-size", "-3"), ("--seed", "-1"), ("--policy-size", "0"),
     ],
     "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
     "promp": [
