@@ -11,14 +11,14 @@ Algorithm:
     [5]     theta <- one step of Adam on L, the gradient's norm clipped
     [6]     now and then, test tasks: h is empty. In each step the action is drawn from M(. | state, h),
     [7]         and h grows by the step; the latest C episodes are kept. No weight changes.
-Symbols: theta = the weights of M, h = history or context, alpha, gamma, epsilon of the source = source_lr,
-    source_gamma, exploring; Q = its table, k = keep_every.
-Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where the observation
-    is largest), I inputs of the network, F features of a state, Q of a query, J of a transition, H features
-    in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U features in layers, G
-    heads of width D. In histories: M learners, L steps.
-Differs from the paper: tabular Q-learning, which begins with high values (paper: A3C, DQN). One token for a step
-    and not three. A full context drops episodes, not steps. A state is its column and row, both one-hot.
+Symbols: theta = the weights of M, h = history or context, k = keep_every; of the source: alpha, gamma =
+    source_lr, source_gamma, Q = its table, epsilon falls from 1 to 0 over a history.
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
+    observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
+    transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
+    other features, G heads of width D; M learners, L steps of a history.
+Differs from the paper: the source (A3C, DQN); a full context drops episodes, not steps. In a grid a state is
+    its column and row, both one-hot.
 """
 
 import math
@@ -48,19 +48,17 @@ class Args:
     iterations: int = 1000
     """updates"""
     meta_batch_size: int = 100
-    """windows per update, tasks per evaluation, source learners at once (N)"""
+    """windows of histories per update, tasks per evaluation (N)"""
     episodes_per_trial: int = 20
     """episodes of a trial with a test task (E), at least 2"""
     context: int = 9
     """episodes before the running one that the network sees at most (C); E - 1 where that is less"""
     learners: int = 1000
-    """source learners, each with a training task of its own; rounded up to a multiple of N"""
+    """source learners, all at once, each with a training task of its own (M)"""
     source_episodes: int = 300
     """episodes of a learning history"""
     keep_every: int = 10
     """of a history, every so-manieth episode is kept (k)"""
-    exploring: float = 0.5
-    """epsilon falls from 1 to 0 in this part of a history, linearly"""
     source_lr: float = 0.5
     """alpha of Q-learning"""
     source_gamma: float = 0.9
@@ -92,12 +90,14 @@ class Args:
 
     def __post_init__(self):
         ranges = {"seed": (0, 2**31), "episodes_per_trial": (2, 10**9), "optimism": (-1e6, 1e6)}
-        ranges |= dict.fromkeys(("exploring", "source_lr"), (1e-12, 1)) | {"source_gamma": (0, 1)}
+        ranges |= {"source_lr": (1e-12, 1), "source_gamma": (0, 1)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str | None) and not low <= value <= high:
                 allowed = f"{'above 0,' if low == 1e-12 else low} up to {high:,.10g}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: allowed is {allowed}")
+        if math.ceil(self.source_episodes / self.keep_every) <= context_episodes(self):
+            raise ValueError(f"--keep-every {self.keep_every}: allowed is what leaves C + 1 episodes")
         if self.hidden_size % HEAD_WIDTH:
             raise ValueError(f"--hidden-size {self.hidden_size}: allowed is a multiple of {HEAD_WIDTH}")
 
@@ -226,7 +226,7 @@ def encode_transitions(envs, transitions: Transitions) -> Tensor:
 
 
 def beside_the_last(query_NSQ: Tensor, transition_NSJ: Tensor) -> Tensor:
-    """M's inputs [N, S, I]: each query, and the transition before it; 0 beside the first, where D is empty."""
+    """M's inputs [N, S, I]: each query, and the transition before it; beside the first, where none is, 0."""
     before_NSJ = functional.pad(transition_NSJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
     return torch.cat([query_NSQ, before_NSJ], 2)
 
@@ -241,17 +241,16 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def learn(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Transitions:
+def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Transitions:
     """The source: tabular Q-learning from scratch in each task; every k-th episode of its history."""
     N, T = len(tasks_NP), args.horizon
-    num_states = len(envs.unwrapped.state_features())
     A = int(envs.single_action_space.n)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     worlds_N = torch.arange(N, device=tasks_NP.device)
-    Q_NOA = torch.full((N, num_states, A), args.optimism).to(tasks_NP)
+    Q_NOA = torch.full((N, len(envs.unwrapped.state_features()), A), args.optimism).to(tasks_NP)
     steps = []
     for episode in range(args.source_episodes):
-        epsilon = max(0.0, 1 - episode / (args.exploring * args.source_episodes))  # falls from 1 to 0
+        epsilon = 1 - episode / args.source_episodes
         explores_TN = (torch.rand(T, N, generator=generator) < epsilon).to(tasks_NP.device)
         noise_TNA = torch.rand(T, N, A, generator=generator).to(tasks_NP)
         obs_NO, _ = envs.reset(seed=None if episode else seed, options={"tasks": tasks_NP})
@@ -261,44 +260,31 @@ def learn(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Transitio
             value_NA = torch.where(explores_N[:, None], 0.0, Q_NOA[worlds_N, state_N])
             action_N = (value_NA + 1e-5 * noise_NA).argmax(1)
             obs_NO, reward_N, *_ = envs.step(action_N)
-            next_state_N = obs_NO.argmax(1)
+            next_N = obs_NO.argmax(1)
             # Q(s, a) <- Q(s, a) + alpha (r + gamma max_b Q(s', b) - Q(s, a)), for no state ends an episode
-            target_N = reward_N + args.source_gamma * Q_NOA[worlds_N, next_state_N].amax(1)
-            Q_NOA[worlds_N, state_N, action_N] += args.source_lr * (target_N - Q_NOA[worlds_N, state_N, action_N])
+            target_N = reward_N + args.source_gamma * Q_NOA[worlds_N, next_N].amax(1)
+            error_N = target_N - Q_NOA[worlds_N, state_N, action_N]
+            Q_NOA[worlds_N, state_N, action_N] += args.source_lr * error_N
             if episode % args.keep_every == 0:  # [2]
-                made = {"state": state_N, "action": action_N, "reward": reward_N}
-                steps.append(Transitions(**made, next_state=next_state_N))
-    return Transitions(*(torch.stack(parts, 1) for parts in zip(*steps, strict=True)))
-
-
-def learning_histories(envs, args: Args, generator: Generator, doing) -> Transitions:
-    """Histories of all source learners, N at once, each in a training task; the same for the same generator."""
-    histories = []
-    for k in range(groups := math.ceil(args.learners / args.meta_batch_size)):
-        doing("learning", k, groups)
-        tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
-        histories.append(learn(envs, tasks_NP, args, generator))
-    return Transitions(*(torch.cat(parts) for parts in zip(*histories, strict=True)))
+                steps.append({"state": state_N, "action": action_N, "reward": reward_N, "next_state": next_N})
+    return Transitions(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
 
 
 def draw_windows(histories: Transitions, args: Args, generator: Generator) -> Transitions:
     """C + 1 episodes in a row from each of N histories."""
     M, L = histories.state.shape
     S = (context_episodes(args) + 1) * args.horizon
-    N = args.meta_batch_size
-    learner_N1 = torch.randint(M, (N, 1), generator=generator)
-    first_N1 = args.horizon * torch.randint((L - S) // args.horizon + 1, (N, 1), generator=generator)
-    device = histories.state.device
-    learner_N1, step_NS = learner_N1.to(device), (first_N1 + torch.arange(S)).to(device)
+    size = (args.meta_batch_size, 1)
+    learner_N1 = torch.randint(M, size, generator=generator).to(histories.state.device)
+    first_N1 = args.horizon * torch.randint((L - S) // args.horizon + 1, size, generator=generator)
+    step_NS = (first_N1 + torch.arange(S)).to(histories.state.device)
     return Transitions(*(x[learner_N1, step_NS] for x in histories))  # [3]
 
 
 def draw_examples(envs, windows: Transitions) -> Examples:
     """At each position of the windows the state there, and the action that the source took."""
-    N, S = windows.state.shape
-    step_NS = (torch.arange(S, device=windows.state.device) % envs.unwrapped.horizon).expand(N, S)
-    queries_NSQ = encode_queries(envs, windows.state, step_NS)
-    x_NSI = beside_the_last(queries_NSQ, encode_transitions(envs, windows))
+    step_NS = torch.ones_like(windows.state).cumsum(1).sub(1) % envs.unwrapped.horizon
+    x_NSI = beside_the_last(encode_queries(envs, windows.state, step_NS), encode_transitions(envs, windows))
     return Examples(x=x_NSI, label=windows.action)
 
 
@@ -310,7 +296,8 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
     logits_NSA, _ = predict(weights, examples.x, {}, args)
     loss_NS = functional.cross_entropy(logits_NSA.mT, examples.label, reduction="none")
     loss = loss_NS.mean()  # [4]
-    for value, gradient in zip(theta.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for value, gradient in zip(theta.values(), gradients, strict=True):
         value.grad = gradient
     norm = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
     optimizer.step()  # [5]
@@ -319,22 +306,17 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
     return {f"train/{name}": float(x.detach()) for name, x in (parts | {"gradient_norm": norm}).items()}
 
 
-def episode_returns(transitions: Transitions, args: Args) -> Tensor:
-    """The sums of each episode's rewards [N, E]."""
-    return transitions.reward.unflatten(1, (-1, args.horizon)).sum(2)
-
-
 @torch.no_grad()
-def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator, greedy=False) -> Tensor:
-    """Returns [N, E] of trials with these tasks. `greedy`: M's most probable actions in place of drawn ones."""
+def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy: bool = False) -> Tensor:
+    """Returns [N, E] of trials. `greedy`: M's most probable actions in place of drawn ones."""
     N, T = len(tasks_NP), args.horizon
     C = context_episodes(args)
-    num_queries = envs.unwrapped.state_features().shape[1] + 1
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.episodes_per_trial * T, N, len(theta["b_policy"])
     noise_SNA = gumbel_noise(*size, generator=generator).to(tasks_NP) * (not greedy)
     memory = {}  # [6]
-    latest_N1J = tasks_NP.new_zeros(N, 1, theta["w_in"].shape[1] - num_queries)  # transition
+    J = theta["w_in"].shape[1] - envs.unwrapped.state_features().shape[1] - 1
+    latest_N1J = tasks_NP.new_zeros(N, 1, J)  # the latest transition of h; there is none yet
     queries, transitions, rewards = [], [], []  # of all steps so far
     with envs.unwrapped.one_thread():
         for episode in range(args.episodes_per_trial):
@@ -351,20 +333,15 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
                 action_N1 = (logits_N1A + noise_SNA[len(rewards), :, None]).argmax(2)
                 obs_NO, reward_N, *_ = envs.step(action_N1.squeeze(1))
                 rewards.append(reward_N)
-                next_state_N1 = obs_NO.argmax(1, keepdim=True)
-                made = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
-                made = Transitions(**made, next_state=next_state_N1)
-                transitions.append(encode_transitions(envs, made))
+                next_N1 = obs_NO.argmax(1, keepdim=True)
+                lived = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
+                transitions.append(encode_transitions(envs, Transitions(**lived, next_state=next_N1)))
                 latest_N1J = transitions[-1]  # [7]
     return torch.stack(rewards, 1).unflatten(1, (-1, T)).sum(2)
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
-
-    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
-    that mean's 95 % interval, taken over different tasks.
-    """
+    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over different tasks."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     return_NE = play_trials(envs, tasks_NP, theta, args, generator)
     greedy_N = play_trials(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
@@ -374,16 +351,19 @@ def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
     return stats | {"test/gain_ci95": (return_NE[:, -1] - return_NE[:, 0], tasks_NP)}
 
 
-def train(envs, args: Args, run, state: dict) -> None:
+def train(envs, source_envs, args: Args, run, state: dict) -> None:
     """The algorithm's loop, from `state` on."""
     theta = {name: value.to(envs.unwrapped.device, copy=True) for name, value in state["theta"].items()}
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
     generator = Generator()
     generator.set_state(state["generator"])
-    histories = learning_histories(envs, args, Generator().manual_seed(args.seed), run.doing)
+    run.doing("learning")
+    own = Generator().manual_seed(args.seed)  # a resumed run has the same histories
+    tasks_MP = source_envs.unwrapped.sample_tasks(args.learners, own, "train")  # [1]
+    histories = learning_histories(source_envs, tasks_MP, args, own)
     if state["iteration"] == 0:
-        state["env_steps"] += args.source_episodes * args.horizon * len(histories.state)
+        state["env_steps"] += args.learners * args.source_episodes * args.horizon
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         windows = draw_windows(histories, args, generator)
@@ -391,7 +371,7 @@ def train(envs, args: Args, run, state: dict) -> None:
         run.doing("updating")
         stats = fit(theta, optimizer, examples, args, remaining=1 - (iteration - 1) / args.iterations)
         state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
-        return_NE = episode_returns(windows, args)  # of the source: M does not act in training
+        return_NE = windows.reward.unflatten(1, (-1, args.horizon)).sum(2)  # of the source
         stats |= {"train/return_pre": return_NE[:, 0], "train/return_post": return_NE[:, -1]}
         run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
@@ -405,18 +385,17 @@ def main(argv: list[str] | None = None) -> None:
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     envs = make(args.env_id, args.meta_batch_size, args.horizon, args.cuda, discrete=True, tabular=True)
+    source_envs = make(args.env_id, args.learners, args.horizon, args.cuda, discrete=True, tabular=True)
     generator = Generator().manual_seed(args.seed)
     theta = init_model(envs, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
 
-    def examine() -> dict:
-        return evaluate(envs, state["theta"], args)
-
-    unit = "episodes of a trial"
-    with records.open_run(args, state, envs, unit=unit, evaluate=examine) as run:
+    with records.open_run(
+        args, state, envs, unit="episodes of a trial", evaluate=lambda: evaluate(envs, state["theta"], args)
+    ) as run:
         if not args.evaluate:
-            train(envs, args, run, state)
+            train(envs, source_envs, args, run, state)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Paper: Lee et al. 2023, arXiv:2306.14892: Supervised Pretraining Can Learn In-Co
 Run: python algos/dpt.py --env-id Bandit5-v0                     (--help explains every flag; --cuda: the GPU)
 Result: RESULT
 Algorithm:
-    [1] repeat: draw N tasks, and let a behaviour policy play C episodes of each: the context D = (s, a, s', r)
+    [1] repeat: draw N tasks, and let a behaviour policy play C episodes of each: context D = (s, a, s', r)
     [2]     it mixes random actions and those that are optimal in another task (a bandit: one arm)
     [3]     draw a query state at each position j of D; its label is the optimal action a* of the task there
     [4]     L = -mean log M(a* | query, D_:j) over all tasks and all beginnings D_:j of D
@@ -12,15 +12,15 @@ Algorithm:
     [6]     now and then, test tasks: D is empty. In each episode the actions are drawn from M(. | state, D);
     [7]         at its end D grows by the episode. No weight changes.
 Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, s_query = query.
-Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where the observation
-    is largest), I inputs of the network, F features of a state, J of them about a transition, H features in
-    layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U features in layers, G heads
-    of width D.
-Differs from the paper: fresh tasks and contexts in each iteration (paper: a fixed set of them, shuffled). M reads
-    at each position a query beside the latest transition, so that a cache of D serves all queries; the
-    authors' first token is the query, and its number of the step in its episode is not told. MDPs: contexts
-    are episodes from the start, by policies as in [2] (authors: single transitions from random states).
-    Grids: a state is its column and row, both one-hot (authors: as two numbers).
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
+    observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
+    transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
+    other features, G heads of width D.
+Differs from the authors' code: fresh tasks and contexts in each iteration (a fixed set, shuffled). M reads at
+    each position a query beside the latest transition, so that a cache of D serves all queries (the query
+    is the first token). It is told how much of the query's episode has passed. MDPs: contexts are
+    episodes from the start, by policies as in [2] (single transitions from random states). In a
+    grid a state is its column and row, both one-hot (two numbers).
 """
 
 import math
@@ -60,9 +60,9 @@ class Args:
     horizon: int | None = None
     """steps of an episode (T); default: the family's own, of a bandit 1"""
     layers: int = 2
-    """blocks of the transformer; 4 in the paper"""
+    """blocks of the transformer; authors: 4"""
     hidden_size: int = 64
-    """width of the transformer, a multiple of 16; 32 in the paper"""
+    """width of the transformer, a multiple of 16; authors: 32"""
     lr: float = 1e-3
     """Adam's step size at the start; falls linearly to 0; authors: 1e-4 for bandits, 1e-3 for DarkRoom"""
     max_grad_norm: float = 1.0
@@ -215,7 +215,7 @@ def encode_transitions(envs, transitions: Transitions) -> Tensor:
 
 
 def beside_the_last(query_NSQ: Tensor, transition_NSJ: Tensor) -> Tensor:
-    """M's inputs [N, S, I]: each query, and the transition before it; 0 beside the first, where D is empty."""
+    """M's inputs [N, S, I]: each query, and the transition before it; beside the first, where none is, 0."""
     before_NSJ = functional.pad(transition_NSJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
     return torch.cat([query_NSQ, before_NSJ], 2)
 
@@ -256,17 +256,18 @@ def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> T
             other_N = optimal_NTO[worlds_N, step, state_N]
             action_N = torch.where(uniform_SN[len(steps)] < w_N, other_N, drawn_N)  # [2]
             obs_NO, reward_N, *_ = envs.step(action_N)
-            steps.append(Transitions(state=state_N, action=action_N, reward=reward_N, next_state=obs_NO.argmax(1)))
-    return Transitions(*(torch.stack(parts, 1) for parts in zip(*steps, strict=True)))
+            next_N = obs_NO.argmax(1)
+            steps.append({"state": state_N, "action": action_N, "reward": reward_N, "next_state": next_N})
+    return Transitions(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
 
 
 def draw_examples(envs, tasks_NP: Tensor, contexts: Transitions, generator: Generator) -> Examples:
     """At each position of the contexts, also behind the last transition, a query and its optimal action."""
-    N, S = contexts.state.shape
+    N, S = len(tasks_NP), contexts.state.shape[1] + 1
     optimal_NTO = envs.unwrapped.optimal_actions(tasks_NP)
     _, num_steps, num_states = optimal_NTO.shape
-    query_NS = torch.randint(num_states, (N, S + 1), generator=generator).to(tasks_NP.device)
-    step_NS = torch.randint(num_steps, (N, S + 1), generator=generator).to(tasks_NP.device)
+    query_NS = torch.randint(num_states, (N, S), generator=generator).to(tasks_NP.device)
+    step_NS = torch.randint(num_steps, (N, S), generator=generator).to(tasks_NP.device)
     worlds_N1 = torch.arange(N, device=tasks_NP.device)[:, None]
     label_NS = optimal_NTO[worlds_N1, step_NS, query_NS]  # [3]
     x_NSI = beside_the_last(encode_queries(envs, query_NS, step_NS), encode_transitions(envs, contexts))
@@ -281,7 +282,8 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
     logits_NSA, _ = predict(weights, examples.x, {}, args)
     loss_NS = functional.cross_entropy(logits_NSA.mT, examples.label, reduction="none")
     loss = loss_NS.mean()  # [4]
-    for value, gradient in zip(theta.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for value, gradient in zip(theta.values(), gradients, strict=True):
         value.grad = gradient
     norm = torch.nn.utils.clip_grad_norm_(theta.values(), args.max_grad_norm)
     optimizer.step()  # [5]
@@ -290,22 +292,17 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
     return {f"train/{name}": float(x.detach()) for name, x in (parts | {"gradient_norm": norm}).items()}
 
 
-def episode_returns(transitions: Transitions, args: Args) -> Tensor:
-    """The sums of each episode's rewards [N, E]."""
-    return transitions.reward.unflatten(1, (-1, args.horizon)).sum(2)
-
-
 @torch.no_grad()
-def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Generator, greedy=False) -> Tensor:
-    """Returns [N, E] of trials with these tasks. `greedy`: M's most probable actions in place of drawn ones."""
+def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy: bool = False) -> Tensor:
+    """Returns [N, E] of trials. `greedy`: M's most probable actions in place of drawn ones."""
     N, T = len(tasks_NP), args.horizon
     C = context_episodes(args)
-    num_queries = envs.unwrapped.state_features().shape[1] + 1
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.episodes_per_trial * T, N, len(theta["b_policy"])
     noise_SNA = gumbel_noise(*size, generator=generator).to(tasks_NP) * (not greedy)
     memory = {}  # [6]
-    latest_N1J = tasks_NP.new_zeros(N, 1, theta["w_in"].shape[1] - num_queries)  # transition of D
+    J = theta["w_in"].shape[1] - envs.unwrapped.state_features().shape[1] - 1
+    latest_N1J = tasks_NP.new_zeros(N, 1, J)  # the latest transition of D; there is none yet
     queries, transitions, rewards = [], [], []  # of all steps so far
     with envs.unwrapped.one_thread():
         for episode in range(args.episodes_per_trial):
@@ -319,10 +316,9 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
                 action_N1 = (logits_N1A + noise_SNA[len(rewards), :, None]).argmax(2)
                 obs_NO, reward_N, *_ = envs.step(action_N1.squeeze(1))
                 rewards.append(reward_N)
-                next_state_N1 = obs_NO.argmax(1, keepdim=True)
-                made = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
-                made = Transitions(**made, next_state=next_state_N1)
-                transitions.append(encode_transitions(envs, made))
+                next_N1 = obs_NO.argmax(1, keepdim=True)
+                lived = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
+                transitions.append(encode_transitions(envs, Transitions(**lived, next_state=next_N1)))
             if episode + 1 < args.episodes_per_trial:  # [7]
                 first = max(0, episode + 1 - C) * T  # step of D
                 x_NSI = beside_the_last(torch.cat(queries[first:], 1), torch.cat(transitions[first:], 1))
@@ -334,11 +330,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
-
-    A run logs the means of these tensors, and of pairs under names that end in ci95 half the width of
-    that mean's 95 % interval, taken over different tasks.
-    """
+    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over different tasks."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     return_NE = play_trials(envs, tasks_NP, theta, args, generator)
     greedy_N = play_trials(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
@@ -365,7 +357,7 @@ def train(envs, args: Args, run, state: dict) -> None:
         stats = fit(theta, optimizer, examples, args, remaining=1 - (iteration - 1) / args.iterations)
         state["env_steps"] += contexts.reward.numel()
         state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
-        return_NE = episode_returns(contexts, args)  # of the behaviour policies: M does not act in training
+        return_NE = contexts.reward.unflatten(1, (-1, args.horizon)).sum(2)  # of the behaviour policies
         stats |= {"train/return_pre": return_NE[:, 0], "train/return_post": return_NE[:, -1]}
         run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
@@ -384,11 +376,9 @@ def main(argv: list[str] | None = None) -> None:
     fresh = {"theta": theta, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
 
-    def examine() -> dict:
-        return evaluate(envs, state["theta"], args)
-
-    unit = "episodes of a trial"
-    with records.open_run(args, state, envs, unit=unit, evaluate=examine) as run:
+    with records.open_run(
+        args, state, envs, unit="episodes of a trial", evaluate=lambda: evaluate(envs, state["theta"], args)
+    ) as run:
         if not args.evaluate:
             train(envs, args, run, state)
 
