@@ -16,9 +16,8 @@ Symbols: theta = the weights of M, h = history or context, k = keep_every; of th
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
     observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
     transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
-    other features, G heads of width D; M learners, L steps of a history.
-Differs from the paper: the source (A3C, DQN); a full context drops episodes, not steps. In a grid a state is
-    its column and row, both one-hot.
+    other features, G heads of width D; M learners, L as many steps or episodes as the line says.
+Differs from the paper: the source (A3C, DQN). In a grid a state is its column and row, both one-hot.
 """
 
 import math
@@ -102,7 +101,7 @@ class Args:
             raise ValueError(f"--hidden-size {self.hidden_size}: allowed is a multiple of {HEAD_WIDTH}")
 
 
-class Transitions(NamedTuple):
+class Experience(NamedTuple):
     """S steps in a row of each of N tasks; states and actions are numbers."""
 
     state: Tensor  # [N, S]
@@ -204,7 +203,7 @@ def transformer(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playin
     return layer_norm(theta, "out", hidden_NSH), memory
 
 
-def predict(theta: Params, x_NSI: Tensor, memory: Memory, args: Args) -> tuple[Tensor, Memory]:
+def action_logits(theta: Params, x_NSI: Tensor, memory: Memory, args: Args) -> tuple[Tensor, Memory]:
     """M: logits of the actions [N, S, A] at S more positions of a context, and the memory with them."""
     feature_NSH, memory = transformer(theta, x_NSI, memory, args)
     return functional.linear(feature_NSH, theta["w_policy"], theta["b_policy"]), memory
@@ -217,7 +216,7 @@ def encode_queries(envs, state_NS: Tensor, step_NS: Tensor) -> Tensor:
     return torch.cat([feature_OF[state_NS], passed_NS[..., None]], 2)
 
 
-def encode_transitions(envs, transitions: Transitions) -> Tensor:
+def encode_transitions(envs, transitions: Experience) -> Tensor:
     """What M is told of transitions [N, S, J]."""
     feature_OF = envs.unwrapped.state_features()
     action_NSA = functional.one_hot(transitions.action, int(envs.single_action_space.n)).to(feature_OF)
@@ -225,9 +224,9 @@ def encode_transitions(envs, transitions: Transitions) -> Tensor:
     return torch.cat([ends_NSU, action_NSA, transitions.reward[..., None]], 2)
 
 
-def beside_the_last(query_NSQ: Tensor, transition_NSJ: Tensor) -> Tensor:
+def beside_the_last(query_NSQ: Tensor, transition_NLJ: Tensor) -> Tensor:
     """M's inputs [N, S, I]: each query, and the transition before it; beside the first, where none is, 0."""
-    before_NSJ = functional.pad(transition_NSJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
+    before_NSJ = functional.pad(transition_NLJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
     return torch.cat([query_NSQ, before_NSJ], 2)
 
 
@@ -241,7 +240,7 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Transitions:
+def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Experience:
     """The source: tabular Q-learning from scratch in each task; every k-th episode of its history."""
     N, T = len(tasks_NP), args.horizon
     A = int(envs.single_action_space.n)
@@ -250,8 +249,7 @@ def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator)
     Q_NOA = torch.full((N, len(envs.unwrapped.state_features()), A), args.optimism).to(tasks_NP)
     steps = []
     for episode in range(args.source_episodes):
-        epsilon = 1 - episode / args.source_episodes
-        explores_TN = (torch.rand(T, N, generator=generator) < epsilon).to(tasks_NP.device)
+        explores_TN = torch.rand(T, N, generator=generator).to(tasks_NP) < 1 - episode / args.source_episodes
         noise_TNA = torch.rand(T, N, A, generator=generator).to(tasks_NP)
         obs_NO, _ = envs.reset(seed=None if episode else seed, options={"tasks": tasks_NP})
         for explores_N, noise_NA in zip(explores_TN, noise_TNA, strict=True):
@@ -267,10 +265,10 @@ def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator)
             Q_NOA[worlds_N, state_N, action_N] += args.source_lr * error_N
             if episode % args.keep_every == 0:  # [2]
                 steps.append({"state": state_N, "action": action_N, "reward": reward_N, "next_state": next_N})
-    return Transitions(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
+    return Experience(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
 
 
-def draw_windows(histories: Transitions, args: Args, generator: Generator) -> Transitions:
+def draw_windows(histories: Experience, args: Args, generator: Generator) -> Experience:
     """C + 1 episodes in a row from each of N histories."""
     M, L = histories.state.shape
     S = (context_episodes(args) + 1) * args.horizon
@@ -278,22 +276,22 @@ def draw_windows(histories: Transitions, args: Args, generator: Generator) -> Tr
     learner_N1 = torch.randint(M, size, generator=generator).to(histories.state.device)
     first_N1 = args.horizon * torch.randint((L - S) // args.horizon + 1, size, generator=generator)
     step_NS = (first_N1 + torch.arange(S)).to(histories.state.device)
-    return Transitions(*(x[learner_N1, step_NS] for x in histories))  # [3]
+    return Experience(*(x[learner_N1, step_NS] for x in histories))  # [3]
 
 
-def draw_examples(envs, windows: Transitions) -> Examples:
+def source_examples(envs, windows: Experience) -> Examples:
     """At each position of the windows the state there, and the action that the source took."""
     step_NS = torch.ones_like(windows.state).cumsum(1).sub(1) % envs.unwrapped.horizon
     x_NSI = beside_the_last(encode_queries(envs, windows.state, step_NS), encode_transitions(envs, windows))
     return Examples(x=x_NSI, label=windows.action)
 
 
-def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: float) -> dict:
+def pretrain_step(theta: Params, optimizer, examples: Examples, args: Args, remaining: float) -> dict:
     """A step on theta, in place, towards the labels; `remaining` falls from 1 to 0. Statistics before it."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     # Leaves of their own, so that theta itself asks for no gradients when M acts.
     weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    logits_NSA, _ = predict(weights, examples.x, {}, args)
+    logits_NSA, _ = action_logits(weights, examples.x, {}, args)
     loss_NS = functional.cross_entropy(logits_NSA.mT, examples.label, reduction="none")
     loss = loss_NS.mean()  # [4]
     gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -307,7 +305,7 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
 
 
 @torch.no_grad()
-def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy: bool = False) -> Tensor:
+def play_by_steps(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy=False) -> Tensor:
     """Returns [N, E] of trials. `greedy`: M's most probable actions in place of drawn ones."""
     N, T = len(tasks_NP), args.horizon
     C = context_episodes(args)
@@ -322,29 +320,29 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, gr
         for episode in range(args.episodes_per_trial):
             if episode > C:  # the cache is full: begin another one, with the latest C episodes
                 first = (episode - C) * T
-                x_NSI = beside_the_last(torch.cat(queries[first:], 1), torch.cat(transitions[first:], 1))
-                _, memory = predict(theta, x_NSI, {}, args)
+                x_NLI = beside_the_last(torch.cat(queries[first:], 1), torch.cat(transitions[first:], 1))
+                _, memory = action_logits(theta, x_NLI, {}, args)
             obs_NO, _ = envs.reset(seed=None if rewards else seed, options={"tasks": tasks_NP})
             for step in range(T):
                 state_N1 = obs_NO.argmax(1, keepdim=True)
                 queries.append(encode_queries(envs, state_N1, torch.full_like(state_N1, step)))
                 x_N1I = torch.cat([queries[-1], latest_N1J], 2)
-                logits_N1A, memory = predict(theta, x_N1I, memory, args)
+                logits_N1A, memory = action_logits(theta, x_N1I, memory, args)
                 action_N1 = (logits_N1A + noise_SNA[len(rewards), :, None]).argmax(2)
                 obs_NO, reward_N, *_ = envs.step(action_N1.squeeze(1))
                 rewards.append(reward_N)
                 next_N1 = obs_NO.argmax(1, keepdim=True)
                 lived = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
-                transitions.append(encode_transitions(envs, Transitions(**lived, next_state=next_N1)))
+                transitions.append(encode_transitions(envs, Experience(**lived, next_state=next_N1)))
                 latest_N1J = transitions[-1]  # [7]
     return torch.stack(rewards, 1).unflatten(1, (-1, T)).sum(2)
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over different tasks."""
+    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over distinct tasks."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
-    return_NE = play_trials(envs, tasks_NP, theta, args, generator)
-    greedy_N = play_trials(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
+    return_NE = play_by_steps(envs, tasks_NP, theta, args, generator)
+    greedy_N = play_by_steps(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
     stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
     stats |= {"test/greedy_trial": greedy_N, "test/greedy_ci95": (greedy_N, tasks_NP)}
     stats |= {f"test/return_k{k}": return_N for k, return_N in enumerate(return_NE.unbind(1))}
@@ -362,17 +360,16 @@ def train(envs, source_envs, args: Args, run, state: dict) -> None:
     own = Generator().manual_seed(args.seed)  # a resumed run has the same histories
     tasks_MP = source_envs.unwrapped.sample_tasks(args.learners, own, "train")  # [1]
     histories = learning_histories(source_envs, tasks_MP, args, own)
-    if state["iteration"] == 0:
-        state["env_steps"] += args.learners * args.source_episodes * args.horizon
+    state["env_steps"] = args.learners * args.source_episodes * args.horizon
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         windows = draw_windows(histories, args, generator)
-        examples = draw_examples(envs, windows)
+        examples = source_examples(envs, windows)
         run.doing("updating")
-        stats = fit(theta, optimizer, examples, args, remaining=1 - (iteration - 1) / args.iterations)
+        stats = pretrain_step(theta, optimizer, examples, args, 1 - (iteration - 1) / args.iterations)
         state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
-        return_NE = windows.reward.unflatten(1, (-1, args.horizon)).sum(2)  # of the source
-        stats |= {"train/return_pre": return_NE[:, 0], "train/return_post": return_NE[:, -1]}
+        reward_NLT = windows.reward.unflatten(1, (-1, args.horizon))  # of the source
+        stats |= {"train/return_pre": reward_NLT[:, 0].sum(1), "train/return_post": reward_NLT[:, -1].sum(1)}
         run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
 

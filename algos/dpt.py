@@ -15,7 +15,7 @@ Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, 
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
     observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
     transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
-    other features, G heads of width D.
+    other features, G heads of width D; L some of the S positions, or of the episodes.
 Differs from the authors' code: fresh tasks and contexts in each iteration (a fixed set, shuffled). M reads at
     each position a query beside the latest transition, so that a cache of D serves all queries (the query
     is the first token). It is told how much of the query's episode has passed. MDPs: contexts are
@@ -91,7 +91,7 @@ class Args:
             raise ValueError(f"--hidden-size {self.hidden_size}: allowed is a multiple of {HEAD_WIDTH}")
 
 
-class Transitions(NamedTuple):
+class Experience(NamedTuple):
     """S steps in a row of each of N tasks; states and actions are numbers."""
 
     state: Tensor  # [N, S]
@@ -193,7 +193,7 @@ def transformer(theta: Params, x_NSI: Tensor, memory: Memory, args: Args, playin
     return layer_norm(theta, "out", hidden_NSH), memory
 
 
-def predict(theta: Params, x_NSI: Tensor, memory: Memory, args: Args) -> tuple[Tensor, Memory]:
+def action_logits(theta: Params, x_NSI: Tensor, memory: Memory, args: Args) -> tuple[Tensor, Memory]:
     """M: logits of the actions [N, S, A] at S more positions of a context, and the memory with them."""
     feature_NSH, memory = transformer(theta, x_NSI, memory, args)
     return functional.linear(feature_NSH, theta["w_policy"], theta["b_policy"]), memory
@@ -206,7 +206,7 @@ def encode_queries(envs, state_NS: Tensor, step_NS: Tensor) -> Tensor:
     return torch.cat([feature_OF[state_NS], passed_NS[..., None]], 2)
 
 
-def encode_transitions(envs, transitions: Transitions) -> Tensor:
+def encode_transitions(envs, transitions: Experience) -> Tensor:
     """What M is told of transitions [N, S, J]."""
     feature_OF = envs.unwrapped.state_features()
     action_NSA = functional.one_hot(transitions.action, int(envs.single_action_space.n)).to(feature_OF)
@@ -214,9 +214,9 @@ def encode_transitions(envs, transitions: Transitions) -> Tensor:
     return torch.cat([ends_NSU, action_NSA, transitions.reward[..., None]], 2)
 
 
-def beside_the_last(query_NSQ: Tensor, transition_NSJ: Tensor) -> Tensor:
+def beside_the_last(query_NSQ: Tensor, transition_NLJ: Tensor) -> Tensor:
     """M's inputs [N, S, I]: each query, and the transition before it; beside the first, where none is, 0."""
-    before_NSJ = functional.pad(transition_NSJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
+    before_NSJ = functional.pad(transition_NLJ, (0, 0, 1, 0))[:, : query_NSQ.shape[1]]
     return torch.cat([query_NSQ, before_NSJ], 2)
 
 
@@ -230,7 +230,7 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Transitions:
+def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> Experience:
     """C episodes of each task by a behaviour policy, or by several in turn; S = C T."""
     family = envs.unwrapped
     N, T = len(tasks_NP), args.horizon
@@ -258,10 +258,10 @@ def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> T
             obs_NO, reward_N, *_ = envs.step(action_N)
             next_N = obs_NO.argmax(1)
             steps.append({"state": state_N, "action": action_N, "reward": reward_N, "next_state": next_N})
-    return Transitions(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
+    return Experience(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
 
 
-def draw_examples(envs, tasks_NP: Tensor, contexts: Transitions, generator: Generator) -> Examples:
+def optimal_examples(envs, tasks_NP: Tensor, contexts: Experience, generator: Generator) -> Examples:
     """At each position of the contexts, also behind the last transition, a query and its optimal action."""
     N, S = len(tasks_NP), contexts.state.shape[1] + 1
     optimal_NTO = envs.unwrapped.optimal_actions(tasks_NP)
@@ -274,12 +274,12 @@ def draw_examples(envs, tasks_NP: Tensor, contexts: Transitions, generator: Gene
     return Examples(x=x_NSI, label=label_NS)
 
 
-def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: float) -> dict:
+def pretrain_step(theta: Params, optimizer, examples: Examples, args: Args, remaining: float) -> dict:
     """A step on theta, in place, towards the labels; `remaining` falls from 1 to 0. Statistics before it."""
     optimizer.param_groups[0]["lr"] = remaining * args.lr
     # Leaves of their own, so that theta itself asks for no gradients when M acts.
     weights = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    logits_NSA, _ = predict(weights, examples.x, {}, args)
+    logits_NSA, _ = action_logits(weights, examples.x, {}, args)
     loss_NS = functional.cross_entropy(logits_NSA.mT, examples.label, reduction="none")
     loss = loss_NS.mean()  # [4]
     gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -293,7 +293,7 @@ def fit(theta: Params, optimizer, examples: Examples, args: Args, remaining: flo
 
 
 @torch.no_grad()
-def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy: bool = False) -> Tensor:
+def play_by_episodes(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, greedy=False) -> Tensor:
     """Returns [N, E] of trials. `greedy`: M's most probable actions in place of drawn ones."""
     N, T = len(tasks_NP), args.horizon
     C = context_episodes(args)
@@ -312,28 +312,28 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, gr
                 queries.append(encode_queries(envs, state_N1, torch.full_like(state_N1, step)))
                 x_N1I = torch.cat([queries[-1], latest_N1J], 2)
                 # D is that of the episode's beginning: what this step adds to the memory is forgotten.
-                logits_N1A, _ = predict(theta, x_N1I, memory, args)
+                logits_N1A, _ = action_logits(theta, x_N1I, memory, args)
                 action_N1 = (logits_N1A + noise_SNA[len(rewards), :, None]).argmax(2)
                 obs_NO, reward_N, *_ = envs.step(action_N1.squeeze(1))
                 rewards.append(reward_N)
                 next_N1 = obs_NO.argmax(1, keepdim=True)
                 lived = {"state": state_N1, "action": action_N1, "reward": reward_N[:, None]}
-                transitions.append(encode_transitions(envs, Transitions(**lived, next_state=next_N1)))
+                transitions.append(encode_transitions(envs, Experience(**lived, next_state=next_N1)))
             if episode + 1 < args.episodes_per_trial:  # [7]
                 first = max(0, episode + 1 - C) * T  # step of D
-                x_NSI = beside_the_last(torch.cat(queries[first:], 1), torch.cat(transitions[first:], 1))
+                x_NLI = beside_the_last(torch.cat(queries[first:], 1), torch.cat(transitions[first:], 1))
                 if first == 0:
-                    x_NSI = x_NSI[:, -T:]  # the rest is in the memory
-                _, memory = predict(theta, x_NSI, {} if first else memory, args)
+                    x_NLI = x_NLI[:, -T:]  # the rest is in the memory
+                _, memory = action_logits(theta, x_NLI, {} if first else memory, args)
                 latest_N1J = transitions[-1]
     return torch.stack(rewards, 1).unflatten(1, (-1, T)).sum(2)
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over different tasks."""
+    """Returns [N] of trials with the test tasks; pairs under ci95: for 95 % intervals over distinct tasks."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
-    return_NE = play_trials(envs, tasks_NP, theta, args, generator)
-    greedy_N = play_trials(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
+    return_NE = play_by_episodes(envs, tasks_NP, theta, args, generator)
+    greedy_N = play_by_episodes(envs, tasks_NP, theta, args, generator, greedy=True).sum(1)
     stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
     stats |= {"test/greedy_trial": greedy_N, "test/greedy_ci95": (greedy_N, tasks_NP)}
     stats |= {f"test/return_k{k}": return_N for k, return_N in enumerate(return_NE.unbind(1))}
@@ -352,13 +352,13 @@ def train(envs, args: Args, run, state: dict) -> None:
         tasks_NP = envs.unwrapped.sample_tasks(args.meta_batch_size, generator, "train")
         run.doing("collecting")
         contexts = play_contexts(envs, tasks_NP, args, generator)
-        examples = draw_examples(envs, tasks_NP, contexts, generator)
+        examples = optimal_examples(envs, tasks_NP, contexts, generator)
         run.doing("updating")
-        stats = fit(theta, optimizer, examples, args, remaining=1 - (iteration - 1) / args.iterations)
+        stats = pretrain_step(theta, optimizer, examples, args, 1 - (iteration - 1) / args.iterations)
         state["env_steps"] += contexts.reward.numel()
         state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
-        return_NE = contexts.reward.unflatten(1, (-1, args.horizon)).sum(2)  # of the behaviour policies
-        stats |= {"train/return_pre": return_NE[:, 0], "train/return_post": return_NE[:, -1]}
+        reward_NLT = contexts.reward.unflatten(1, (-1, args.horizon))  # of the behaviour policies
+        stats |= {"train/return_pre": reward_NLT[:, 0].sum(1), "train/return_post": reward_NLT[:, -1].sum(1)}
         run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
 
 

@@ -30,7 +30,21 @@ import torch
 from envs import TaskVectorEnv, fewshot, records, render
 from tests import test_golden
 from tests.pretended_gpu import Counts, pretended_gpu
-from tests.test_golden import CONTEXT, CURVES, GOLDEN, IMAGES, LIVES, MODELS, POINT, POLES, STREAMS, TRIALS, WALKS
+from tests.test_golden import (
+    CONTEXT,
+    CONTEXTS,
+    CURVES,
+    GOLDEN,
+    HISTORIES,
+    IMAGES,
+    LIVES,
+    MODELS,
+    POINT,
+    POLES,
+    STREAMS,
+    TRIALS,
+    WALKS,
+)
 
 ALGORITHMS = sorted(path.stem for path in (GOLDEN.parent.parent / "algos").glob("*.py"))
 BUDGETS = GOLDEN / "gpu_budgets.json"
@@ -40,6 +54,11 @@ CHEETAH = "--env-id HalfCheetahDir-v0 --meta-batch-size 2 --episodes-per-task 2 
 CHEETAH += "--eval-steps 1 --cg-damping 1 "
 # For each file runs, and for each run what is counted per unit: a flag, and two of its values.
 RUNS = {
+    "ad": {f"--env-id DarkRoomSmall-v0 --horizon 5 {HISTORIES}": {"step": ("--horizon", 5, 8)}},
+    "dpt": {
+        f"--env-id Bandit5-v0 {CONTEXTS}": {"episode": ("--episodes-per-trial", 5, 8)},
+        f"--env-id TabularMDP-v0 --horizon 4 {CONTEXTS}": {"step": ("--horizon", 4, 6)},
+    },
     "fomaml": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
     "lifetime_rewards": {
         f"--env-id SymABC-v0 --hidden-size 8 {LIVES}": {"step": ("--steps", 3, 5), "update": ("--unroll", 2, 3)}
