@@ -54,9 +54,9 @@ CHEETAH = "--env-id HalfCheetahDir-v0 --meta-batch-size 2 --episodes-per-task 2 
 CHEETAH += "--eval-steps 1 --cg-damping 1 "
 # For each file runs, and for each run what is counted per unit: a flag, and two of its values.
 RUNS = {
-    "ad": {f"--env-id DarkRoomSmall-v0 --horizon 5 {HISTORIES}": {"step": ("--horizon", 5, 8)}},
+    "ad": {f"--env-id DarkRoomSmall-v0 --horizon 5 {HISTORIES}": {}},
     "dpt": {
-        f"--env-id Bandit5-v0 {CONTEXTS}": {"episode": ("--episodes-per-trial", 5, 8)},
+        f"--env-id Bandit5-v0 {CONTEXTS}": {"step": ("--context", 3, 4)},
         f"--env-id TabularMDP-v0 --horizon 4 {CONTEXTS}": {"step": ("--horizon", 4, 6)},
     },
     "fomaml": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
