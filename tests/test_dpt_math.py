@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from algos import ad, dpt
-from envs.bandit import Bandit, Bandit5, DependentBandit
+from benchmark import in_context
+from envs.bandit import Bandit5, DependentBandit
 from envs.hidden_goals import MOVES, DarkRoom, DarkRoomSmall, GridNavi
 from envs.tabular_mdp import TabularMDP, tables
 from tests.double_precision import float64, seeded  # noqa: F401 (float64 is used by being here)
@@ -359,50 +360,35 @@ def test_no_held_out_goal_is_ever_in_the_data(ours, family, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class FewBandits(Bandit):
-    """Six tasks of three arms; the best arm is not known from one pull."""
-
-    arms = 3
-    chances = torch.tensor(
-        [[0.9, 0.2, 0.4], [0.7, 0.6, 0.1], [0.1, 0.8, 0.5], [0.4, 0.6, 0.3], [0.3, 0.3, 0.7], [0.6, 0.1, 0.9]],
-        dtype=torch.float32,
-    )
-
-    def sample_tasks(self, num_tasks, generator, split="train"):
-        return self.chances[torch.randint(6, (num_tasks,), generator=generator)].to(self.dtype)
-
-
-def posterior(chances, lived):
-    """The probability of each arm to be the best one [N, S + 1, A], behind each transition: by Bayes' rule."""
-    paid = chances.T[lived.action]  # [N, S, tasks]
-    likelihood = torch.where(lived.reward[..., None] > 0, paid, 1 - paid).log().cumsum(1)
-    belief = torch.cat([torch.zeros_like(likelihood[:, :1]), likelihood], 1).softmax(2)
-    return belief @ torch.nn.functional.one_hot(chances.argmax(1), chances.shape[1]).to(belief)
+def test_the_posterior_is_that_of_bayes_rule():
+    """In plain loops, for every history of two pulls: P(arm a is the best | pulls) over the six tasks."""
+    torch.set_default_dtype(torch.float32)
+    chances = in_context.SixBandits.chances.tolist()
+    for arms, pays in product(product(range(3), repeat=2), product((0.0, 1.0), repeat=2)):
+        weights = []
+        for task in chances:
+            weight = 1.0
+            for arm, paid in zip(arms, pays, strict=True):
+                weight *= task[arm] if paid else 1 - task[arm]
+            weights.append(weight)
+        share = [0.0] * 3
+        for task, weight in zip(chances, weights, strict=True):
+            share[task.index(max(task))] += weight / sum(weights)
+        found = in_context.posterior(torch.tensor([arms]), torch.tensor([pays]))[0, -1]
+        close(found, torch.tensor(share), 1e-5)
 
 
 def test_the_exact_posterior_is_learned():
+    """And its pulls earn what Thompson sampling's do."""
     torch.set_default_dtype(torch.float32)
-    args = dpt.Args(horizon=1, episodes_per_trial=11, hidden_size=32, meta_batch_size=200, iterations=250, lr=4e-3)
-    envs = FewBandits(200, 1)
-    theta = dpt.init_model(envs, args, seeded(0))
-    optimizer = torch.optim.Adam(theta.values(), args.lr)
-    generator = seeded(1)
-    for iteration in range(args.iterations):
-        tasks = envs.sample_tasks(200, generator)
-        lived = dpt.play_contexts(envs, tasks, args, generator)
-        examples = dpt.optimal_examples(envs, tasks, lived, generator)
-        dpt.pretrain_step(theta, optimizer, examples, args, 1 - iteration / args.iterations)
-    tasks = envs.sample_tasks(200, generator)
-    lived = dpt.play_contexts(envs, tasks, args, generator)
-    x = dpt.optimal_examples(envs, tasks, lived, generator).x
-    exact = posterior(envs.chances, lived)
-    with torch.no_grad():
-        learned = dpt.action_logits(theta, x, {}, args)[0].log_softmax(2)
-    apart = (exact * (exact.log() - learned)).sum(2)  # KL(exact || M) in nats
-    assert float((exact * exact.log()).sum(2)[:, 0].mean()) < -1
-    assert float((exact.log() - exact.log()[:, :1]).abs()[:, -1].mean()) > 0.5  # contexts tell much
-    assert float(apart.mean()) < 0.05
-    assert float(apart[:, 0].mean()) < 0.02
+    args, envs, theta = in_context.learn_posterior(updates=250)
+    apart = in_context.divergence(args, theta, 2000, seed=3)
+    assert float(apart.mean()) < 0.05  # nats
+    assert float(apart[0]) < 0.02
+    tasks, generator = envs.sample_tasks(200, seeded(4)), seeded(5)
+    rewards = dpt.play_by_episodes(envs, tasks, theta, args, generator).sum(1)
+    others = in_context.thompson_rewards(tasks.repeat(10, 1), args.episodes_per_trial, generator)
+    assert float(rewards.mean()) == pytest.approx(float(others.mean()), abs=0.8)
 
 
 @each_file
