@@ -44,37 +44,35 @@ class Args:
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, histories, noise"""
-    iterations: int = 1000
+    iterations: int = 1500
     """updates"""
     meta_batch_size: int = 100
     """windows of histories per update, tasks per evaluation (N)"""
     episodes_per_trial: int = 20
     """episodes of a trial with a test task (E), at least 2"""
-    context: int = 9
+    context: int = 4
     """episodes before the running one that the network sees at most (C); E - 1 where that is less"""
     learners: int = 1000
     """source learners, all at once, each with a training task of its own (M)"""
     source_episodes: int = 300
     """episodes of a learning history"""
-    keep_every: int = 10
-    """of a history, every so-manieth episode is kept (k)"""
+    keep_every: int = 30
+    """of a history, each so-manieth episode is kept (k)"""
     source_lr: float = 0.5
     """alpha of Q-learning"""
     source_gamma: float = 0.9
     """gamma of Q-learning; bandits want 0"""
-    optimism: float = 1.0
-    """Q at the start; above what is known to be paid, it makes the source try everything"""
     horizon: int | None = None
     """steps of an episode (T); default: the family's own, of a bandit 1"""
     layers: int = 2
     """blocks of the transformer"""
-    hidden_size: int = 64
+    hidden_size: int = 32
     """width of the transformer, a multiple of 16"""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Adam's step size at the start; falls linearly to 0"""
     max_grad_norm: float = 1.0
     """the gradient is shortened to this norm"""
-    eval_every: int = 100
+    eval_every: int = 250
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
     """network and worlds on the GPU"""
@@ -88,7 +86,7 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = {"seed": (0, 2**31), "episodes_per_trial": (2, 10**9), "optimism": (-1e6, 1e6)}
+        ranges = {"seed": (0, 2**31), "episodes_per_trial": (2, 10**9)}
         ranges |= {"source_lr": (1e-12, 1), "source_gamma": (0, 1)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
@@ -246,7 +244,7 @@ def learning_histories(envs, tasks_NP: Tensor, args: Args, generator: Generator)
     A = int(envs.single_action_space.n)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     worlds_N = torch.arange(N, device=tasks_NP.device)
-    Q_NOA = torch.full((N, len(envs.unwrapped.state_features()), A), args.optimism).to(tasks_NP)
+    Q_NOA = torch.zeros(N, len(envs.unwrapped.state_features()), A).to(tasks_NP)
     steps = []
     for episode in range(args.source_episodes):
         explores_TN = torch.rand(T, N, generator=generator).to(tasks_NP) < 1 - episode / args.source_episodes

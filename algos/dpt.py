@@ -47,7 +47,7 @@ class Args:
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, contexts, noise"""
-    iterations: int = 3000
+    iterations: int = 1500
     """updates"""
     meta_batch_size: int = 100
     """tasks per update and per evaluation, a context of each (N); authors: 64"""
@@ -61,13 +61,13 @@ class Args:
     """steps of an episode (T); default: the family's own, of a bandit 1"""
     layers: int = 2
     """blocks of the transformer; authors: 4"""
-    hidden_size: int = 64
+    hidden_size: int = 32
     """width of the transformer, a multiple of 16; authors: 32"""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Adam's step size at the start; falls linearly to 0; authors: 1e-4 for bandits, 1e-3 for DarkRoom"""
     max_grad_norm: float = 1.0
     """the gradient is shortened to this norm"""
-    eval_every: int = 500
+    eval_every: int = 250
     """iterations from one evaluation and checkpoint to the next"""
     cuda: bool = False
     """network and worlds on the GPU"""

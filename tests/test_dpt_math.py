@@ -262,7 +262,7 @@ def test_the_behaviour_in_bandits_is_a_dirichlet_mixed_with_a_point_mass():
 @each_family
 def test_the_source_is_q_learning(name):
     """With its actions given, tables in plain loops: each action is the best or, with epsilon's frequency, any."""
-    args, envs, _ = setup(ad, name, num=50, source_episodes=20, keep_every=1, optimism=0.5, source_lr=0.3)
+    args, envs, _ = setup(ad, name, num=50, source_episodes=20, keep_every=1, source_lr=0.3)
     T, A = args.horizon, int(envs.single_action_space.n)
     lived = ad.learning_histories(envs, envs.sample_tasks(50, seeded(0)), args, seeded(1))
     assert lived.state.shape == (50, 20 * T)
@@ -271,9 +271,9 @@ def test_the_source_is_q_learning(name):
         Q = {}
         for j in range(all_steps):
             state, action, reward, next_state = (x[n, j].item() for x in lived)
-            row = [Q.get((state, a), 0.5) for a in range(A)]
+            row = [Q.get((state, a), 0.0) for a in range(A)]
             best[j // T].append(row[action] >= max(row) - 1e-4)
-            top = max(Q.get((next_state, a), 0.5) for a in range(A))
+            top = max(Q.get((next_state, a), 0.0) for a in range(A))
             Q[state, action] = row[action] + 0.3 * (reward + 0.9 * top - row[action])
     for episode, choices in enumerate(best):
         assert sum(choices) / len(choices) >= episode / 20 - 0.15
@@ -383,12 +383,12 @@ def test_the_exact_posterior_is_learned():
     torch.set_default_dtype(torch.float32)
     args, envs, theta = in_context.learn_posterior(updates=250)
     apart = in_context.divergence(args, theta, 2000, seed=3)
-    assert float(apart.mean()) < 0.05  # nats
+    assert float(apart.mean()) < 0.03  # nats
     assert float(apart[0]) < 0.02
     tasks, generator = envs.sample_tasks(200, seeded(4)), seeded(5)
     rewards = dpt.play_by_episodes(envs, tasks, theta, args, generator).sum(1)
     others = in_context.thompson_rewards(tasks.repeat(10, 1), args.episodes_per_trial, generator)
-    assert float(rewards.mean()) == pytest.approx(float(others.mean()), abs=0.8)
+    assert float(rewards.mean()) == pytest.approx(float(others.mean()), abs=0.6)
 
 
 @each_file

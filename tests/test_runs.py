@@ -467,7 +467,7 @@ WRONG = {
     ],
     "ad": [
         ("--keep-every", "0"), ("--keep-every", "3"), ("--source-lr", "1.1"), ("--source-gamma", "-1"),
-        ("--optimism", "inf"), ("--learners", "0"), ("--context", "-1"), ("--source-episodes", "0"),
+        ("--learners", "0"), ("--context", "-1"), ("--source-episodes", "0"),
     ],
     "promp": [
         ("--outer-lr", "nan"), ("--clip", "1.5"), ("--kl-coef", "-1"), ("--target-kl", "inf"), ("--epochs", "0"),
