@@ -412,3 +412,26 @@ def test_the_step_is_that_of_the_mean_cross_entropy(ours):
         up[name][spot] += 1e-5
         down[name][spot] -= 1e-5
         assert float(step[spot]) == pytest.approx(float(loss(up) - loss(down)) / 2e-5, rel=1e-5)
+
+
+class TinyRoom(DarkRoom):
+    """Sixteen cells; three goals are held out."""
+
+    side = 4
+
+
+def test_algorithm_distillation_gets_better_along_a_trial_with_a_goal_it_has_never_seen():
+    torch.set_default_dtype(torch.float32)
+    sizes = {"horizon": 10, "episodes_per_trial": 6, "context": 2, "meta_batch_size": 100}
+    args = ad.Args(**sizes, learners=300, source_episodes=60, keep_every=10, iterations=250, lr=4e-3)
+    envs, generator = TinyRoom(100, 10), seeded(1)
+    source_envs = TinyRoom(300, 10)
+    histories = ad.learning_histories(source_envs, source_envs.sample_tasks(300, generator), args, generator)
+    theta = ad.init_model(envs, args, generator)
+    optimizer = torch.optim.Adam(theta.values(), args.lr)
+    for iteration in range(args.iterations):
+        examples = ad.source_examples(envs, ad.draw_windows(histories, args, generator))
+        ad.pretrain_step(theta, optimizer, examples, args, 1 - iteration / args.iterations)
+    tasks, generator = envs.test_set(100)
+    returns = ad.play_by_steps(envs, tasks, theta, args, generator).mean(0)
+    assert float(returns[-2:].mean() - returns[0]) > 0.5, returns
