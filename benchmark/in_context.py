@@ -66,10 +66,15 @@ def load(folder: Path, allowed: tuple[str, ...]):
     return name, state["args"], state["theta"]
 
 
+def test_tasks(envs, options: Options) -> Tensor:
+    """Drawn as test tasks are drawn, the same for all; not the fixed test set, whose first ones are extreme."""
+    return envs.unwrapped.sample_tasks(options.tasks, Generator().manual_seed(options.seed), "test")
+
+
 def played(name: str, args, theta: dict, options: Options, greedy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Test tasks [N, P], the returns of their trials [N, E] and the actions [N, S]."""
     envs = make(args.env_id, options.tasks, args.horizon, discrete=True, tabular=True)
-    tasks_NP, _ = envs.unwrapped.test_set(options.tasks)
+    tasks_NP = test_tasks(envs, options)
     actions, step = [], envs.step
 
     def recorded(action):
@@ -77,7 +82,8 @@ def played(name: str, args, theta: dict, options: Options, greedy: bool) -> tupl
         return step(action)
 
     envs.step = recorded
-    return_NE = PLAY[name](envs, tasks_NP, theta, args, Generator().manual_seed(options.seed), greedy)
+    # Another seed: the tasks' own would repeat the numbers that made them.
+    return_NE = PLAY[name](envs, tasks_NP, theta, args, Generator().manual_seed(options.seed + 1), greedy)
     return tasks_NP, return_NE, torch.stack(actions, 1)
 
 
@@ -106,8 +112,7 @@ def bandits(options: Options) -> None:
         for label, greedy in ((f"{name.upper()}, drawn", False), (f"{name.upper()}, greedy", True)):
             p_BK, return_NE, arm_BS = played(name, args, theta, options, greedy)
             every[label] = arm_BS, return_NE.sum(1)
-        # Another seed: the trials' own would repeat their noise.
-        every |= classic_arms(p_BK, n, options.seed + 1)
+        every |= classic_arms(p_BK, n, options.seed + 2)
         axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
         result = {"run": folder.name, "env_id": args.env_id, "pulls": n, "tasks": len(p_BK)}
         for label, (arm_BS, total_B) in every.items():
@@ -131,11 +136,11 @@ def optimum(envs, tasks_NP: Tensor) -> Tensor:
     return torch.stack(rewards).sum(0)
 
 
-def source_returns(args, tasks: int, seed: int) -> Tensor:
-    """The return of every episode [N, E] of AD's source learners, on test tasks."""
-    envs = make(args.env_id, tasks, args.horizon, discrete=True, tabular=True)
+def source_returns(args, options: Options) -> Tensor:
+    """The return of every episode [N, E] of AD's source learners, on the same test tasks."""
+    envs = make(args.env_id, options.tasks, args.horizon, discrete=True, tabular=True)
     every = ad.Args(**vars(args) | {"keep_every": 1})
-    lived = ad.learning_histories(envs, envs.unwrapped.test_set(tasks)[0], every, Generator().manual_seed(seed))
+    lived = ad.learning_histories(envs, test_tasks(envs, options), every, Generator().manual_seed(options.seed + 2))
     return lived.reward.unflatten(1, (-1, args.horizon)).sum(2)
 
 
@@ -155,7 +160,7 @@ def rooms(options: Options) -> None:
             episodes = range(1, return_NE.shape[1] + 1)
             axis.plot(episodes, return_NE.mean(0), label=f"{name.upper()}, {label}", ls="--" if greedy else "-")
         if name == "ad":
-            source_NE = source_returns(args, options.tasks, options.seed)
+            source_NE = source_returns(args, options)
             means = [round(float(x), 2) for x in source_NE.mean(0)]
             print(json.dumps({"run": folder.name, "source": True, "episodes": means}), flush=True)
             shown = source_NE[:, : return_NE.shape[1]].mean(0)

@@ -46,14 +46,14 @@ def test_rooms_are_played_beside_the_source_and_the_optimum(finished, capsys):
     flags = ["--env-id", "DarkRoomSmall-v0", "--horizon", "6", "--episodes-per-trial", "4", "--context", "2"]
     folders = finished(dpt, *flags), finished(ad, *flags)
     capsys.readouterr()
-    options = in_context.Options("rooms", folders, tasks=34)
+    options = in_context.Options("rooms", folders, tasks=100)
     in_context.rooms(options)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("actions") for line in lines] == ["drawn", "greedy", "drawn", "greedy", None, None]
     assert all(len(line["episodes"]) == 4 and line["goals"] == 17 for line in lines[:4])
     assert len(lines[4]["episodes"]) == 8
-    tasks, _ = DarkRoomSmall(1).test_set(34)
-    best = sum(max(0, x) for x in best_returns(DarkRoomSmall, tasks, 6)) / 34
+    tasks = in_context.test_tasks(DarkRoomSmall(1), options)
+    best = sum(max(0, x) for x in best_returns(DarkRoomSmall, tasks, 6)) / 100
     assert lines[5]["optimum"][0] == pytest.approx(best, abs=1e-3)
     with pytest.raises(SystemExit, match="allowed are Bandit5-v0"):
         in_context.bandits(in_context.Options("bandits", folders))
