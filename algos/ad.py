@@ -57,7 +57,7 @@ class Args:
     source_episodes: int = 300
     """episodes of a learning history"""
     keep_every: int = 30
-    """of a history, each so-manieth episode is kept (k)"""
+    """of a history, the first of so many episodes in a row is kept (k)"""
     source_lr: float = 0.5
     """alpha of Q-learning"""
     source_gamma: float = 0.9
@@ -309,7 +309,7 @@ def play_by_steps(envs, tasks_NP: Tensor, theta: Params, args: Args, generator, 
     C = context_episodes(args)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.episodes_per_trial * T, N, len(theta["b_policy"])
-    noise_SNA = gumbel_noise(*size, generator=generator).to(tasks_NP) * (not greedy)
+    noise_SNA = (torch.zeros(size) if greedy else gumbel_noise(*size, generator=generator)).to(tasks_NP)
     memory = {}  # [6]
     J = theta["w_in"].shape[1] - envs.unwrapped.state_features().shape[1] - 1
     latest_N1J = tasks_NP.new_zeros(N, 1, J)  # the latest transition of h; there is none yet

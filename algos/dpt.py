@@ -11,16 +11,16 @@ Algorithm:
     [5]     theta <- one step of Adam on L, the gradient's norm clipped
     [6]     now and then, test tasks: D is empty. In each episode the actions are drawn from M(. | state, D);
     [7]         at its end D grows by the episode. No weight changes.
-Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, s_query = query.
+Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, C = context.
 Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
     observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
     transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
     other features, G heads of width D; L some of the S positions, or of the episodes.
-Differs from the authors' code: fresh tasks and contexts in each iteration (a fixed set, shuffled). M reads at
-    each position a query beside the latest transition, so that a cache of D serves all queries (the query
-    is the first token). It is told how much of the query's episode has passed. MDPs: contexts are
-    episodes from the start, by policies as in [2] (single transitions from random states). In a
-    grid a state is its column and row, both one-hot (two numbers).
+Differs from the authors' code (theirs in brackets): fresh tasks and contexts in each iteration (a fixed set,
+    shuffled). M reads at each position a query beside the latest transition, so that a cache of D serves all
+    queries (the query is the first token). It is told how much of the query's episode has passed. MDPs:
+    contexts are episodes from the start, by policies as in [2] (single transitions from random states). In
+    a grid a state is its column and row, both one-hot (two numbers).
 """
 
 import math
@@ -299,7 +299,7 @@ def play_by_episodes(envs, tasks_NP: Tensor, theta: Params, args: Args, generato
     C = context_episodes(args)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     size = args.episodes_per_trial * T, N, len(theta["b_policy"])
-    noise_SNA = gumbel_noise(*size, generator=generator).to(tasks_NP) * (not greedy)
+    noise_SNA = (torch.zeros(size) if greedy else gumbel_noise(*size, generator=generator)).to(tasks_NP)
     memory = {}  # [6]
     J = theta["w_in"].shape[1] - envs.unwrapped.state_features().shape[1] - 1
     latest_N1J = tasks_NP.new_zeros(N, 1, J)  # the latest transition of D; there is none yet
