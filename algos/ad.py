@@ -2,7 +2,7 @@
 
 Paper: Laskin et al. 2022, arXiv:2210.14215: In-context Reinforcement Learning with Algorithm Distillation
 Run: python algos/ad.py --env-id DarkRoomSmall-v0                (--help explains every flag; --cuda: the GPU)
-Result: RESULT
+Result: 9 x 9 room, held-out goals: return 0.4 in episode 1, 8.8 in episode 20 (source: 0.3; goal known: 16.1)
 Algorithm:
     [1] draw many training tasks; a source algorithm learns each from scratch, by tabular Q-learning
     [2]     of its history (s, a, r, s'), every k-th episode is kept, so that few episodes span real progress
