@@ -8,6 +8,7 @@
     python benchmark/speed.py pearl_sac --peer               (see benchmark/speed_pearl.py)
     python benchmark/speed.py varibad_ppo                    (no peer is written for it)
     python benchmark/speed.py mbmpo                          (always with a peer; see benchmark/speed_mbmpo.py)
+    python benchmark/speed.py dpt                            (ad: see benchmark/speed_in_context.py)
     python benchmark/speed.py meta_critic --peer             (lirpg, lifetime_rewards: see benchmark/speed_lives.py)
 
 Runs the algorithm file's own `train()`; every flag of that file is accepted, too. Beside each measured iteration of
@@ -45,7 +46,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs as task_envs  # noqa: E402
-from benchmark import speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
+from benchmark import speed_in_context, speed_lives, speed_mbmpo, speed_pearl, speed_rl2, speed_supervised  # noqa: E402
 from envs import locomotion, processor  # noqa: E402
 from envs.records import Follower, fill_in, first_state  # noqa: E402
 
@@ -56,7 +57,7 @@ class Options:
         Literal[
             "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
             "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "varibad_ppo", "mbmpo", "meta_critic", "lirpg",
-            "lifetime_rewards",
+            "lifetime_rewards", "dpt", "ad",
         ]
     ]  # fmt: skip
     """file of algos/"""
@@ -296,6 +297,8 @@ def runner(name: str):
         return run_pearl, 5
     if name == "mbmpo":
         return run_mbmpo, 10
+    if name in speed_in_context.SAMPLING:
+        return run_in_context, 20
     if name in speed_lives.PLAYS:
         return run_lives, 20
     if name == "varibad_ppo":
@@ -376,6 +379,14 @@ def run_lives(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -
     with suppress(FinishedError):
         speed_lives.measure(options, algorithm, args, watch)
     return speed_lives.report(options, watch) | speed_lives.sizes(options, args, watch) | about
+
+
+def run_in_context(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:
+    about = describe(options, args)
+    with suppress(FinishedError):
+        speed_in_context.measure(options, algorithm, args, watch)
+    num_positions = (algorithm.context_episodes(args) + (options.algorithm == "ad")) * args.horizon
+    return speed_in_context.report(options, args, watch, num_positions + (options.algorithm == "dpt")) | about
 
 
 def run_reinforcement(options: Options, algorithm: ModuleType, args, watch: Stopwatch) -> dict:

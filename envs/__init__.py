@@ -201,11 +201,13 @@ def make(
     discrete: bool = False,
     physics: str = "auto",
     singly: bool = False,
+    tabular: bool = False,
 ) -> VectorEnv:
     """A batch of worlds in which actions of +-action_scale span the bounds; what cannot be made is one clear line.
 
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
-    An algorithm whose worlds start one by one (`singly`), as `Lifetimes` lets them, gets only those that can.
+    An algorithm whose worlds start one by one (`singly`), as `Lifetimes` lets them, gets only those that can; one that
+    looks states up in tables (`tabular`) gets only tabular families.
     `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
     `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
     `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
@@ -224,6 +226,8 @@ def make(
             raise Unsuitable("its actions are choices; this algorithm's are continuous")
         if singly and family.world_state is None:
             raise Unsuitable("its worlds can only start together; this algorithm needs worlds that start singly")
+        if tabular and not family.is_tabular:
+            raise Unsuitable("it is not tabular; this algorithm needs few states, and their optimal actions")
         family.shard = part
         return all_worlds(envs if family.is_discrete else ScaleActions(envs, action_scale))
     except Unsuitable as error:

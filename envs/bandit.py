@@ -21,6 +21,7 @@ class Bandit(TaskVectorEnv):
     """
 
     arms = 5
+    is_tabular = True  # of a single state
     world_state = ()
 
     def __init__(self, num_envs, max_episode_steps=1, device="cpu", dtype=torch.float32):
@@ -34,6 +35,12 @@ class Bandit(TaskVectorEnv):
     @staticmethod
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
         return task.gather(-1, action[..., None]).squeeze(-1)
+
+    def state_features(self):
+        return torch.ones(1, 1, dtype=self.dtype, device=self.device)
+
+    def optimal_actions(self, tasks):
+        return tasks.argmax(dim=1)[:, None, None].expand(-1, self.horizon, 1)
 
     def _start(self, task, generator):
         return torch.zeros(self.num_envs, 1, dtype=self.dtype, device=self.device)

@@ -200,6 +200,7 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 20}
     task_dim: int
     can_terminate = False  # whether an episode of this family can end before the horizon
+    is_tabular = False  # whether it has `state_features` and `optimal_actions`
     world_state: tuple[str, ...] | None = None  # attributes [B, ..] that the next step depends on, beside tasks and obs
     shard = 0, 1  # the part of all worlds that these are, and the number of parts
 
@@ -234,6 +235,16 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
         """Rewards [..]; obs [.., O], action [.., A] within its bounds (Discrete: [..]), next_obs [.., O], task [.., P].
 
         The mean, where rewards are random."""
+
+    def state_features(self) -> Tensor:
+        """Numbers that describe each state [O, F], of a tabular family: one of few states, in which an episode of any
+        length never ends early. The state's number is where the observation is largest."""
+        raise NotImplementedError(f"{type(self).__name__} is not tabular")
+
+    def optimal_actions(self, tasks: Tensor) -> Tensor:
+        """An action that is optimal, for whoever knows the task, in each step of an episode and each state [N, T, O]
+        (int64), of a tabular family."""
+        raise NotImplementedError(f"{type(self).__name__} is not tabular")
 
     @staticmethod
     def task_in_episode(task: Tensor, episode: Tensor) -> Tensor:

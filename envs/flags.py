@@ -29,12 +29,14 @@ GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those th
 }
 
 CONTINUOUS, CHOICES, EXAMPLES = "tasks with continuous actions", "tasks with choices as actions", "supervised tasks"
+TABULAR = "tasks of few states, whose optimal actions are known"
 METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metaworld.txt)"
-ACCEPTED = {  # for an algorithm that is not named here all kinds are listed
+ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, which contain the tabular tasks
     **dict.fromkeys(("maml", "fomaml", "reptile"), (EXAMPLES,)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
     **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo", "varibad_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
     **dict.fromkeys(("lifetime_rewards", "meta_critic"), (CHOICES,)),
+    **dict.fromkeys(("dpt", "ad"), (TABULAR,)),
     "lirpg": (CONTINUOUS, CHOICES),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
@@ -127,7 +129,8 @@ def accepted_ids(algorithm: str) -> dict[str, list[str]]:
     ids = {
         CONTINUOUS: [f"{family.__name__}-v0" for family in families if family not in chosen],
         CHOICES: [f"{family.__name__}-v0" for family in chosen],
+        TABULAR: [f"{family.__name__}-v0" for family in families if family.is_tabular],
         METAWORLD: ["Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3"],
         EXAMPLES: [f"{family.__name__}-v0" for family in SUPERVISED],
     }
-    return {kind: names for kind, names in ids.items() if kind in ACCEPTED.get(algorithm, ids)}
+    return {kind: names for kind, names in ids.items() if kind in ACCEPTED.get(algorithm, ids.keys() - {TABULAR})}

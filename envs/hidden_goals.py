@@ -28,6 +28,7 @@ class GridNavi(TaskVectorEnv):
     off_goal = -0.1  # reward of a step that ends elsewhere
     clear = 1  # no goal is within so many steps of the start, diagonal ones included
     task_dim = 2
+    is_tabular = True
     world_state = ()
 
     def __init__(self, num_envs, max_episode_steps=15, device="cpu", dtype=torch.float32):
@@ -53,6 +54,22 @@ class GridNavi(TaskVectorEnv):
         goal = (cls.side * task[..., 1] + task[..., 0]).long()
         found = next_obs.gather(-1, goal[..., None]).squeeze(-1)
         return cls.off_goal + (1 - cls.off_goal) * found
+
+    def state_features(self):
+        """The column and the row, both one-hot: what holds in a cell can be told from others of its column and row."""
+        one = torch.eye(self.side, dtype=self.dtype, device=self.device)
+        return torch.cat([one.repeat(self.side, 1), one.repeat_interleave(self.side, dim=0)], dim=1)
+
+    def optimal_actions(self, tasks):
+        """A shortest way, first to the goal's column, as the authors of DPT take it; then stay."""
+        cell = torch.arange(self.side**2, device=self.device)
+        place = torch.stack([cell % self.side, cell // self.side], dim=1)
+        right, up = (tasks[:, None] - place).sign().unbind(dim=2)  # [N, O], 1, 0 or -1 each
+        stay = torch.zeros_like(right, dtype=torch.int64)
+        sideways = torch.where(right > 0, MOVES.index((1, 0)), MOVES.index((-1, 0)))
+        along = torch.where(up > 0, MOVES.index((0, 1)), MOVES.index((0, -1)))
+        action = torch.where(right != 0, sideways, torch.where(up != 0, along, stay))
+        return action[:, None].expand(-1, self.horizon, -1)
 
     def _one_hot(self, cell):
         return torch.nn.functional.one_hot(cell, self.side**2).to(self.dtype)

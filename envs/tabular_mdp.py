@@ -18,13 +18,21 @@ def tables(tasks: Tensor) -> tuple[Tensor, Tensor]:
     return mean.unflatten(-1, (STATES, ACTIONS)), transition.unflatten(-1, (STATES, ACTIONS, STATES))
 
 
-def optimal_value(tasks: Tensor, horizon: int) -> Tensor:
-    """The expected total reward [N] of the best policy in one episode from state 0, by backward induction."""
+def plan(tasks: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """The best policy by backward induction: its expected total reward in one episode from each state [N, S], and its
+    action in each step and state [N, T, S]."""
     mean, transition = tables(tasks)
     value = torch.zeros_like(mean[..., 0])
+    actions = []
     for _ in range(horizon):
-        value = (mean + (transition @ value[:, None, :, None]).squeeze(-1)).amax(dim=-1)
-    return value[:, 0]
+        value, action = (mean + (transition @ value[:, None, :, None]).squeeze(-1)).max(dim=-1)
+        actions.append(action)
+    return value, torch.stack(actions[::-1], dim=1)
+
+
+def optimal_value(tasks: Tensor, horizon: int) -> Tensor:
+    """The expected total reward [N] of the best policy in one episode from state 0."""
+    return plan(tasks, horizon)[0][:, 0]
 
 
 class TabularMDP(TaskVectorEnv):
@@ -41,6 +49,7 @@ class TabularMDP(TaskVectorEnv):
     """
 
     task_dim = STATES * ACTIONS * (1 + STATES)
+    is_tabular = True
     world_state = ("_transition",)
 
     def __init__(self, num_envs, max_episode_steps=10, device="cpu", dtype=torch.float32):
@@ -56,6 +65,12 @@ class TabularMDP(TaskVectorEnv):
     @staticmethod
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
         return task.gather(-1, (obs.argmax(dim=-1) * ACTIONS + action)[..., None]).squeeze(-1)
+
+    def state_features(self):
+        return torch.eye(STATES, dtype=self.dtype, device=self.device)
+
+    def optimal_actions(self, tasks):
+        return plan(tasks, self.horizon)[1]
 
     def _one_hot(self, state):
         return torch.nn.functional.one_hot(state, STATES).to(self.dtype)

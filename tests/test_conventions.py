@@ -235,8 +235,8 @@ def test_the_difference_of_siblings_is_the_algorithm():
         text = (ROOT / f"algos/{name}.py").read_text()
         return text[text.index("\nimport ") :].splitlines()
 
-    for other, most in (("fomaml", 20), ("reptile", 60)):
-        changes = [line[2:] for line in difflib.ndiff(code("maml"), code(other)) if line[0] == "+"]
+    for name, other, most in (("maml", "fomaml", 20), ("maml", "reptile", 60), ("dpt", "ad", 95)):
+        changes = [line[2:] for line in difflib.ndiff(code(name), code(other)) if line[0] == "+"]
         assert 5 < len(changes) <= most, changes
 
 
@@ -392,6 +392,27 @@ class PrimeLives(PrimeWorlds):
         return torch.randn(self.num_envs, SIZES["O"], generator=self.generator)
 
 
+class PrimeTables(PrimeSizes):
+    """Worlds of as many states as an observation has numbers, each described by four."""
+
+    is_discrete, single_action_space, horizon = True, Discrete(SIZES["A"]), SIZES["T"]
+
+    def __init__(self, num_envs=SIZES["N"]):
+        self.num_envs, self.generator = num_envs, torch.Generator()
+
+    def reset(self, *, seed, options):
+        return super().reset(seed=seed or 0, options=options)
+
+    def step(self, action):
+        return super().step(action[:, None])
+
+    def state_features(self):
+        return torch.randn(SIZES["O"], 4, generator=self.generator)
+
+    def optimal_actions(self, tasks):
+        return torch.zeros(len(tasks), self.horizon, SIZES["O"], dtype=torch.int64)
+
+
 class PrimeModels(PrimeSizes):
     """Real worlds and imagined ones, which are as many."""
 
@@ -462,6 +483,10 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         envs, sizes, init = PrimeModels(), SIZES | {"I": 13 + 2}, None
     elif hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
+    elif hasattr(traced.Args, "context"):
+        wanted = memory | {"episodes_per_trial": 3, "context": 1, "learners": 37, "source_episodes": 5, "keep_every": 2}
+        others = {"Q": 4 + 1, "J": 2 * 4 + 2 + 1, "I": 4 + 1 + 2 * 4 + 2 + 1, "M": 37}
+        envs, sizes, init = PrimeTables(), {k: SIZES[k] for k in "ETOAP1"} | others, "init_model"
     elif hasattr(traced.Args, "episodes_per_trial"):
         envs, wanted, sizes, init = (
             PrimeTrials(),
@@ -501,6 +526,8 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
         state |= theta if is_state else {"theta": theta}
         worlds = [envs, envs] if init in ("first_state", "init_lifetimes") else [envs]
+        if hasattr(args, "learners"):
+            worlds += [PrimeTables(args.learners)]
         if init == "init_learners":
             worlds += [PrimeChoices(), PrimeChoices(SIZES["N"] * args.eval_episodes)]
         if hasattr(args, "num_models"):
@@ -533,6 +560,10 @@ def test_every_suffix_is_true(path, tmp_path):
     elif path.stem == "varibad_ppo":
         assert {"x_NSI", "mean_NKZ", "m_NDZ", "log_prob_NDS", "error_NDSO", "kl_ND", "noise_BDZ"} <= checked
         assert {"told_NF", "latest_NI", "h_1NH", "noise_SNA", "ratio_NS", "return_NE", "place_N", "rows_UB"} <= checked
+    elif path.stem in ("dpt", "ad"):
+        assert {"x_NSI", "x_N1I", "query_NSQ", "before_NSJ", "state_N1", "k_NGCD", "loss_NS", "return_NE"} <= checked
+        own = {"dpt": {"optimal_NTO", "weight_NA", "label_NS"}, "ad": {"Q_NOA", "noise_TNA", "tasks_MP", "first_N1"}}
+        assert own[path.stem] <= checked
     elif path.stem.startswith("rl2"):
         assert {"x_NSI", "feature_NSH", "noise_SNA", "previous_NJ", "log_ratio_NS", "return_NE", "order_NS"} <= checked
         assert path.stem == "rl2_ppo" or {"q_NGSD", "k_NGCD", "v_NGCD", "position_NS", "Uh_NSU"} <= checked
@@ -552,6 +583,7 @@ FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP",
 FALSE += [("lifetime_rewards", "noise_TNA", "noise_NTA"), ("lifetime_rewards", "value_NT", "value_TN")]
 FALSE += [("lirpg", "same_NTT", "same_NTO"), ("lirpg", "reward_NT", "reward_TN"), ("lirpg", "square_W", "square_A")]
 FALSE += [("varibad_ppo", "m_NDZ", "m_DNZ"), ("varibad_ppo", "told_NF", "told_FN"), ("varibad_ppo", "kl_ND", "kl_DN")]
+FALSE += [("dpt", "optimal_NTO", "optimal_NOT"), ("dpt", "before_NSJ", "before_NSI"), ("ad", "Q_NOA", "Q_NAO")]
 FALSE += [("meta_critic", "z_NZ", "z_NI"), ("meta_critic", "action_NTCA", "action_NCTA")]
 
 

@@ -228,7 +228,7 @@ def test_fields_of_a_users_own_file(capsys):
 
 # ---------------------------------------------------------------- the ids
 
-SMALL = {"meta_batch_size": 2, "episodes_per_task": 1, "episodes_per_trial": 1, "num_worlds": 2, "num_models": 2}
+SMALL = {"meta_batch_size": 2, "episodes_per_task": 1, "episodes_per_trial": 2, "num_worlds": 2, "num_models": 2}
 SMALL |= {"tasks_per_iteration": 2, "train_tasks": 2, "minibatches": 1, "epochs": 1, "hidden_size": 16, "horizon": 6}
 SMALL |= {"eval_episodes": 1, "model_size": 8, "rollout_steps": 12, "replay_size": 64}
 

@@ -48,6 +48,8 @@ BELIEFS = "--meta-batch-size 3 --episodes-per-trial 3 --hidden-size 8 --decoder-
 BELIEFS += "--vae-updates 2 --vae-batch-size 4 --minibatches 2 "
 POLES = "--meta-batch-size 3 --window-size 7 --horizon 5 --lifetime 2 --hidden-size 8 --critic-size 9 "
 POLES += "--eval-steps 2 --eval-windows 2 --eval-episodes 3 "
+CONTEXTS = "--meta-batch-size 3 --episodes-per-trial 5 --context 3 --hidden-size 16 "
+HISTORIES = f"{CONTEXTS}--learners 4 --source-episodes 9 --keep-every 2 "
 LIVES = "--meta-batch-size 3 --episodes-per-lifetime 4 --horizon 5 --steps 3 --unroll 2 --policy-size 8 "
 RUNS = {
     "maml_trpo": [
@@ -107,6 +109,15 @@ RUNS = {
         f"--env-id CartPoleFixed-v0 {STREAMS}--intrinsic-coef 0 --extrinsic-coef 1 --live-bonus 0.1",
     ],
     "meta_critic": [POLES, f"{POLES}--td-lambda 1"],
+    "dpt": [
+        f"--env-id Bandit5-v0 {CONTEXTS}",
+        f"--env-id TabularMDP-v0 --horizon 4 --policies 3 {CONTEXTS}",
+        f"--env-id DarkRoom-v0 --horizon 5 --policies 2 {CONTEXTS}",
+    ],
+    "ad": [
+        f"--env-id DarkRoomSmall-v0 --horizon 5 {HISTORIES}",
+        f"--env-id GaussianBandit5-v0 --source-gamma 0 {HISTORIES}",
+    ],
     "lifetime_rewards": [f"--env-id SymABC-v0 {LIVES}--hidden-size 8", f"--env-id KeyBox-v0 {LIVES}--hidden-size 8"],
 }
 

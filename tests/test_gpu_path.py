@@ -33,8 +33,10 @@ from tests.pretended_gpu import Counts, pretended_gpu
 from tests.test_golden import (
     BELIEFS,
     CONTEXT,
+    CONTEXTS,
     CURVES,
     GOLDEN,
+    HISTORIES,
     IMAGES,
     LIVES,
     MODELS,
@@ -53,6 +55,11 @@ CHEETAH = "--env-id HalfCheetahDir-v0 --meta-batch-size 2 --episodes-per-task 2 
 CHEETAH += "--eval-steps 1 --cg-damping 1 "
 # For each file runs, and for each run what is counted per unit: a flag, and two of its values.
 RUNS = {
+    "ad": {f"--env-id DarkRoomSmall-v0 --horizon 5 {HISTORIES}": {}},
+    "dpt": {
+        f"--env-id Bandit5-v0 {CONTEXTS}": {"step": ("--context", 3, 4)},
+        f"--env-id TabularMDP-v0 --horizon 4 {CONTEXTS}": {"step": ("--horizon", 4, 6)},
+    },
     "fomaml": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
     "lifetime_rewards": {
         f"--env-id SymABC-v0 --hidden-size 8 {LIVES}": {"step": ("--steps", 3, 5), "update": ("--unroll", 2, 3)}

@@ -59,6 +59,8 @@ LIVES += ["--steps", "3", "--unroll", "2", "--policy-size", "8", "--hidden-size"
 BELIEFS = ["--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5", "--hidden-size", "8"]
 BELIEFS += ["--decoder-size", "7", "--policy-size", "9", "--buffer-size", "7", "--vae-updates", "2"]
 BELIEFS += ["--vae-batch-size", "4", "--minibatches", "2", "--eval-every", "2"]
+CONTEXTS = ["--env-id", "DarkRoomSmall-v0", "--meta-batch-size", "3", "--episodes-per-trial", "4", "--context", "2"]
+CONTEXTS += ["--horizon", "5", "--hidden-size", "16", "--layers", "1", "--eval-every", "2"]
 ENDLESS = ["--env-id", "Navigation2DEndless-v0"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps where no episode ends early
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
@@ -76,8 +78,11 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps wher
     "lirpg": (STREAMS, 21),  # 3 worlds x 7 steps
     "lifetime_rewards": (LIVES, 18),  # 3 lifetimes x 2 trajectories x 3 steps
     "meta_critic": (POLES, 21),  # likewise
+    "dpt": (CONTEXTS, 30),  # 3 tasks x 2 episodes x 5 steps
+    "ad": ([*CONTEXTS, "--learners", "4", "--source-episodes", "6", "--keep-every", "2"], 0),  # all before the first
 }
-BEFORE = {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
+BEFORE = {"ad": 120}  # env_steps before the first iteration: 4 learners x 6 episodes x 5 steps
+BEFORE |= {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
 each = pytest.mark.parametrize("name", FLAGS)
 
 
@@ -487,6 +492,13 @@ WRONG = {
         ("--horizon", "0"), ("--vae-batch-size", "-3"), ("--seed", "-1"), ("--policy-size", "0"),
     ],
     "rl2_transformer_ppo": [("--layers", "0"), ("--hidden-size", "24"), ("--max-grad-norm", "0")],
+    "dpt": [
+        ("--episodes-per-trial", "1"), ("--context", "0"), ("--policies", "0"), ("--hidden-size", "24"),
+    ],
+    "ad": [
+        ("--keep-every", "0"), ("--keep-every", "3"), ("--source-lr", "1.1"), ("--source-gamma", "-1"),
+        ("--learners", "0"), ("--context", "-1"), ("--source-episodes", "0"),
+    ],
     "promp": [
         ("--outer-lr", "nan"), ("--clip", "1.5"), ("--kl-coef", "-1"), ("--target-kl", "inf"), ("--epochs", "0"),
         ("--inner-lr", "0"), ("--inner-steps", "0"), ("--kl-coef", "0"),
@@ -571,6 +583,9 @@ def test_other_wrong_flags_are_refused_before_anything_starts(capsys):
     for name in ("maml_trpo", "pearl_sac", "mbmpo"):
         with pytest.raises(SystemExit, match=r"--env-id Bandit5-v0: its actions are choices"):
             importlib.import_module(f"algos.{name}").main(["--env-id", "Bandit5-v0"])
+    for name, env_id in (("dpt", "MouseCheese-v0"), ("ad", "TwoStep-v0")):
+        with pytest.raises(SystemExit, match=rf"--env-id {env_id}: it is not tabular"):
+            importlib.import_module(f"algos.{name}").main(["--env-id", env_id])
     with pytest.raises(SystemExit, match=r"--dense-training: .*Navigation2D-v0 .*no dense reward"):
         importlib.import_module("algos.pearl_sac").main([*EPISODES, "--dense-training"])
     for name in ("rl2_ppo", "rl2_transformer_ppo"):

@@ -1,0 +1,73 @@
+"""benchmark/in_context.py: the tables and pictures of the docs come from what runs left and from the files' own
+functions; benchmark/speed.py measures both files."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from algos import ad, dpt
+from benchmark import in_context, speed
+from envs.hidden_goals import DarkRoomSmall
+from tests.test_dpt_math import best_returns
+
+SMALL = ["--meta-batch-size", "8", "--iterations", "2", "--hidden-size", "16", "--layers", "1"]
+SOURCE = ["--learners", "6", "--source-episodes", "8", "--keep-every", "2"]
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Makes a tiny run of a file: its folder."""
+    monkeypatch.setattr(in_context, "IMAGES", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *flags):
+        module.main([*SMALL, *(SOURCE if module is ad else []), *flags])
+        return max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+
+    return run
+
+
+def test_bandits_are_played_beside_the_classic_algorithms(finished, capsys):
+    folder = finished(dpt, "--episodes-per-trial", "12")
+    capsys.readouterr()
+    in_context.bandits(in_context.Options("bandits", (folder,), tasks=60))
+    line = json.loads(capsys.readouterr().out)
+    assert (line["env_id"], line["pulls"], line["tasks"]) == ("Bandit5-v0", 12, 60)
+    assert set(line) >= {"DPT, drawn", "DPT, greedy", "Thompson", "Gittins", "UCB1"}
+    assert line["Gittins"]["regret"][0] < line["DPT, drawn"]["regret"][0]  # that run has learned nothing yet
+    assert (folder.parent.parent / "in_context_regret_5_12.png").exists()
+    p, arm = torch.tensor([[0.2, 0.7]]), torch.tensor([[0, 1, 0]])
+    torch.testing.assert_close(in_context.regret(p, arm), torch.tensor([[0.5, 0.5, 1.0]]))
+
+
+def test_rooms_are_played_beside_the_source_and_the_optimum(finished, capsys):
+    flags = ["--env-id", "DarkRoomSmall-v0", "--horizon", "6", "--episodes-per-trial", "4", "--context", "2"]
+    folders = finished(dpt, *flags), finished(ad, *flags)
+    capsys.readouterr()
+    options = in_context.Options("rooms", folders, tasks=100)
+    in_context.rooms(options)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("actions") for line in lines] == ["drawn", "greedy", "drawn", "greedy", None, None]
+    assert all(len(line["episodes"]) == 4 and line["goals"] == 17 for line in lines[:4])
+    assert len(lines[4]["episodes"]) == 8
+    tasks = in_context.test_tasks(DarkRoomSmall(1), options)
+    best = sum(max(0, x) for x in best_returns(DarkRoomSmall, tasks, 6)) / 100
+    assert lines[5]["optimum"][0] == pytest.approx(best, abs=1e-3)
+    with pytest.raises(SystemExit, match="allowed are Bandit5-v0"):
+        in_context.bandits(in_context.Options("bandits", folders))
+
+
+@pytest.mark.parametrize("name", ["dpt", "ad"])
+def test_speed_prints_one_line(name, monkeypatch, capsys):
+    flags = "--meta-batch-size 6 --episodes-per-trial 5 --context 3 --iterations 2 --hidden-size 16"
+    flags += " --learners 4 --source-episodes 8 --keep-every 2 --horizon 5" if name == "ad" else ""
+    monkeypatch.setattr(sys, "argv", ["speed.py", name, *flags.split()])
+    speed.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert result["algorithm"] == name
+    assert result["positions_per_iteration"] == 6 * {"dpt": 3 + 1, "ad": 4 * 5}[name]
+    assert result["positions_per_s"] > 0 < result["update_s"]
+    assert name == "dpt" or (result["histories_steps"], result["histories_s"] > 0) == (4 * 8 * 5, True)
