@@ -1,4 +1,4 @@
-"""MAML, FOMAML and Reptile as they are usually written: the references of benchmark/speed_supervised.py.
+"""MAML, FOMAML, Reptile, prototypical networks as usually written: the references of benchmark/speed_supervised.py.
 
 Each function computes what the function of the same place in algos/ does, from the same arguments
 (tests/test_peer_supervised.py compares the gradients), with a Python loop over tasks:
@@ -28,7 +28,13 @@ Examples = tuple[Tensor, Tensor]  # x [N, B, X] and y [N, B, Y]
 
 
 def network(params: Params, x: Tensor) -> Tensor:
-    depth, conv = sum(name.startswith("w") for name in params) - 1, params["w0"].ndim == 4
+    depth = sum(name.startswith("w") for name in params) - 1
+    return torch.addmm(params[f"b{depth}"], embed(params, x, depth), params[f"w{depth}"])
+
+
+def embed(params: Params, x: Tensor, depth: int | None = None) -> Tensor:
+    """What `depth` layers make of x, by default all of them."""
+    depth, conv = depth or sum(name.startswith("w") for name in params), params["w0"].ndim == 4
     hidden = x.view(len(x), 1, math.isqrt(x.shape[1]), -1) if conv else x
     for i in range(depth):
         w, scale = params[f"w{i}"], params.get(f"scale{i}")
@@ -39,7 +45,7 @@ def network(params: Params, x: Tensor) -> Tensor:
             hidden = functional.conv2d(hidden, w, stride=2, padding=1) if conv else hidden @ w
             hidden = functional.batch_norm(hidden, None, None, scale, b, training=True)
         hidden = functional.relu(hidden)
-    return torch.addmm(params[f"b{depth}"], hidden.flatten(1), params[f"w{depth}"])
+    return hidden.flatten(1)
 
 
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -98,6 +104,23 @@ def reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tenso
     return result(theta, [value / tasks for value in sums], total, tasks)
 
 
+def protonet(theta: Params, support: Examples, query: Examples, args) -> tuple[Params, dict]:
+    net, total, right = Net(theta), 0.0, []
+    for x, y, queries, classes in zip(*support, *query, strict=True):
+        features = embed(net._parameters, torch.cat([x, queries]))
+        examples, queries = features[: len(x)], features[len(x) :]
+        if args.matching:
+            cosine = functional.cosine_similarity(queries[:, None], examples[None], dim=2)
+            logits = (cosine.softmax(1) @ y.to(x)).log()
+        else:
+            prototypes = torch.stack([examples[y[:, k]].mean(0) for k in range(y.shape[1])])
+            logits = -torch.cdist(queries, prototypes).square()
+        total = total + functional.cross_entropy(logits, classes.int().argmax(1))
+        right.append((logits.argmax(1) == classes.int().argmax(1)).to(x).mean())
+    gradient, loss = result(theta, torch.autograd.grad(total / len(right), list(net.parameters())), total, len(right))
+    return gradient, {"train/loss_post": loss, "train/accuracy_post": torch.stack(right).mean()}
+
+
 # ---------------------------------------------------------------- torchopt
 
 
@@ -147,5 +170,5 @@ def torchopt_reptile(theta: Params, batches: list[Examples], args) -> tuple[Para
     return result(theta, [value / tasks for value in sums], total, tasks)
 
 
-LOOP = {"maml": maml, "fomaml": partial(maml, first_order=True), "reptile": reptile}
+LOOP = {"maml": maml, "fomaml": partial(maml, first_order=True), "reptile": reptile, "protonet": protonet}
 TORCHOPT = {"maml": torchopt_maml, "fomaml": torchopt_fomaml, "reptile": torchopt_reptile} if torchopt else {}

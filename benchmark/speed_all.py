@@ -33,6 +33,7 @@ RUNS = (
     "maml --iterations 200",
     "fomaml --iterations 200",
     "reptile --iterations 200",
+    "protonet",
     f"maml_trpo {FAMILY}",
     f"promp {FAMILY}",
     f"reptile_ppo {FAMILY}",

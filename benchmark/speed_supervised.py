@@ -1,4 +1,4 @@
-"""How fast a supervised algorithm learns; `python benchmark/speed.py maml|fomaml|reptile` comes here.
+"""How fast a supervised algorithm learns; `python benchmark/speed.py maml|fomaml|reptile|protonet` comes here.
 
 Runs the algorithm file's own `train()` on its own tasks. In some of the iterations, from the same theta and on the same
 examples, the meta-gradient is also computed the usual ways (benchmark/peer_supervised.py: a Python loop over tasks,
@@ -17,6 +17,8 @@ from envs import make_supervised
 from envs.records import first_state
 
 GRADIENTS = {"maml": "maml_gradient", "fomaml": "fomaml_gradient", "reptile": "reptile_gradient"}
+GRADIENTS |= {"protonet": "protonet_gradient"}
+INITS = {"protonet": "init_embedding"}  # others: init_params
 EVERY = 4  # iterations from one turn of the others to the next
 
 
@@ -24,9 +26,9 @@ def measure(name: str, algorithm, args, watch) -> None:
     """train() of algos/<name>.py, from the state that its main() makes, until the stopwatch ends it."""
     tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
     generator = algorithm.Generator().manual_seed(args.seed)
-    theta = algorithm.init_params(tasks, args, generator)
+    theta = getattr(algorithm, INITS.get(name, "init_params"))(tasks, args, generator)
     others = {"loop": peer_supervised.LOOP[name]}
-    if peer_supervised.torchopt:
+    if name in peer_supervised.TORCHOPT:
         others["torchopt"] = peer_supervised.TORCHOPT[name]
     gradient = getattr(algorithm, GRADIENTS[name])
 

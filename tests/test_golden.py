@@ -36,6 +36,7 @@ TRPO = f"{POINT}--horizon 10 --cg-damping 1 "
 HOPPER = "--env-id HopperRandParams-v0 --horizon 30 --meta-batch-size 2 --eval-steps 1 "  # episodes end early
 CURVES = "--meta-batch-size 3 --shots 4 --hidden-sizes 8 7 --eval-tasks 5 --eval-steps 2 "
 IMAGES = "--env-id Glyphs-v0 --meta-batch-size 2 --ways 3 --hidden-sizes 4 5 --eval-tasks 3 --eval-steps 2 "
+CLASSES = "--meta-batch-size 2 --ways 3 --train-ways 4 --shots 2 --hidden-sizes 4 5 --eval-tasks 3 "
 TRIALS = "--env-id Bandit5-v0 --meta-batch-size 3 --episodes-per-trial 3 --horizon 5 --hidden-size 16 --minibatches 2 "
 WALKS = "--env-id WalkerRandParams-v0 --horizon 40 --meta-batch-size 4 --episodes-per-trial 2 --hidden-size 16 "
 WALKS += "--minibatches 2 "
@@ -80,6 +81,7 @@ RUNS = {
         f"{CURVES}--inner-steps 2 --inner-shots 5 --inner-optimizer adam",
         f"{IMAGES}--inner-steps 2",
     ],
+    "protonet": [CLASSES, f"{CLASSES}--matching --no-transductive", f"{CLASSES}--mlp"],
     "rl2_ppo": [TRIALS, f"{TRIALS}--encoder lstm", WALKS, f"{WALKS}--encoder lstm"],
     "rl2_transformer_ppo": [f"{TRIALS}--encoder {e}" for e in ("transformer", "snail")]
     + [f"{WALKS}--encoder {e}" for e in ("transformer", "snail")],
@@ -152,7 +154,7 @@ def test_every_file_is_guarded():
     assert names == set(RUNS) == {path.stem for path in GOLDEN.glob("*.json")} - {"gpu_budgets"}
 
 
-DRAWN = [name for name, runs in RUNS.items() if any("Glyphs" in flags for flags in runs)]
+DRAWN = [name for name, runs in RUNS.items() if any("Glyphs" in flags or "--ways" in flags for flags in runs)]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,20 @@ import torch
 from envs import TaskVectorEnv, fewshot, records, render
 from tests import test_golden
 from tests.pretended_gpu import Counts, pretended_gpu
-from tests.test_golden import CONTEXT, CURVES, GOLDEN, IMAGES, LIVES, MODELS, POINT, POLES, STREAMS, TRIALS, WALKS
+from tests.test_golden import (
+    CLASSES,
+    CONTEXT,
+    CURVES,
+    GOLDEN,
+    IMAGES,
+    LIVES,
+    MODELS,
+    POINT,
+    POLES,
+    STREAMS,
+    TRIALS,
+    WALKS,
+)
 
 ALGORITHMS = sorted(path.stem for path in (GOLDEN.parent.parent / "algos").glob("*.py"))
 BUDGETS = GOLDEN / "gpu_budgets.json"
@@ -72,6 +85,7 @@ RUNS = {
             "inner step": ("--inner-steps", 1, 2),
         }
     },
+    "protonet": {CLASSES: {}, f"{CLASSES}--matching": {}},
     "reptile": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
     "reptile_ppo": {
         f"{POINT}--episodes-per-task 2 --inner-steps 2": {
@@ -425,7 +439,7 @@ def test_results_are_those_of_the_cpu(name, monkeypatch):
             continue
         with mock.patch.object(test_golden, "glyphs", images):
             expected = run["rows"]
-            if "Glyphs" in run["flags"]:
+            if "Glyphs" in run["flags"] or "--ways" in run["flags"]:
                 expected = test_golden.play(name, run["flags"], torch.float64)
             with pretended_gpu() as counts:
                 rows = test_golden.play(name, f"{run['flags']} --cuda {physics}", torch.float64)

@@ -23,6 +23,7 @@ import torch
 
 from algos import maml_trpo as algorithm
 from envs import HORIZONS, fewshot, records
+from tests.test_gpu_path import images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "algos" / "maml_trpo.py"
@@ -42,6 +43,8 @@ CURVES = [
     "5",
 ]
 CURVES += ["--eval-steps", "2"]
+CLASSES = ["--meta-batch-size", "3", "--ways", "3", "--train-ways", "4", "--shots", "2", "--hidden-sizes", "4", "5"]
+CLASSES += ["--eval-every", "2", "--eval-tasks", "5"]
 TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
 TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
 EPISODES = ["--env-id", "Navigation2D-v0", "--train-tasks", "5", "--tasks-per-iteration", "3", "--meta-batch-size", "3"]
@@ -56,12 +59,14 @@ POLES = ["--meta-batch-size", "3", "--window-size", "7", "--horizon", "5", "--li
 POLES += ["--critic-size", "9", "--eval-every", "2", "--eval-steps", "2", "--eval-windows", "2", "--eval-episodes", "3"]
 LIVES = ["--env-id", "SymABC-v0", "--meta-batch-size", "3", "--episodes-per-lifetime", "4", "--horizon", "5"]
 LIVES += ["--steps", "3", "--unroll", "2", "--policy-size", "8", "--hidden-size", "8", "--eval-every", "2"]
+DRAW = fewshot.draw_glyphs  # which a test may have replaced
 ENDLESS = ["--env-id", "Navigation2DEndless-v0"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps where no episode ends early
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
     "fomaml": (CURVES, 24),
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
+    "protonet": (CLASSES, 48),  # 3 tasks x 4 classes x (2 + 2) examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
     "promp": ([*TINY, "--target-kl", "0.01"], 60),
@@ -104,6 +109,8 @@ def run(*flags: str, name: str = "maml_trpo", stop_at: int = 0) -> Path:
     os.chdir(tempfile.mkdtemp(dir=home))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "Run", Interrupted)
+        if fewshot.draw_glyphs is DRAW:
+            patch.setattr(fewshot, "draw_glyphs", images)  # drawing takes seconds
         try:
             module.main([*FLAGS[name][0], *flags])
             return next((path.resolve() for path in Path().glob("runs/*")), None)
@@ -452,6 +459,10 @@ WRONG = {
     ],
     "fomaml": [("--inner-lr", "inf"), ("--inner-steps", "0"), ("--hidden-sizes", "-4")],
     "reptile": [("--outer-lr", "-1"), ("--inner-shots", "0"), ("--inner-steps", "0"), ("--inner-lr", "nan")],
+    "protonet": [
+        ("--lr", "nan"), ("--train-ways", "0"), ("--ways", "0"), ("--shots", "0"), ("--halve-every", "0"),
+        ("--hidden-sizes", "-4"), ("--eval-tasks", "0"),
+    ],
     "rl2_ppo": [
         ("--lr", "nan"), ("--gamma", "1.01"), ("--gae-lambda", "-0.1"), ("--minibatches", "4"), ("--horizon", "0"),
         ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
@@ -508,21 +519,27 @@ def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "protonet"])
 def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name, monkeypatch):
     blank = torch.zeros(fewshot.CLASSES, fewshot.INSTANCES, 28, 28, dtype=torch.uint8)  # drawing takes seconds
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, instances, *_: blank[:classes, :instances])
     main = importlib.import_module(f"algos.{name}").main
-    extra = (
-        ["--env-id", "Glyphs-v0", "--inner-steps", "11"],
-        r"--inner-steps 11: allowed is 1 to 10 disjoint minibatches",
-    )
+    ways = r"--train-ways {}: allowed is 2 to 4800, the training classes"
+    extra = {
+        "reptile": [
+            (["--env-id", "Glyphs-v0", "--inner-steps", "11"], "--inner-steps 11: allowed is 1 to 10 disjoint minib"),
+        ],
+        "protonet": [
+            (["--env-id", "Sinusoid-v0"], "--env-id Sinusoid-v0: it has no classes; allowed is Glyphs-v0, Omniglot-v0"),
+            *((["--train-ways", number], ways.format(number)) for number in ("1", "4801")),
+        ],
+    }
     for flags, message in (
-        *([extra] if name == "reptile" else []),
+        *(extra.get(name, [])),
         (["--env-id", "HalfCheetahDir-v0"], r"--env-id HalfCheetahDir-v0 .*allowed.*Glyphs-v0"),
         (["--env-id", "Omniglot-v0", "--data", "nowhere"], r"--data nowhere: .*Omniglot"),
         (["--env-id", "Omniglot-v0"], r"--data"),
-        (["--data", "nowhere"], r"--data"),
+        (["--env-id", "Glyphs-v0", "--data", "nowhere"], r"--data"),
         (["--env-id", "Glyphs-v0", "--ways", "424"], r"--ways 424: allowed is 2 to 423"),
         (["--env-id", "Glyphs-v0", "--ways", "5", "--shots", "11"], r"--shots 11: allowed is 1 to 10"),
         *([] if torch.cuda.is_available() else [(["--cuda"], "--cuda: torch sees no CUDA device")]),
