@@ -53,7 +53,8 @@ from envs.records import Follower, first_state  # noqa: E402
 class Options:
     algorithm: tyro.conf.Positional[
         Literal[
-            "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile", "protonet",
+            "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile", "protonet", "in_context",
+            "learned_optimizer",
             "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "mbmpo", "meta_critic", "lirpg", "lifetime_rewards",
         ]
     ]  # fmt: skip

@@ -34,6 +34,8 @@ RUNS = (
     "fomaml --iterations 200",
     "reptile --iterations 200",
     "protonet",
+    "in_context --iterations 200",
+    "learned_optimizer --iterations 10",
     f"maml_trpo {FAMILY}",
     f"promp {FAMILY}",
     f"reptile_ppo {FAMILY}",

@@ -16,7 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 
-from envs import HORIZONS, SUPERVISED
+from envs import HORIZONS, OPTIMISEES, SUPERVISED
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
 TASK |= {"train_ways", "train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
@@ -30,13 +30,15 @@ GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those th
 
 CONTINUOUS, CHOICES = "tasks with continuous actions", "tasks with choices as actions"
 CURVES, IMAGES = "curves, learned from some of their points", "images, told apart by some examples of each class"
+FUNCTIONS = "functions to minimise"
 METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metaworld.txt)"
 ACCEPTED = {  # for an algorithm that is not named here all kinds are listed
-    **dict.fromkeys(("maml", "fomaml", "reptile"), (CURVES, IMAGES)),
+    **dict.fromkeys(("maml", "fomaml", "reptile", "in_context"), (CURVES, IMAGES)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
     **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
     **dict.fromkeys(("lifetime_rewards", "meta_critic"), (CHOICES,)),
     "protonet": (IMAGES,),
+    "learned_optimizer": (FUNCTIONS,),
     "lirpg": (CONTINUOUS, CHOICES),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
@@ -132,5 +134,6 @@ def accepted_ids(algorithm: str) -> dict[str, list[str]]:
         METAWORLD: ["Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3"],
         CURVES: [f"{family.__name__}-v0" for family in SUPERVISED if not family.is_classification],
         IMAGES: [f"{family.__name__}-v0" for family in SUPERVISED if family.is_classification],
+        FUNCTIONS: [f"{family.__name__}-v0" for family in OPTIMISEES],
     }
     return {kind: names for kind, names in ids.items() if kind in ACCEPTED.get(algorithm, ids)}

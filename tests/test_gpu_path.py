@@ -34,6 +34,8 @@ from tests.test_golden import (
     CLASSES,
     CONTEXT,
     CURVES,
+    DESCENTS,
+    EXAMPLES,
     GOLDEN,
     IMAGES,
     LIVES,
@@ -54,6 +56,15 @@ CHEETAH += "--eval-steps 1 --cg-damping 1 "
 # For each file runs, and for each run what is counted per unit: a flag, and two of its values.
 RUNS = {
     "fomaml": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
+    "in_context": {
+        f"{EXAMPLES}--shots 4": {"layer": ("--layers", 2, 3)},
+        f"{EXAMPLES}--shots 4 --sequential --encoder gru": {},
+        f"{EXAMPLES}--env-id Glyphs-v0 --ways 3 --hidden-sizes 4 5 --shots 2 --encoder snail": {},
+    },
+    "learned_optimizer": {
+        DESCENTS: {"step of the optimiser": ("--steps", 6, 9)},
+        f"{DESCENTS}--env-id GlyphNets-v0 --meta-batch-size 1": {},
+    },
     "lifetime_rewards": {
         f"--env-id SymABC-v0 --hidden-size 8 {LIVES}": {"step": ("--steps", 3, 5), "update": ("--unroll", 2, 3)}
     },
@@ -439,7 +450,7 @@ def test_results_are_those_of_the_cpu(name, monkeypatch):
             continue
         with mock.patch.object(test_golden, "glyphs", images):
             expected = run["rows"]
-            if "Glyphs" in run["flags"] or "--ways" in run["flags"]:
+            if test_golden.are_drawn(run["flags"]):
                 expected = test_golden.play(name, run["flags"], torch.float64)
             with pretended_gpu() as counts:
                 rows = test_golden.play(name, f"{run['flags']} --cuda {physics}", torch.float64)

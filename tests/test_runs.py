@@ -43,6 +43,10 @@ CURVES = [
     "5",
 ]
 CURVES += ["--eval-steps", "2"]
+SETS = ["--meta-batch-size", "3", "--shots", "4", "--hidden-size", "16", "--layers", "1", "--eval-every", "2"]
+SETS += ["--eval-tasks", "5"]
+DESCENTS = ["--meta-batch-size", "3", "--steps", "6", "--unroll", "3", "--hidden-size", "5", "--eval-every", "2"]
+DESCENTS += ["--eval-tasks", "5", "--eval-steps", "4"]
 CLASSES = ["--meta-batch-size", "3", "--ways", "3", "--train-ways", "4", "--shots", "2", "--hidden-sizes", "4", "5"]
 CLASSES += ["--eval-every", "2", "--eval-tasks", "5"]
 TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
@@ -66,6 +70,8 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps wher
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
     "fomaml": (CURVES, 24),
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
+    "in_context": (SETS, 24),
+    "learned_optimizer": (DESCENTS, 18),  # 3 functions x 6 steps
     "protonet": (CLASSES, 48),  # 3 tasks x 4 classes x (2 + 2) examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
@@ -459,6 +465,14 @@ WRONG = {
     ],
     "fomaml": [("--inner-lr", "inf"), ("--inner-steps", "0"), ("--hidden-sizes", "-4")],
     "reptile": [("--outer-lr", "-1"), ("--inner-shots", "0"), ("--inner-steps", "0"), ("--inner-lr", "nan")],
+    "in_context": [
+        ("--lr", "0"), ("--hidden-size", "24"), ("--layers", "0"), ("--shots", "0"), ("--hidden-sizes", "0"),
+        ("--meta-batch-size", "-1"),
+    ],
+    "learned_optimizer": [
+        ("--lr", "nan"), ("--unroll", "7"), ("--steps", "0"), ("--output-scale", "0"), ("--hidden-size", "0"),
+        ("--layers", "0"), ("--eval-steps", "0"),
+    ],
     "protonet": [
         ("--lr", "nan"), ("--train-ways", "0"), ("--ways", "0"), ("--shots", "0"), ("--halve-every", "0"),
         ("--hidden-sizes", "-4"), ("--eval-tasks", "0"),
@@ -519,7 +533,7 @@ def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "protonet"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "protonet", "in_context"])
 def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name, monkeypatch):
     blank = torch.zeros(fewshot.CLASSES, fewshot.INSTANCES, 28, 28, dtype=torch.uint8)  # drawing takes seconds
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, instances, *_: blank[:classes, :instances])
@@ -632,6 +646,15 @@ def test_the_oracle_is_above_whoever_does_not_see_the_task():
 def test_videos_of_the_gradient_family(name):
     folder = run("--iterations", "1", "--capture-video", *(["--task-given"] * (name == "multitask_ppo")), name=name)
     assert (folder / "adaptation.gif").stat().st_size > 1000
+
+
+def test_prototypes_learn():
+    """Glyphs never trained on, 5-way 1-shot: of BOUNDS"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--sequential"]], ids=["sets", "sequential"])
+def test_readers_of_examples_learn(flags):
+    """BOUNDS"""
 
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
