@@ -19,7 +19,7 @@ Algorithm:
 Symbols: loss: mean squared error or cross-entropy.
 Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, Q queries, S = B + Q tokens, X inputs,
     Y outputs, F features of an input or of a layer, H units, U other units, G heads, D their width, C = B + 1
-    states of a GRU, K counts of examples, from 0.
+    states of a GRU, L = Y + 1 numbers that tell an example's y, K counts of examples, from 0.
 Differs from the papers: an image's embedding normalises each layer over that image alone, so that queries
     tell nothing of each other. --sequential: the network reads the pair (x_t, y_t) after its answer to x_t
     (Santoro et al.: x_t beside y_(t-1)); its memory is that of the encoder, not an external one.
@@ -264,15 +264,15 @@ def init_reader(tasks, args: Args, generator: Generator) -> Params:
     return theta | {"b_head": torch.zeros(tasks.num_outputs)}
 
 
-def predict(theta: Params, support: Examples, x_NQX: Tensor, args: Args) -> Tensor:
+def predict_queries(theta: Params, support: Examples, x_NQX: Tensor, args: Args) -> Tensor:
     """Outputs [N, Q, Y] for the queries; with --sequential they are the examples, in the same order."""
     x_NBX, y_NBY = support
     B, Q = x_NBX.shape[1], x_NQX.shape[1]
     example_NBF = embed_alone(theta, x_NBX, args)
     query_NQF = example_NBF if args.sequential else embed_alone(theta, x_NQX, args)
-    known_NBY = torch.cat([y_NBY.to(x_NBX), torch.ones_like(y_NBY[..., :1], dtype=x_NBX.dtype)], 2)
-    shown_NSY = functional.pad(known_NBY, (0, 0, 0, Q))  # a query's y is not known
-    token_NSH = torch.cat([example_NBF, query_NQF], 1) @ theta["w_x"].mT + shown_NSY @ theta["w_y"].mT  # [3]
+    known_NBL = torch.cat([y_NBY.to(x_NBX), torch.ones_like(y_NBY[..., :1], dtype=x_NBX.dtype)], 2)
+    shown_NSL = functional.pad(known_NBL, (0, 0, 0, Q))  # a query's y is not known
+    token_NSH = torch.cat([example_NBF, query_NQF], 1) @ theta["w_x"].mT + shown_NSL @ theta["w_y"].mT  # [3]
     # How many examples a token sees, the first ones: all, or those before it where the order matters.
     before_B = torch.arange(B, device=x_NBX.device)
     all_B, all_Q = (torch.full((n,), B, device=x_NBX.device) for n in (B, Q))
@@ -293,7 +293,7 @@ def in_context_gradient(theta: Params, support: Examples, query: Examples, args:
     """The gradient of L, and the mean loss (and accuracy, of classes) of a batch of tasks."""
     theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
     x_NQX, y_NQY = query
-    output_NQY = predict(theta, support, x_NQX, args)
+    output_NQY = predict_queries(theta, support, x_NQX, args)
     if y_NQY.dtype == torch.bool:
         loss = -(output_NQY.log_softmax(2) * y_NQY).sum(2).mean()  # [5]
         stats = {"train/loss_post": loss.detach(), "train/accuracy_post": score(output_NQY, y_NQY).mean()}
@@ -304,7 +304,7 @@ def in_context_gradient(theta: Params, support: Examples, query: Examples, args:
     return dict(zip(theta, gradient, strict=True)), stats
 
 
-def draw(tasks, batch: Tensor, args: Args, generator: Generator) -> tuple[Examples, Examples]:
+def draw_sets(tasks, batch: Tensor, args: Args, generator: Generator) -> tuple[Examples, Examples]:
     """Support and query sets of a batch of tasks; with --sequential twice the same set, in random order."""
     if not args.sequential:
         return tuple(tasks.sample(batch, (args.shots, args.shots), generator))
@@ -323,9 +323,9 @@ def learn_tasks(theta: Params, support: Examples, query: Examples, args: Args) -
         results = []
         for k in range(args.shots + 1):
             first = x_NBX[:, : k * ways], y_NBY[:, : k * ways]  # they are ordered by example, then class
-            results.append(score(predict(theta, first, x_NQX, args), y_NQY).mean(1))
+            results.append(score(predict_queries(theta, first, x_NQX, args), y_NQY).mean(1))
         return torch.stack(results, 1)
-    score_NB = score(predict(theta, support, x_NQX, args), y_NQY)
+    score_NB = score(predict_queries(theta, support, x_NQX, args), y_NQY)
     class_NBY = y_NBY if y_NBY.dtype == torch.bool else torch.ones_like(y_NBY[..., :1])
     before_NB = (class_NBY.cumsum(1) * class_NBY).sum(2)  # how many of its class there were, itself included
     order_NB = before_NB.argsort(dim=1, stable=True)
@@ -336,7 +336,7 @@ def learn_tasks(theta: Params, support: Examples, query: Examples, args: Args) -
 def evaluate(tasks, theta: Params, args: Args) -> dict:
     """Accuracy or error on the test tasks with 0, 1, .. examples, the same tasks in every run."""
     test_tasks, generator = tasks.test_set(args.eval_tasks)
-    support, query = draw(tasks, test_tasks, args, generator)
+    support, query = draw_sets(tasks, test_tasks, args, generator)
     parts = zip(*(x.split(CHUNK) for x in (*support, *query)), strict=True)
     result_NK = torch.cat([learn_tasks(theta, (x, y), (u, v), args) for x, y, u, v in parts])  # [7]
     name = "accuracy" if tasks.is_classification else "loss"
@@ -357,7 +357,7 @@ def train(tasks, args: Args, run, state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")  # [1]
-        support, query = draw(tasks, batch, args, generator)  # [2]
+        support, query = draw_sets(tasks, batch, args, generator)  # [2]
         gradient, stats = in_context_gradient(theta, support, query, args)
         for name, value in theta.items():
             value.grad = gradient[name]

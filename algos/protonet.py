@@ -5,8 +5,8 @@ Paper: Snell, Swersky, Zemel 2017, Prototypical Networks, arXiv:1703.05175, Algo
 Run: python algos/protonet.py                       5-way 1-shot characters, drawn on the spot
      python algos/protonet.py --env-id Omniglot-v0 --data DIR   the real ones
      python algos/protonet.py --matching            by attention to the examples; --help explains every flag
-Result: Omniglot, 5-way 1-shot: 93.2 % after 1,200 meta-updates (53 CPU seconds), --matching 88.6 % (the papers:
-    98.8 % and 98.1 %, as others quote them)
+Result: Omniglot, 5-way 1-shot: 93.2 % after 1,200 meta-updates (53 CPU seconds), --matching 88.6 %
+    (the papers, as others quote them: 98.8 %, 98.1 %)
 Algorithm:
     [1] repeat: draw N tasks of `train_ways` classes, more than the test tasks have
     [2]     per task: a support set D_i and a query set D'_i of `shots` examples of each class, disjoint
@@ -159,7 +159,7 @@ def protonet_gradient(theta: Params, support: Examples, query: Examples, args: A
     log_prob_NQY = logit_NQY.log_softmax(2)  # [4]
     loss = -(log_prob_NQY * y_NQY).sum(2).mean()  # [5]
     gradient = torch.autograd.grad(loss, list(theta.values()))
-    right_NQ = y_NQY.take_along_dim(logit_NQY.argmax(2, keepdim=True), 2).to(loss)
+    right_NQ = y_NQY.take_along_dim(logit_NQY.argmax(2, keepdim=True), 2).squeeze(2).to(loss)
     stats = {"train/loss_post": loss.detach(), "train/accuracy_post": right_NQ.mean()}
     return dict(zip(theta, gradient, strict=True)), stats
 

@@ -75,7 +75,7 @@ class GlyphNets(Optimisees):
     def __init__(self, device="cpu", dtype=torch.float32):
         super().__init__(device, dtype)
         self.glyphs = Glyphs(5, device)
-        images = self.glyphs.images.unflatten(2, (SIDE, SIDE)).to(dtype) / 255
+        images = self.glyphs.images.unflatten(2, (SIDE, SIDE)).to(self.dtype) / 255
         self.images = functional.avg_pool2d(images, 4).flatten(2)  # [classes, 20, 49]
 
     def sample_tasks(self, num_tasks: int, generator: Generator, split: str = "train") -> Tensor:

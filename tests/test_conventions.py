@@ -586,7 +586,7 @@ def test_every_suffix_is_true(path, tmp_path):
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "result_NK", "result_KN")]
 FALSE += [("learned_optimizer", "params_NC", "params_CN"), ("learned_optimizer", "h_RH", "h_NH")]
-FALSE += [("in_context", "state_NCH", "state_NBH"), ("in_context", "shown_NSY", "shown_NBY")]
+FALSE += [("in_context", "state_NCH", "state_NBH"), ("in_context", "shown_NSL", "shown_NBL")]
 FALSE += [("protonet", "prototype_YF", "prototype_FY"), ("protonet", "logit_NQY", "logit_QNY")]
 FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "x_NSI", "x_NIS"), ("rl2_ppo", "x_NSI", "x_SNI")]
 FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]

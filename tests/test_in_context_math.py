@@ -40,7 +40,7 @@ def make_theta(args, data="curves", seed=0):
 
 def make_sets(args, data="curves", seed=0):
     tasks, generator = make_tasks(data), seeded(seed)
-    return in_context.draw(tasks, tasks.sample_tasks(N, generator), args, generator)
+    return in_context.draw_sets(tasks, tasks.sample_tasks(N, generator), args, generator)
 
 
 def jacobian_support(args, data):
@@ -53,9 +53,9 @@ def jacobian_support(args, data):
         jacobian = torch.autograd.functional.jacobian(function, at)  # [1, Q, Y, 1, B, X]
         return jacobian.abs().sum(5)[0, :, :, 0].sum(1) > 0
 
-    on_x = depends(lambda x: in_context.predict(theta, (x, y), x if args.sequential else u, args), x)
-    on_y = depends(lambda y: in_context.predict(theta, (x, y), u, args), y)
-    on_u = None if args.sequential else depends(lambda u: in_context.predict(theta, (x, y), u, args), u)
+    on_x = depends(lambda x: in_context.predict_queries(theta, (x, y), x if args.sequential else u, args), x)
+    on_y = depends(lambda y: in_context.predict_queries(theta, (x, y), u, args), y)
+    on_u = None if args.sequential else depends(lambda u: in_context.predict_queries(theta, (x, y), u, args), u)
     return on_x, on_y, on_u
 
 
@@ -84,15 +84,15 @@ def test_predictions_are_those_of_each_query_alone(encoder, data, sequential):
     """A loop over tasks and queries; in a sequence over its beginnings, each one a set of examples."""
     args = make_args(data, encoder=encoder, sequential=sequential)
     theta, ((x, y), (u, _)) = make_theta(args, data), make_sets(args, data)
-    together, alone = in_context.predict(theta, (x, y), u, args), make_args(data, encoder=encoder)
+    together, alone = in_context.predict_queries(theta, (x, y), u, args), make_args(data, encoder=encoder)
     for i, t in itertools.product(range(N), range(u.shape[1])):
         one = slice(i, i + 1)
         if sequential and encoder == "transformer":  # as a set, each example would also read those behind it
             part = slice(0, t + 1)
-            output = in_context.predict(theta, (x[one, part], y[one, part]), u[one, part], args)[:, t:]
+            output = in_context.predict_queries(theta, (x[one, part], y[one, part]), u[one, part], args)[:, t:]
         else:
             part = slice(0, t if sequential else x.shape[1])
-            output = in_context.predict(theta, (x[one, part], y[one, part]), u[one, t : t + 1], alone)
+            output = in_context.predict_queries(theta, (x[one, part], y[one, part]), u[one, t : t + 1], alone)
         close(output[0, 0], together[i, t])
 
 
@@ -102,7 +102,9 @@ def test_the_order_of_examples_means_nothing_to_a_transformer_alone(data):
         args = make_args(data, encoder=encoder)
         theta, ((x, y), (u, _)) = make_theta(args, data), make_sets(args, data)
         order = torch.randperm(x.shape[1], generator=seeded(1))
-        first, second = (in_context.predict(theta, (a, b), u, args) for a, b in ((x, y), (x[:, order], y[:, order])))
+        first, second = (
+            in_context.predict_queries(theta, (a, b), u, args) for a, b in ((x, y), (x[:, order], y[:, order]))
+        )
         assert torch.allclose(first, second, rtol=1e-10, atol=1e-10) == (encoder == "transformer")
 
 
@@ -200,7 +202,7 @@ def test_the_gradient_against_central_differences(encoder, data, sequential, mon
     theta, (support, query) = make_theta(args, data), make_sets(args, data)
 
     def objective(theta):
-        output, y = in_context.predict(theta, support, query[0], args), query[1]
+        output, y = in_context.predict_queries(theta, support, query[0], args), query[1]
         if data == "curves":
             return float(((output - y) ** 2).sum()) / y.numel()
         return float(functional.cross_entropy(output.flatten(0, 1), y.flatten(0, 1).int().argmax(1)))
@@ -242,7 +244,7 @@ def test_evaluation_is_a_loop_over_tasks_and_numbers_of_examples(sequential, dat
             break
         for k in range(args.shots + 1):
             u, v = (z[i : i + 1] for z in sets[1])
-            output = in_context.predict(theta, (x[:, : k * ways], y[:, : k * ways]), u, args)[0]
+            output = in_context.predict_queries(theta, (x[:, : k * ways], y[:, : k * ways]), u, args)[0]
             right = output.argmax(1) == v[0].int().argmax(1)
             row.append(float(right.double().mean() if ways == 5 else ((output - v[0]) ** 2).mean()))
         table.append(row)
@@ -259,7 +261,7 @@ def test_a_sequence_is_scored_by_the_number_of_its_class_seen_before():
     args = make_args("images", sequential=True, shots=3)
     theta, ((x, y), _) = make_theta(args, "images"), make_sets(args, "images")
     actual = in_context.learn_tasks(theta, (x, y), (x, y), args)
-    output, label = in_context.predict(theta, (x, y), x, args), y.int().argmax(2)
+    output, label = in_context.predict_queries(theta, (x, y), x, args), y.int().argmax(2)
     table = np.zeros((N, 3))
     for i in range(N):
         seen = [0] * 5
@@ -292,9 +294,9 @@ def test_training_is_the_obvious_loop(sequential):
     optimizer = torch.optim.Adam(params.values())
     for iteration in range(4):
         optimizer.param_groups[0]["lr"] = (0.01, 0.0075, 0.005, 0.0025)[iteration]
-        support, (x, y) = in_context.draw(tasks, tasks.sample_tasks(N, generator), args, generator)
+        support, (x, y) = in_context.draw_sets(tasks, tasks.sample_tasks(N, generator), args, generator)
         optimizer.zero_grad()
-        functional.mse_loss(in_context.predict(params, support, x, args), y).backward()
+        functional.mse_loss(in_context.predict_queries(params, support, x, args), y).backward()
         optimizer.step()
     close(flat(state["theta"]), flat(params).detach(), 1e-8)
     examples = N * 4 * (1 if sequential else 2)
