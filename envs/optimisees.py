@@ -37,10 +37,10 @@ class Optimisees(TestSet):
 class Quadratics(Optimisees):
     """f(x) = |W x - y|^2 in ten dimensions.
 
-    Source: Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.1.
+    Source: Andrychowicz et al. 2016 (arXiv:1606.04474).
     Start: standard normal. Batches: none, f is the same in all steps.
     Tasks: (W, y) [110], standard normal; the first number of test tasks lies in strips that training never sees.
-    Differs: the start, of which the paper says nothing.
+    Differs: the start is ours.
     """
 
     num_coordinates = 10
@@ -62,7 +62,7 @@ class Quadratics(Optimisees):
 class GlyphNets(Optimisees):
     """The cross-entropy of a small net that tells five drawn characters apart.
 
-    Source: ours, after the nets on MNIST of Andrychowicz et al. 2016, section 3.2.
+    Source: ours, after the nets on MNIST of Andrychowicz et al. 2016.
     Input: a character of `Glyphs` on 7 x 7 pixels (means of 4 x 4). One hidden layer of 20 sigmoid units.
     Start: weights and biases uniform in +-1 / sqrt(fan-in).
     Batches: 25 of the task's 100 drawings, drawn anew in each step.

@@ -648,13 +648,36 @@ def test_videos_of_the_gradient_family(name):
     assert (folder / "adaptation.gif").stat().st_size > 1000
 
 
-def test_prototypes_learn():
-    """Glyphs never trained on, 5-way 1-shot: of BOUNDS"""
+@pytest.mark.parametrize(("matching", "least"), [(False, 0.5), (True, 0.5)])
+def test_prototypes_learn(matching, least, monkeypatch):
+    """Characters never trained on, 5-way 1-shot: BOUNDS"""
+    draw = fewshot.draw_glyphs
+    monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(150, *rest))
+    monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 110)
+    flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "120", "--eval-every", "120", "--eval-tasks", "200"]
+    importlib.import_module("algos.protonet").main([*flags, *(["--matching"] if matching else [])])
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1]["test/accuracy_k1"] > least
 
 
-@pytest.mark.parametrize("flags", [[], ["--sequential"]], ids=["sets", "sequential"])
-def test_readers_of_examples_learn(flags):
-    """BOUNDS"""
+@pytest.mark.parametrize(
+    ("flags", "most"), [([], 1.0), (["--encoder", "gru"], 2.0), (["--encoder", "snail"], 2.0), (["--sequential"], 2.0)]
+)
+def test_readers_of_examples_learn(flags, most):
+    """Sinusoids: the held-out loss with all examples but one (--sequential) or all: BOUNDS"""
+    preset = ["--hidden-size", "32", "--layers", "2", "--meta-batch-size", "32", "--lr", "0.003", "--iterations", "400"]
+    importlib.import_module("algos.in_context").main([*preset, "--eval-every", "400", "--eval-tasks", "200", *flags])
+    (folder,) = Path().glob("runs/*")
+    last = rows(folder)[-1]
+    assert last[f"test/loss_k{9 if '--sequential' in flags else 10}"] < most
+
+
+def test_a_learned_optimizer_learns():
+    """Quadratics: BOUNDS"""
+    flags = ["--iterations", "15", "--meta-batch-size", "32", "--lr", "0.01", "--eval-every", "15"]
+    importlib.import_module("algos.learned_optimizer").main(flags)
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1]["test/loss_k100"] < 10
 
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
