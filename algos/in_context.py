@@ -7,7 +7,7 @@ Run: python algos/in_context.py                     sinusoids; --help explains e
      python algos/in_context.py --env-id Omniglot-v0 --data DIR     the real ones
      python algos/in_context.py --env-id Glyphs-v0 --sequential     one image after the other, ten of each
 Result: sinusoids, ten points: MSE 0.040 after 3,000 meta-updates, 80 CPU seconds (maml.py: 0.417 and 0.144
-    after 1 and 10 gradient steps). Characters: not learned in the first 600 meta-updates, see docs
+    after 1 and 10 gradient steps). Omniglot, 5-way 1-shot: 90.6 % after 1,200 meta-updates, 48 CPU seconds
 Algorithm:
     [1] repeat: draw N tasks; the classes of an image task come in random order, so that labels mean nothing
     [2]     per task: a support set D_i and a query set D'_i of `shots` examples each, disjoint;
@@ -138,9 +138,16 @@ def embed_alone(theta: Params, x_NBX: Tensor, args: Args) -> Tensor:
         hidden = hidden.unflatten(1, (1, math.isqrt(hidden.shape[1]), -1))
     for i in range(len(args.hidden_sizes)):
         w = theta[f"w{i}"]
+        hidden = torch.relu(hidden) if i else hidden
         hidden = hidden @ w if args.mlp else functional.conv2d(hidden, w, stride=2, padding=1)
-        hidden = torch.relu(functional.group_norm(hidden, 1, theta[f"scale{i}"], theta[f"shift{i}"]))
+        hidden = functional.group_norm(hidden, 1, theta[f"scale{i}"], theta[f"shift{i}"])
     return hidden.flatten(1).unflatten(0, x_NBX.shape[:2])
+
+
+def centred(feature_NSF: Tensor, seen_S: Tensor, B: int) -> Tensor:
+    """Less their mean over the examples that a token sees and itself: what all images share says nothing."""
+    sum_NCF = functional.pad(feature_NSF[:, :B].cumsum(1), (0, 0, 1, 0))  # over the first 0, 1, .. examples
+    return feature_NSF - (sum_NCF[:, seen_S] + feature_NSF) / (seen_S + 1)[:, None]
 
 
 def layer_norm(theta: Params, name: str, x_NSH: Tensor) -> Tensor:
@@ -158,11 +165,12 @@ def masked_attention(qkv_NSF: Tensor, seen_S: Tensor, heads: int) -> Tensor:
 
 
 def init_transformer_reader(args: Args, num_examples: int, generator: Generator) -> Params:
-    """Weights of pre-norm blocks; each adds nothing at first, for its last layers are 0."""
+    """Weights of pre-norm blocks. Keys begin as queries, so that a token reads from those like it."""
     H = args.hidden_size
     theta = {}
     for i in range(args.layers):
-        theta |= {f"w_qkv{i}": dense(3 * H, H, generator), f"w_read{i}": torch.zeros(H, H)}
+        w_q, w_v = dense(H, H, generator), dense(H, H, generator)
+        theta |= {f"w_qkv{i}": torch.cat([w_q, w_q, w_v]), f"w_read{i}": dense(H, H, generator)}
         theta |= {f"w_wide{i}": dense(4 * H, H, generator), f"w_narrow{i}": torch.zeros(H, 4 * H)}
         theta |= {f"scale_attention{i}": torch.ones(H), f"scale_mlp{i}": torch.ones(H)}
         theta |= {f"shift_attention{i}": torch.zeros(H), f"shift_mlp{i}": torch.zeros(H)}
@@ -273,14 +281,17 @@ def predict_queries(theta: Params, support: Examples, x_NQX: Tensor, args: Args)
     query_NQF = example_NBF if args.sequential else embed_alone(theta, x_NQX, args)
     known_NBL = torch.cat([y_NBY.to(x_NBX), torch.ones_like(y_NBY[..., :1], dtype=x_NBX.dtype)], 2)
     shown_NSL = functional.pad(known_NBL, (0, 0, 0, Q))  # a query's y is not known
-    token_NSH = torch.cat([example_NBF, query_NQF], 1) @ theta["w_x"].mT + shown_NSL @ theta["w_y"].mT  # [3]
     # How many examples a token sees, the first ones: all, or those before it where the order matters.
     before_B = torch.arange(B, device=x_NBX.device)
     all_B, all_Q = (torch.full((n,), B, device=x_NBX.device) for n in (B, Q))
     in_order = args.sequential or args.encoder != "transformer"
     seen_S = torch.cat([before_B if in_order else all_B, before_B if args.sequential else all_Q])
-    feature_NSH = ENCODERS[args.encoder](theta, token_NSH, seen_S, B, args)  # [4]
-    return feature_NSH[:, B:] @ theta["w_head"].mT + theta["b_head"]
+    feature_NSF = torch.cat([example_NBF, query_NQF], 1)
+    if "w0" in theta:
+        feature_NSF = centred(feature_NSF, seen_S, B)
+    token_NSH = feature_NSF @ theta["w_x"].mT + shown_NSL @ theta["w_y"].mT  # [3]
+    read_NSH = ENCODERS[args.encoder](theta, token_NSH, seen_S, B, args)  # [4]
+    return read_NSH[:, B:] @ theta["w_head"].mT + theta["b_head"]
 
 
 def score(output_NQY: Tensor, y_NQY: Tensor) -> Tensor:

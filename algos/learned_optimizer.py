@@ -4,8 +4,8 @@ Paper: Andrychowicz et al. 2016, Learning to learn by gradient descent by gradie
 Run: python algos/learned_optimizer.py              ten-dimensional quadratics; --help explains every flag
      python algos/learned_optimizer.py --env-id GlyphNets-v0 --meta-batch-size 4    small nets on characters
      python benchmark/learned_optimizer.py          beside Adam, NAG, RMSprop, SGD, each at its best step size
-Result: unseen quadratics, from a mean loss of 106 in 100 steps: 0.245, trained for 300 iterations; at their best
-    step sizes Adam 0.398, NAG 0.491, RMSprop 0.958, SGD 1.073
+Result: unseen quadratics, from a mean loss of 106 in 100 steps: 0.245, trained for 300 iterations; at their
+    best step sizes Adam 0.398, NAG 0.491, RMSprop 0.958, SGD 1.073
 Algorithm:
     [1] repeat: draw N functions f and where to start, theta_0; the net's state is h_0 = 0
     [2]     for t = 0, 1, .. T - 1: nabla_t = grad f(theta_t), taken as data: no gradient goes through it
@@ -18,8 +18,8 @@ Algorithm:
 Symbols: phi = theta, theta_t = params, f = optimisees.loss, m = update, T = steps.
 Shapes: a suffix names a tensor's axes (params_NC): N functions, C coordinates of each, R = N C coordinates, I
     inputs of the LSTM, H its units, K = eval_steps + 1 counts of steps, from 0.
-Differs from the paper: the output is scaled by --output-scale; quadratics start at standard normal points; the
-    nets (GlyphNets-v0) are on drawn characters in place of MNIST.
+Differs from the paper: the output is scaled by --output-scale; quadratics start at standard normal points;
+    the nets (GlyphNets-v0) are on drawn characters in place of MNIST.
 """
 
 import math
