@@ -648,28 +648,24 @@ def test_videos_of_the_gradient_family(name):
     assert (folder / "adaptation.gif").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("matching", "least"), [(False, 0.5), (True, 0.5)])
-def test_prototypes_learn(matching, least, monkeypatch):
-    """Characters never trained on, 5-way 1-shot: BOUNDS"""
+def test_prototypes_learn(monkeypatch):
+    """Characters never trained on, 5-way 1-shot: PROTO"""
     draw = fewshot.draw_glyphs
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(150, *rest))
     monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 110)
     flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "120", "--eval-every", "120", "--eval-tasks", "200"]
-    importlib.import_module("algos.protonet").main([*flags, *(["--matching"] if matching else [])])
+    importlib.import_module("algos.protonet").main(flags)
     (folder,) = Path().glob("runs/*")
-    assert rows(folder)[-1]["test/accuracy_k1"] > least
+    assert rows(folder)[-1]["test/accuracy_k1"] > 0.6
 
 
-@pytest.mark.parametrize(
-    ("flags", "most"), [([], 1.0), (["--encoder", "gru"], 2.0), (["--encoder", "snail"], 2.0), (["--sequential"], 2.0)]
-)
-def test_readers_of_examples_learn(flags, most):
-    """Sinusoids: the held-out loss with all examples but one (--sequential) or all: BOUNDS"""
+@pytest.mark.parametrize(("flags", "key"), [([], "test/loss_k10"), (["--sequential"], "test/loss_k9")])
+def test_readers_of_examples_learn(flags, key):
+    """Sinusoids, the held-out loss with ten points, or with --sequential with nine: SETS"""
     preset = ["--hidden-size", "32", "--layers", "2", "--meta-batch-size", "32", "--lr", "0.003", "--iterations", "400"]
     importlib.import_module("algos.in_context").main([*preset, "--eval-every", "400", "--eval-tasks", "200", *flags])
     (folder,) = Path().glob("runs/*")
-    last = rows(folder)[-1]
-    assert last[f"test/loss_k{9 if '--sequential' in flags else 10}"] < most
+    assert rows(folder)[-1][key] < 1.5
 
 
 def test_a_learned_optimizer_learns():
