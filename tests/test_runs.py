@@ -649,19 +649,20 @@ def test_videos_of_the_gradient_family(name):
 
 
 def test_prototypes_learn(monkeypatch):
-    """Characters never trained on, 5-way 1-shot: PROTO"""
+    """Characters never trained on, 5-way 1-shot: 0.69 in two seeds; after one iteration 0.39, by chance 0.2."""
     draw = fewshot.draw_glyphs
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(150, *rest))
     monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 110)
-    flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "120", "--eval-every", "120", "--eval-tasks", "200"]
+    flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "400", "--eval-every", "400", "--eval-tasks", "200"]
     importlib.import_module("algos.protonet").main(flags)
     (folder,) = Path().glob("runs/*")
-    assert rows(folder)[-1]["test/accuracy_k1"] > 0.6
+    assert rows(folder)[-1]["test/accuracy_k1"] > 0.55
 
 
 @pytest.mark.parametrize(("flags", "key"), [([], "test/loss_k10"), (["--sequential"], "test/loss_k9")])
 def test_readers_of_examples_learn(flags, key):
-    """Sinusoids, the held-out loss with ten points, or with --sequential with nine: SETS"""
+    """Sinusoids, the held-out loss with ten points (--sequential: nine): two seeds gave 0.42 and 0.51 (0.64 and
+    0.82); after one iteration 4.4 to 5.1."""
     preset = ["--hidden-size", "32", "--layers", "2", "--meta-batch-size", "32", "--lr", "0.003", "--iterations", "400"]
     importlib.import_module("algos.in_context").main([*preset, "--eval-every", "400", "--eval-tasks", "200", *flags])
     (folder,) = Path().glob("runs/*")
@@ -669,7 +670,7 @@ def test_readers_of_examples_learn(flags, key):
 
 
 def test_a_learned_optimizer_learns():
-    """Quadratics: BOUNDS"""
+    """Quadratics, the held-out loss after 100 steps: 2.7 and 3.8 in two seeds; after one iteration 34 and 39."""
     flags = ["--iterations", "15", "--meta-batch-size", "32", "--lr", "0.01", "--eval-every", "15"]
     importlib.import_module("algos.learned_optimizer").main(flags)
     (folder,) = Path().glob("runs/*")
