@@ -88,7 +88,8 @@ def best_step_size(measure: Callable[[float], float], start: float) -> dict[floa
     """A grid of step sizes and the mean losses that they lead to; the best one is not at an edge."""
     exponents = [-2, -1, 0, 1, 2]
     grid = {k: measure(start * FACTOR**k) for k in exponents}
-    while (best := min(grid, key=grid.get)) in (min(grid), max(grid)):
+    # Of equals the smallest counts: where all diverge, the grid grows downwards.
+    while (best := min(sorted(grid), key=grid.get)) in (min(grid), max(grid)):
         further = best - 1 if best == min(grid) else best + 1
         grid[further] = measure(start * FACTOR**further)
     return {start * FACTOR**k: grid[k] for k in sorted(grid)}
