@@ -117,7 +117,7 @@ def dense(rows: int, columns: int, generator: Generator, scale: float = 1.0) -> 
 
 
 def init_embedding(tasks, args: Args, generator: Generator) -> Params:
-    """Weights uniform in +-1 / sqrt(fan-in), and a batch norm for each layer."""
+    """Weights uniform in +-1 / sqrt(fan-in), and scale and shift of a norm for each layer."""
     sizes = tasks.num_inputs if args.mlp else 1, *args.hidden_sizes
     params = {}
     for i, (n, m) in enumerate(pairwise(sizes)):
