@@ -1,4 +1,4 @@
-"""MAML, FOMAML and Reptile as they are usually written: the references of benchmark/speed_supervised.py.
+"""Supervised files as they are usually written: the references of benchmark/speed_supervised.py.
 
 Each function computes what the function of the same place in algos/ does, from the same arguments
 (tests/test_peer_supervised.py compares the gradients), with a Python loop over tasks:
@@ -13,6 +13,7 @@ Each function computes what the function of the same place in algos/ does, from 
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,13 @@ Examples = tuple[Tensor, Tensor]  # x [N, B, X] and y [N, B, Y]
 
 
 def network(params: Params, x: Tensor) -> Tensor:
-    depth, conv = sum(name.startswith("w") for name in params) - 1, params["w0"].ndim == 4
+    depth = sum(name.startswith("w") for name in params) - 1
+    return torch.addmm(params[f"b{depth}"], embed(params, x, depth), params[f"w{depth}"])
+
+
+def embed(params: Params, x: Tensor, depth: int | None = None) -> Tensor:
+    """What `depth` layers make of x, by default all of them."""
+    depth, conv = depth or sum(name.startswith("w") for name in params), params["w0"].ndim == 4
     hidden = x.view(len(x), 1, math.isqrt(x.shape[1]), -1) if conv else x
     for i in range(depth):
         w, scale = params[f"w{i}"], params.get(f"scale{i}")
@@ -39,7 +46,7 @@ def network(params: Params, x: Tensor) -> Tensor:
             hidden = functional.conv2d(hidden, w, stride=2, padding=1) if conv else hidden @ w
             hidden = functional.batch_norm(hidden, None, None, scale, b, training=True)
         hidden = functional.relu(hidden)
-    return torch.addmm(params[f"b{depth}"], hidden.flatten(1), params[f"w{depth}"])
+    return hidden.flatten(1)
 
 
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -98,6 +105,94 @@ def reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tenso
     return result(theta, [value / tasks for value in sums], total, tasks)
 
 
+def protonet(theta: Params, support: Examples, query: Examples, args) -> tuple[Params, dict]:
+    net, total, right = Net(theta), 0.0, []
+    for x, y, queries, classes in zip(*support, *query, strict=True):
+        features = embed(net._parameters, torch.cat([x, queries]))
+        examples, queries = features[: len(x)], features[len(x) :]
+        if args.matching:
+            cosine = functional.cosine_similarity(queries[:, None], examples[None], dim=2)
+            logits = (cosine.softmax(1) @ y.to(x)).log()
+        else:
+            prototypes = torch.stack([examples[y[:, k]].mean(0) for k in range(y.shape[1])])
+            logits = -torch.cdist(queries, prototypes).square()
+        total = total + functional.cross_entropy(logits, classes.int().argmax(1))
+        right.append((logits.argmax(1) == classes.int().argmax(1)).to(x).mean())
+    gradient, loss = result(theta, torch.autograd.grad(total / len(right), list(net.parameters())), total, len(right))
+    return gradient, {"train/loss_post": loss, "train/accuracy_post": torch.stack(right).mean()}
+
+
+def in_context(theta: Params, support: Examples, query: Examples, args) -> tuple[Params, dict]:
+    """The transformer on sets of points of curves, with an attention written out."""
+    if args.encoder != "transformer" or args.sequential or "w0" in theta:
+        raise SystemExit("no peer is written for other encoders, --sequential and images")
+    net, total = Net(theta), 0.0
+    for x, y, queries, targets in zip(*support, *query, strict=True):
+        output = transformer(net._parameters, x, y, queries, args.layers)
+        total = total + functional.mse_loss(output, targets)
+    tasks = len(support[0])
+    gradient, loss = result(theta, torch.autograd.grad(total / tasks, list(net.parameters())), total, tasks)
+    return gradient, {"train/loss_post": loss}
+
+
+def transformer(theta: Params, x: Tensor, y: Tensor, queries: Tensor, layers: int) -> Tensor:
+    """Predictions of one task's queries."""
+    shown = torch.cat([torch.cat([y, torch.ones(len(y), 1).to(y)], 1), torch.zeros(len(queries), y.shape[1] + 1).to(y)])
+    hidden = torch.cat([x, queries]) @ theta["w_x"].T + shown @ theta["w_y"].T
+    hides = torch.ones(len(hidden), len(hidden), dtype=torch.bool, device=x.device)
+    hides[:, : len(x)] = False
+    hides.fill_diagonal_(fill_value=False)
+    size = hidden.shape[1:]
+    for i in range(layers):
+        normed = functional.layer_norm(hidden, size, theta[f"scale_attention{i}"], theta[f"shift_attention{i}"])
+        q, k, v = (part.unflatten(1, (-1, 16)).transpose(0, 1) for part in (normed @ theta[f"w_qkv{i}"].T).chunk(3, 1))
+        weight = (q @ k.mT / 4).masked_fill(hides, -math.inf).softmax(2)  # 4: the root of a head's width
+        hidden = hidden + (weight @ v).transpose(0, 1).flatten(1) @ theta[f"w_read{i}"].T
+        normed = functional.layer_norm(hidden, size, theta[f"scale_mlp{i}"], theta[f"shift_mlp{i}"])
+        hidden = hidden + functional.gelu(normed @ theta[f"w_wide{i}"].T) @ theta[f"w_narrow{i}"].T
+    hidden = functional.layer_norm(hidden, size, theta["scale_out"], theta["shift_out"])
+    return hidden[len(x) :] @ theta["w_head"].T + theta["b_head"]
+
+
+def learned_optimizer(optimisees, theta: Params, start: tuple, tasks: Tensor, batches: list, args) -> tuple:
+    """One function at a time, by cells of torch.nn."""
+    sizes = [2] + [args.hidden_size] * args.layers
+    cells, head = [nn.LSTMCell(n, m) for n, m in pairwise(sizes)], nn.Linear(args.hidden_size, 1)
+    for i, cell in enumerate(cells):
+        names = ("w_input", "w_hidden", "b_input", "b_hidden")
+        for name, parameter in zip(names, cell.parameters(), strict=True):
+            parameter.data = theta[f"{name}{i}"].detach().clone()
+    head.weight.data, head.bias.data = theta["w_out"].detach().clone(), theta["b_out"].detach().clone()
+    weights = [parameter for module in (*cells, head) for parameter in module.parameters()]
+    (params, memory), total, ends = start, 0.0, []
+    C = params.shape[1]
+    for i in range(len(params)):
+        one, rows = slice(i, i + 1), slice(i * C, i * C + C)
+        x, state = params[one], [(memory[f"h{j}"][rows], memory[f"c{j}"][rows]) for j in range(args.layers)]
+        for now, following in pairwise(batches):
+            now, following = (None if batch is None else batch[one] for batch in (now, following))
+            leaf = x.detach().requires_grad_()
+            (g,) = torch.autograd.grad(optimisees.loss(leaf, tasks[one], now).sum(), leaf)
+            hidden = torch.cat([g.abs().clamp_min(math.exp(-10)).log() / 10, (math.exp(10) * g).clamp(-1, 1)]).T
+            for j, cell in enumerate(cells):
+                state[j] = cell(hidden, state[j])
+                hidden = state[j][0]
+            x = x + args.output_scale * head(hidden).T
+            last = optimisees.loss(x, tasks[one], following).sum()
+            total = total + last
+        ends.append((x, state, last))
+    names = [f"{name}{i}" for i in range(args.layers) for name in ("w_input", "w_hidden", "b_input", "b_hidden")]
+    gradient = torch.autograd.grad(total / len(params), weights)
+    memory = {
+        f"{name}{j}": torch.cat([state[j][k] for _, state, _ in ends]).detach()
+        for j in range(args.layers)
+        for k, name in enumerate("hc")
+    }
+    end = torch.cat([x for x, *_ in ends]).detach(), memory
+    last = torch.stack([last for *_, last in ends]).mean().detach()
+    return dict(zip([*names, "w_out", "b_out"], gradient, strict=True)), end, last
+
+
 # ---------------------------------------------------------------- torchopt
 
 
@@ -147,5 +242,6 @@ def torchopt_reptile(theta: Params, batches: list[Examples], args) -> tuple[Para
     return result(theta, [value / tasks for value in sums], total, tasks)
 
 
-LOOP = {"maml": maml, "fomaml": partial(maml, first_order=True), "reptile": reptile}
+LOOP = {"maml": maml, "fomaml": partial(maml, first_order=True), "reptile": reptile, "protonet": protonet}
+LOOP |= {"in_context": in_context, "learned_optimizer": learned_optimizer}
 TORCHOPT = {"maml": torchopt_maml, "fomaml": torchopt_fomaml, "reptile": torchopt_reptile} if torchopt else {}

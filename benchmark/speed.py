@@ -55,9 +55,9 @@ from envs.records import Follower, fill_in, first_state  # noqa: E402
 class Options:
     algorithm: tyro.conf.Positional[
         Literal[
-            "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile",
-            "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "varibad_ppo", "mbmpo", "meta_critic", "lirpg",
-            "lifetime_rewards", "dpt", "ad",
+            "maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "maml", "fomaml", "reptile", "protonet", "in_context",
+            "learned_optimizer", "rl2_ppo", "rl2_transformer_ppo", "pearl_sac", "varibad_ppo", "mbmpo", "meta_critic",
+            "lirpg", "lifetime_rewards", "dpt", "ad",
         ]
     ]  # fmt: skip
     """file of algos/"""

@@ -54,6 +54,7 @@ from envs.locomotion import (
 from envs.metaworld import make_metaworld
 from envs.mouse_cheese import MouseCheese
 from envs.navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
+from envs.optimisees import GlyphNets, Optimisees, Quadratics
 from envs.processes import all_worlds, join, refusal, shard, summarise
 from envs.processor import multiply_by_onednn
 from envs.random_params import HopperRandParams, WalkerRandParams
@@ -110,9 +111,11 @@ HORIZONS = {
 }
 
 SUPERVISED = (Sinusoid, SinusoidAllPhases, SinusoidOrLine, Glyphs, Omniglot)
+OPTIMISEES = (Quadratics, GlyphNets)
 
 __all__ = [
     "HORIZONS",
+    "OPTIMISEES",
     "SUPERVISED",
     "Imagined",
     "Lifetimes",
@@ -123,7 +126,15 @@ __all__ = [
     "TaskGiven",
 ]
 __all__ += ["TaskVectorEnv", "Trials", "Unsuitable", "adaptation_gif", "held_out_uniform", "imagine", "join"]
-__all__ += ["learning_curve", "make", "make_supervised", "multiply_by_onednn", "one_thread", "summarise"]
+__all__ += [
+    "learning_curve",
+    "make",
+    "make_optimisees",
+    "make_supervised",
+    "multiply_by_onednn",
+    "one_thread",
+    "summarise",
+]
 
 
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
@@ -269,3 +280,12 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
     if drawings > (instances := tasks.images.shape[1]):
         raise refusal(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
     return tasks
+
+
+def make_optimisees(env_id: str, cuda: bool = False) -> Optimisees:
+    """A family of functions to minimise ("Quadratics-v0", ..: the classes in OPTIMISEES), or one clear line."""
+    families = {f"{family.__name__}-v0": family for family in OPTIMISEES}
+    if env_id not in families:
+        raise refusal(f"--env-id {env_id} is no family of functions to minimise; allowed: {', '.join(families)}")
+    shard()  # refuses torchrun's processes, as in make_supervised
+    return families[env_id](_device(cuda))

@@ -16,10 +16,10 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 
-from envs import HORIZONS, SUPERVISED
+from envs import HORIZONS, OPTIMISEES, SUPERVISED
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
-TASK |= {"train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
+TASK |= {"train_ways", "train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
 GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those that begin with eval_
     "task": TASK,
     "algorithm": set(),
@@ -28,15 +28,19 @@ GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those th
     "records": {"seed", "iterations", "resume", "evaluate", "capture_video", "track", "wandb_mode"},
 }
 
-CONTINUOUS, CHOICES, EXAMPLES = "tasks with continuous actions", "tasks with choices as actions", "supervised tasks"
+CONTINUOUS, CHOICES = "tasks with continuous actions", "tasks with choices as actions"
 TABULAR = "tasks of few states, whose optimal actions are known"
+CURVES, IMAGES = "curves, learned from some of their points", "images, told apart by some examples of each class"
+FUNCTIONS = "functions to minimise"
 METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metaworld.txt)"
 ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, which contain the tabular tasks
-    **dict.fromkeys(("maml", "fomaml", "reptile"), (EXAMPLES,)),
+    **dict.fromkeys(("maml", "fomaml", "reptile", "in_context"), (CURVES, IMAGES)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
     **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo", "varibad_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
     **dict.fromkeys(("lifetime_rewards", "meta_critic"), (CHOICES,)),
     **dict.fromkeys(("dpt", "ad"), (TABULAR,)),
+    "protonet": (IMAGES,),
+    "learned_optimizer": (FUNCTIONS,),
     "lirpg": (CONTINUOUS, CHOICES),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
@@ -131,6 +135,8 @@ def accepted_ids(algorithm: str) -> dict[str, list[str]]:
         CHOICES: [f"{family.__name__}-v0" for family in chosen],
         TABULAR: [f"{family.__name__}-v0" for family in families if family.is_tabular],
         METAWORLD: ["Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3"],
-        EXAMPLES: [f"{family.__name__}-v0" for family in SUPERVISED],
+        CURVES: [f"{family.__name__}-v0" for family in SUPERVISED if not family.is_classification],
+        IMAGES: [f"{family.__name__}-v0" for family in SUPERVISED if family.is_classification],
+        FUNCTIONS: [f"{family.__name__}-v0" for family in OPTIMISEES],
     }
     return {kind: names for kind, names in ids.items() if kind in ACCEPTED.get(algorithm, ids.keys() - {TABULAR})}

@@ -20,7 +20,9 @@ from tools.sync import sources, sync
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "algos").glob("*.py"))
 SUPERVISED = ("maml", "fomaml", "reptile")
-LONGEST = dict.fromkeys(SUPERVISED, 340)  # lines of a file at most; 455 for those that are not named here
+READERS = ("protonet", "in_context")  # supervised, too; no weight changes in them
+LONGEST = dict.fromkeys((*SUPERVISED, *READERS), 340)  # lines of a file at most; 455 for those that are not named here
+LONGEST |= {"in_context": 410}  # three encoders
 LONGEST |= {"maml_trpo": 515}  # five inner estimators, TRPO
 LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 566}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 506, "lirpg": 495}  # three networks and their losses; an update that is differentiated
@@ -235,7 +237,8 @@ def test_the_difference_of_siblings_is_the_algorithm():
         text = (ROOT / f"algos/{name}.py").read_text()
         return text[text.index("\nimport ") :].splitlines()
 
-    for name, other, most in (("maml", "fomaml", 20), ("maml", "reptile", 60), ("dpt", "ad", 95)):
+    pairs = [("maml", "fomaml", 20), ("maml", "reptile", 60), ("maml", "protonet", 95), ("dpt", "ad", 95)]
+    for name, other, most in pairs:
         changes = [line[2:] for line in difflib.ndiff(code(name), code(other)) if line[0] == "+"]
         assert 5 < len(changes) <= most, changes
 
@@ -444,6 +447,38 @@ class PrimeTasks:
         return [tuple(torch.randn(len(tasks), size, k, generator=generator) for k in (13, 2)) for size in sizes]
 
 
+class PrimeFunctions(Alone):
+    """Functions to minimise."""
+
+    def sample_tasks(self, n, generator, split):
+        return torch.randn(n, 11, generator=generator)
+
+    def start(self, tasks, generator):
+        return torch.randn(len(tasks), 13, generator=generator)
+
+    def batches(self, tasks, steps, generator):
+        return [None] * steps
+
+    def loss(self, params, tasks, batch):
+        return params.square().sum(1) + tasks.sum(1)
+
+
+class PrimeClasses(PrimeTasks):
+    """Tasks with two classes to tell apart in a test; in training there may be more."""
+
+    is_classification, classes = True, {"train": (0, 50)}
+
+    def sample_tasks(self, n, generator, split):
+        return torch.randn(n, self.num_outputs, generator=generator)
+
+    def sample(self, tasks, sizes, generator):
+        (n, ways), sets = tasks.shape, []
+        for size in sizes:
+            y = torch.eye(ways, dtype=torch.bool).repeat(size, 1).expand(n, -1, -1)
+            sets.append((torch.randn(n, ways * size, 13, generator=generator), y))
+        return sets
+
+
 def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     """Run the algorithm on sizes that tell axes apart: (names whose suffix is false, all names checked)."""
     file = tmp_path / "traced.py"
@@ -481,6 +516,15 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     elif hasattr(traced.Args, "num_models"):
         wanted |= {"num_models": 5, "real_episodes": 3, "model_size": 19, "meta_steps": 1, "model_epochs": 2}
         envs, sizes, init = PrimeModels(), SIZES | {"I": 13 + 2}, None
+    elif hasattr(traced.Args, "unroll"):
+        wanted |= {"steps": 4, "unroll": 2, "eval_tasks": 5, "hidden_size": 17, "eval_steps": 3}
+        envs, sizes, init = PrimeFunctions(), {"N": 5, "C": 13, "R": 65, "I": 2, "H": 17, "K": 4}, "init_optimizer"
+    elif hasattr(traced.Args, "sequential"):
+        wanted = supervised | {"mlp": True, "hidden_size": 16 * 19, "layers": 2}
+        envs, sizes, init = PrimeClasses(), {"N": 5, "X": 13, "Y": 2, "K": 4, "1": 1}, "init_reader"
+    elif hasattr(traced.Args, "train_ways"):
+        wanted = supervised | {"mlp": True, "train_ways": 7}
+        envs, sizes, init = PrimeClasses(), {"N": 5, "X": 13, "F": 17, "K": 4, "1": 1}, "init_embedding"
     elif hasattr(traced.Args, "shots"):
         envs, wanted, sizes, init = PrimeTasks(), supervised, SUPERVISED_SIZES, "init_params"
     elif hasattr(traced.Args, "context"):
@@ -548,6 +592,12 @@ def test_every_suffix_is_true(path, tmp_path):
     assert wrong == set()
     if path.stem in SUPERVISED:
         assert {"x_BX", "y_BY", "output_BY", "result_NK"} <= checked
+    elif path.stem == "protonet":
+        assert {"x_BX", "y_BY", "prototype_YF", "logit_NQY", "right_NQ", "result_NK"} <= checked
+    elif path.stem == "learned_optimizer":
+        assert {"params_NC", "gradient_NC", "g_R", "h_RH", "output_R1", "change_NC", "result_NK"} <= checked
+    elif path.stem == "in_context":
+        assert {"x_NBX", "mask_SS", "q_NGSD", "state_NCH", "earlier_NSU", "output_NQY", "result_NK"} <= checked
     elif path.stem == "pearl_sac":
         assert {"k_NT", "noise_TNA", "uniform_NS", "x_NSI", "precision_NSZ", "z_NBZ", "q_CNB", "action_NBA"} <= checked
     elif path.stem == "meta_critic":
@@ -577,6 +627,9 @@ def test_every_suffix_is_true(path, tmp_path):
 
 FALSE = [("maml_trpo", "obs_NETO", false) for false in ("obs_ENTO", "obs_NETA", "obs_NET", "obs_NEOT")]
 FALSE += [("maml", "x_BX", "x_NX"), ("fomaml", "output_BY", "output_YB"), ("reptile", "result_NK", "result_KN")]
+FALSE += [("learned_optimizer", "params_NC", "params_CN"), ("learned_optimizer", "h_RH", "h_NH")]
+FALSE += [("in_context", "state_NCH", "state_NBH"), ("in_context", "shown_NSL", "shown_NBL")]
+FALSE += [("protonet", "prototype_YF", "prototype_FY"), ("protonet", "logit_NQY", "logit_QNY")]
 FALSE += [("pearl_sac", "z_NBZ", "z_BNZ"), ("pearl_sac", "x_NSI", "x_NIS"), ("rl2_ppo", "x_NSI", "x_SNI")]
 FALSE += [("rl2_transformer_ppo", "k_NGCD", "k_GNCD"), ("mbmpo", "train_NR", "train_NM"), ("mbmpo", "x_MI", "x_MO")]
 FALSE += [("lifetime_rewards", "x_NI", "x_IN"), ("lifetime_rewards", "tasks_NP", "tasks_NO")]

@@ -270,7 +270,7 @@ def accepts(name: str, env_id: str) -> bool:
 @each_algorithm
 def test_listed_ids_are_those_that_the_algorithm_accepts(name, without_runs, capsys, monkeypatch):
     found = listed(shown(name, capsys, monkeypatch))
-    every = [f"{family.__name__}-v0" for family in (*envs.HORIZONS, *envs.SUPERVISED)]
+    every = [f"{family.__name__}-v0" for family in (*envs.HORIZONS, *envs.SUPERVISED, *envs.OPTIMISEES)]
     every += ["Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3"]
     assert len(every) > 40
     assert sorted(found) == sorted(x for x in every if accepts(name, x))
@@ -287,7 +287,7 @@ def test_ids_stand_under_the_kind_of_their_actions():
 
 
 def test_a_users_own_file_is_told_all_ids():
-    every = {f"{family.__name__}-v0" for family in (*envs.HORIZONS, *envs.SUPERVISED)}
+    every = {f"{family.__name__}-v0" for family in (*envs.HORIZONS, *envs.SUPERVISED, *envs.OPTIMISEES)}
     assert {x for ids in accepted_ids("mine").values() for x in ids if "Meta-World" not in x} == every
 
 

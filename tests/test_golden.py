@@ -28,6 +28,7 @@ import torch
 
 import envs
 from envs import SupervisedTasks, fewshot
+from envs.optimisees import Optimisees
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 POINT = "--env-id Navigation2D-v0 --action-scale 1 --meta-batch-size 3 --horizon 5 --hidden-size 8 --eval-steps 2 "
@@ -36,6 +37,9 @@ TRPO = f"{POINT}--horizon 10 --cg-damping 1 "
 HOPPER = "--env-id HopperRandParams-v0 --horizon 30 --meta-batch-size 2 --eval-steps 1 "  # episodes end early
 CURVES = "--meta-batch-size 3 --shots 4 --hidden-sizes 8 7 --eval-tasks 5 --eval-steps 2 "
 IMAGES = "--env-id Glyphs-v0 --meta-batch-size 2 --ways 3 --hidden-sizes 4 5 --eval-tasks 3 --eval-steps 2 "
+CLASSES = "--meta-batch-size 2 --ways 3 --train-ways 4 --shots 2 --hidden-sizes 4 5 --eval-tasks 3 "
+EXAMPLES = "--meta-batch-size 3 --hidden-size 16 --layers 2 --eval-tasks 5 "
+DESCENTS = "--meta-batch-size 3 --steps 6 --unroll 3 --hidden-size 5 --eval-tasks 5 --eval-steps 4 "
 TRIALS = "--env-id Bandit5-v0 --meta-batch-size 3 --episodes-per-trial 3 --horizon 5 --hidden-size 16 --minibatches 2 "
 WALKS = "--env-id WalkerRandParams-v0 --horizon 40 --meta-batch-size 4 --episodes-per-trial 2 --hidden-size 16 "
 WALKS += "--minibatches 2 "
@@ -84,6 +88,15 @@ RUNS = {
         f"{CURVES}--inner-steps 2 --inner-shots 5 --inner-optimizer adam",
         f"{IMAGES}--inner-steps 2",
     ],
+    "protonet": [CLASSES, f"{CLASSES}--matching --no-transductive", f"{CLASSES}--mlp"],
+    "in_context": [
+        *(f"{EXAMPLES}--shots 4 --encoder {encoder}" for encoder in ("transformer", "gru", "snail")),
+        *(f"{EXAMPLES}--shots 4 --sequential --encoder {encoder}" for encoder in ("transformer", "gru", "snail")),
+        f"{EXAMPLES}--env-id Glyphs-v0 --ways 3 --hidden-sizes 4 5 --shots 2",
+        f"{EXAMPLES}--env-id Glyphs-v0 --ways 3 --hidden-sizes 4 5 --shots 3 --sequential --mlp --encoder gru",
+        f"{EXAMPLES}--env-id SinusoidOrLine-v0 --shots 3",
+    ],
+    "learned_optimizer": [DESCENTS, f"{DESCENTS}--env-id GlyphNets-v0 --meta-batch-size 1"],
     "rl2_ppo": [TRIALS, f"{TRIALS}--encoder lstm", WALKS, f"{WALKS}--encoder lstm"],
     "rl2_transformer_ppo": [f"{TRIALS}--encoder {e}" for e in ("transformer", "snail")]
     + [f"{WALKS}--encoder {e}" for e in ("transformer", "snail")],
@@ -132,10 +145,13 @@ def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
     """The lines of metrics.jsonl of two iterations, each with an evaluation; the clock's seconds left out."""
     home = Path.cwd()
     algorithm, make_vec = importlib.import_module(f"algos.{name}"), partial(gym.make_vec, dtype=dtype)
-    init = SupervisedTasks.__init__
+    init, init_optimisees = SupervisedTasks.__init__, Optimisees.__init__
 
     def supervised(self, device="cpu", _=None):
         init(self, device, dtype)
+
+    def minimised(self, device="cpu", _=None):
+        init_optimisees(self, device, dtype)
 
     def drawn(classes, instances, generator, device):
         return glyphs(classes, instances, generator.initial_seed(), dtype)
@@ -146,6 +162,7 @@ def play(name: str, flags: str, dtype: torch.dtype) -> list[dict]:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(envs.gym, "make_vec", make_vec),
         mock.patch.object(SupervisedTasks, "__init__", supervised),
+        mock.patch.object(Optimisees, "__init__", minimised),
         mock.patch.object(fewshot, "draw_glyphs", drawn),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
@@ -169,7 +186,12 @@ def test_every_file_is_guarded():
     assert names == set(RUNS) == {path.stem for path in GOLDEN.glob("*.json")} - {"gpu_budgets"}
 
 
-DRAWN = [name for name, runs in RUNS.items() if any("Glyphs" in flags for flags in runs)]
+def are_drawn(flags: str) -> bool:
+    """Whether a run is on drawn characters."""
+    return "Glyph" in flags or "--train-ways" in flags
+
+
+DRAWN = [name for name, runs in RUNS.items() if any(are_drawn(flags) for flags in runs)]
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,12 @@ from tests import test_golden
 from tests.pretended_gpu import Counts, pretended_gpu
 from tests.test_golden import (
     BELIEFS,
+    CLASSES,
     CONTEXT,
     CONTEXTS,
     CURVES,
+    DESCENTS,
+    EXAMPLES,
     GOLDEN,
     HISTORIES,
     IMAGES,
@@ -61,6 +64,15 @@ RUNS = {
         f"--env-id TabularMDP-v0 --horizon 4 {CONTEXTS}": {"step": ("--horizon", 4, 6)},
     },
     "fomaml": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
+    "in_context": {
+        f"{EXAMPLES}--shots 4": {"layer": ("--layers", 2, 3)},
+        f"{EXAMPLES}--shots 4 --sequential --encoder gru": {},
+        f"{EXAMPLES}--env-id Glyphs-v0 --ways 3 --hidden-sizes 4 5 --shots 2 --encoder snail": {},
+    },
+    "learned_optimizer": {
+        DESCENTS: {"step of the optimiser": ("--steps", 6, 9)},
+        f"{DESCENTS}--env-id GlyphNets-v0 --meta-batch-size 1": {},
+    },
     "lifetime_rewards": {
         f"--env-id SymABC-v0 --hidden-size 8 {LIVES}": {"step": ("--steps", 3, 5), "update": ("--unroll", 2, 3)}
     },
@@ -92,6 +104,7 @@ RUNS = {
             "inner step": ("--inner-steps", 1, 2),
         }
     },
+    "protonet": {CLASSES: {}, f"{CLASSES}--matching": {}},
     "reptile": {CURVES: {"inner step": ("--inner-steps", 1, 2)}, IMAGES: {}},
     "reptile_ppo": {
         f"{POINT}--episodes-per-task 2 --inner-steps 2": {
@@ -452,7 +465,7 @@ def test_results_are_those_of_the_cpu(name, monkeypatch):
             continue
         with mock.patch.object(test_golden, "glyphs", images):
             expected = run["rows"]
-            if "Glyphs" in run["flags"]:
+            if test_golden.are_drawn(run["flags"]):
                 expected = test_golden.play(name, run["flags"], torch.float64)
             with pretended_gpu() as counts:
                 rows = test_golden.play(name, f"{run['flags']} --cuda {physics}", torch.float64)

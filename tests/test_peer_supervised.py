@@ -1,4 +1,4 @@
-"""benchmark/peer_supervised.py computes what algos/ does for maml, fomaml and reptile; benchmark/speed.py runs."""
+"""benchmark/peer_supervised.py computes what algos/ does for supervised files; benchmark/speed.py runs."""
 
 import importlib
 import json
@@ -9,8 +9,12 @@ import torch
 from torch import Generator
 
 from benchmark import peer_supervised, speed
+from envs import fewshot
 from envs.fewshot import Glyphs
+from envs.optimisees import Quadratics
 from envs.regression import Sinusoid
+from tests.double_precision import seeded
+from tests.test_gpu_path import images
 
 NAMES = ("maml", "fomaml", "reptile")
 CASES = [(name, env_id, {}) for name in NAMES for env_id in ("Sinusoid-v0", "Glyphs-v0")]
@@ -58,6 +62,66 @@ def test_gradients_agree(other, name, env_id, flags, inner_steps, families):
         torch.testing.assert_close(peer_gradient[key], value, rtol=1e-8, atol=1e-8)
         assert torch.equal(theta[key], before[key])
     torch.testing.assert_close(peer_loss, mean_loss, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("flags", [{}, {"matching": True}, {"mlp": True}], ids=str)
+def test_gradients_of_prototypes_agree(flags, families):
+    algorithm, tasks, generator = importlib.import_module("algos.protonet"), families["Glyphs-v0"], seeded(3)
+    args = algorithm.Args(hidden_sizes=(6, 5), **flags)
+    theta = {name: 0.5 * value for name, value in algorithm.init_embedding(tasks, args, generator).items()}
+    sets = tasks.sample(tasks.sample_tasks(3, generator), (2, 2), generator)
+    gradient, stats = algorithm.protonet_gradient(theta, *sets, args)
+    peer_gradient, peer_stats = peer_supervised.LOOP["protonet"](theta, *sets, args)
+    assert min(float(value.abs().max()) for value in gradient.values()) > 1e-6
+    torch.testing.assert_close(peer_gradient, gradient, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(peer_stats, stats, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_gradients_of_a_reader_agree(families):
+    algorithm, tasks, generator = importlib.import_module("algos.in_context"), families["Sinusoid-v0"], seeded(3)
+    args = algorithm.Args(hidden_size=32, layers=2)
+    theta = algorithm.init_reader(tasks, args, generator)
+    theta = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in theta.items()}
+    sets = tasks.sample(tasks.sample_tasks(3, generator), (4, 5), generator)
+    gradient, stats = algorithm.in_context_gradient(theta, *sets, args)
+    peer_gradient, peer_stats = peer_supervised.LOOP["in_context"](theta, *sets, args)
+    assert min(float(value.abs().max()) for value in gradient.values()) > 1e-6
+    torch.testing.assert_close(peer_gradient, gradient, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(peer_stats, stats, rtol=1e-8, atol=1e-8)
+
+
+def test_speed_of_a_reader(monkeypatch, capsys):
+    flags = "in_context --meta-batch-size 2 --hidden-size 16 --layers 1 --iterations 1"
+    result = speed_line(flags, monkeypatch, capsys)
+    assert result["loop_tasks_per_s"] > 0 < result["tasks_per_s"]
+
+
+def test_speed_of_a_learned_optimizer(monkeypatch, capsys):
+    flags = "learned_optimizer --meta-batch-size 2 --hidden-size 4 --steps 4 --unroll 2 --iterations 1"
+    result = speed_line(flags, monkeypatch, capsys)
+    assert result["loop_tasks_per_s"] > 0 < result["tasks_per_s"]
+    assert "torchopt_tasks_per_s" not in result
+
+
+def test_the_gradient_of_a_learned_optimizer_agrees():
+    module, optimisees = importlib.import_module("algos.learned_optimizer"), Quadratics(dtype=torch.float64)
+    args, generator = module.Args(hidden_size=4), seeded(0)
+    theta = {name: x.double() for name, x in module.init_optimizer(optimisees, args, generator).items()}
+    tasks = optimisees.sample_tasks(3, generator)
+    params = optimisees.start(tasks, generator)
+    inputs = (optimisees, theta, (params, module.first_memory(params, args)), tasks, [None] * 5, args)
+    ours, peers = module.meta_gradient(*inputs), peer_supervised.LOOP["learned_optimizer"](*inputs)
+    torch.testing.assert_close(peers, ours, rtol=1e-8, atol=1e-8)
+
+
+def test_speed_of_prototypes(monkeypatch, capsys):
+    monkeypatch.setattr(fewshot, "draw_glyphs", images)
+    flags = "protonet --meta-batch-size 2 --train-ways 3 --hidden-sizes 4 --iterations 1"
+    result = speed_line(flags, monkeypatch, capsys)
+    assert result["loop_tasks_per_s"] > 0 < result["tasks_per_s"]
+    assert "torchopt_tasks_per_s" not in result
 
 
 def speed_line(flags: str, monkeypatch, capsys) -> dict:

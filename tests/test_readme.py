@@ -36,5 +36,5 @@ def test_every_algorithm_and_environment_is_in_a_table():
         assert (ROOT / "docs" / f"{path.stem}.md").exists()
         (row,) = re.findall(rf"^\| \[`{path.name}`\].*", README, re.MULTILINE)
         assert f"| {len(path.read_text().splitlines())} |" in row, "the table's line count"
-    for family in (*envs.HORIZONS, *envs.SUPERVISED):
+    for family in (*envs.HORIZONS, *envs.SUPERVISED, *envs.OPTIMISEES):
         assert f"`{family.__name__}-v0`" in README

@@ -23,6 +23,7 @@ import torch
 
 from algos import maml_trpo as algorithm
 from envs import HORIZONS, fewshot, records
+from tests.test_gpu_path import images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "algos" / "maml_trpo.py"
@@ -42,6 +43,12 @@ CURVES = [
     "5",
 ]
 CURVES += ["--eval-steps", "2"]
+SETS = ["--meta-batch-size", "3", "--shots", "4", "--hidden-size", "16", "--layers", "1", "--eval-every", "2"]
+SETS += ["--eval-tasks", "5"]
+DESCENTS = ["--meta-batch-size", "3", "--steps", "6", "--unroll", "3", "--hidden-size", "5", "--eval-every", "2"]
+DESCENTS += ["--eval-tasks", "5", "--eval-steps", "4"]
+CLASSES = ["--meta-batch-size", "3", "--ways", "3", "--train-ways", "4", "--shots", "2", "--hidden-sizes", "4", "5"]
+CLASSES += ["--eval-every", "2", "--eval-tasks", "5"]
 TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
 TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
 EPISODES = ["--env-id", "Navigation2D-v0", "--train-tasks", "5", "--tasks-per-iteration", "3", "--meta-batch-size", "3"]
@@ -61,12 +68,16 @@ BELIEFS += ["--decoder-size", "7", "--policy-size", "9", "--buffer-size", "7", "
 BELIEFS += ["--vae-batch-size", "4", "--minibatches", "2", "--eval-every", "2"]
 CONTEXTS = ["--env-id", "DarkRoomSmall-v0", "--meta-batch-size", "3", "--episodes-per-trial", "4", "--context", "2"]
 CONTEXTS += ["--horizon", "5", "--hidden-size", "16", "--layers", "1", "--eval-every", "2"]
+DRAW = fewshot.draw_glyphs  # which a test may have replaced
 ENDLESS = ["--env-id", "Navigation2DEndless-v0"]
 FLAGS = {  # of a run of a second; and what one iteration adds to env_steps where no episode ends early
     "maml_trpo": (TINY, 60),  # 3 tasks x 2 episodes x 5 steps x 2 batches
     "maml": (CURVES, 24),  # 3 tasks x (4 + 4) examples
     "fomaml": (CURVES, 24),
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
+    "in_context": (SETS, 24),
+    "learned_optimizer": (DESCENTS, 18),  # 3 functions x 6 steps
+    "protonet": (CLASSES, 48),  # 3 tasks x 4 classes x (2 + 2) examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
     "varibad_ppo": (BELIEFS, 45),
@@ -113,6 +124,8 @@ def run(*flags: str, name: str = "maml_trpo", stop_at: int = 0) -> Path:
     os.chdir(tempfile.mkdtemp(dir=home))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "Run", Interrupted)
+        if fewshot.draw_glyphs is DRAW:
+            patch.setattr(fewshot, "draw_glyphs", images)  # drawing takes seconds
         try:
             module.main([*FLAGS[name][0], *flags])
             return next((path.resolve() for path in Path().glob("runs/*")), None)
@@ -482,6 +495,18 @@ WRONG = {
     ],
     "fomaml": [("--inner-lr", "inf"), ("--inner-steps", "0"), ("--hidden-sizes", "-4")],
     "reptile": [("--outer-lr", "-1"), ("--inner-shots", "0"), ("--inner-steps", "0"), ("--inner-lr", "nan")],
+    "in_context": [
+        ("--lr", "0"), ("--hidden-size", "24"), ("--layers", "0"), ("--shots", "0"), ("--hidden-sizes", "0"),
+        ("--meta-batch-size", "-1"),
+    ],
+    "learned_optimizer": [
+        ("--lr", "nan"), ("--unroll", "7"), ("--steps", "0"), ("--output-scale", "0"), ("--hidden-size", "0"),
+        ("--layers", "0"), ("--eval-steps", "0"),
+    ],
+    "protonet": [
+        ("--lr", "nan"), ("--train-ways", "0"), ("--ways", "0"), ("--shots", "0"), ("--halve-every", "0"),
+        ("--hidden-sizes", "-4"), ("--eval-tasks", "0"),
+    ],
     "rl2_ppo": [
         ("--lr", "nan"), ("--gamma", "1.01"), ("--gae-lambda", "-0.1"), ("--minibatches", "4"), ("--horizon", "0"),
         ("--episodes-per-trial", "0"), ("--entropy-coef", "-1"), ("--clip", "inf"), ("--epochs", "0"),
@@ -550,21 +575,27 @@ def test_a_bad_value_is_refused_before_anything_starts(name, flag, value, capsys
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "protonet", "in_context"])
 def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name, monkeypatch):
     blank = torch.zeros(fewshot.CLASSES, fewshot.INSTANCES, 28, 28, dtype=torch.uint8)  # drawing takes seconds
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, instances, *_: blank[:classes, :instances])
     main = importlib.import_module(f"algos.{name}").main
-    extra = (
-        ["--env-id", "Glyphs-v0", "--inner-steps", "11"],
-        r"--inner-steps 11: allowed is 1 to 10 disjoint minibatches",
-    )
+    ways = r"--train-ways {}: allowed is 2 to 4800, the training classes"
+    extra = {
+        "reptile": [
+            (["--env-id", "Glyphs-v0", "--inner-steps", "11"], "--inner-steps 11: allowed is 1 to 10 disjoint minib"),
+        ],
+        "protonet": [
+            (["--env-id", "Sinusoid-v0"], "--env-id Sinusoid-v0: it has no classes; allowed is Glyphs-v0, Omniglot-v0"),
+            *((["--train-ways", number], ways.format(number)) for number in ("1", "4801")),
+        ],
+    }
     for flags, message in (
-        *([extra] if name == "reptile" else []),
+        *(extra.get(name, [])),
         (["--env-id", "HalfCheetahDir-v0"], r"--env-id HalfCheetahDir-v0 .*allowed.*Glyphs-v0"),
         (["--env-id", "Omniglot-v0", "--data", "nowhere"], r"--data nowhere: .*Omniglot"),
         (["--env-id", "Omniglot-v0"], r"--data"),
-        (["--data", "nowhere"], r"--data"),
+        (["--env-id", "Glyphs-v0", "--data", "nowhere"], r"--data"),
         (["--env-id", "Glyphs-v0", "--ways", "424"], r"--ways 424: allowed is 2 to 423"),
         (["--env-id", "Glyphs-v0", "--ways", "5", "--shots", "11"], r"--shots 11: allowed is 1 to 10"),
         *([] if torch.cuda.is_available() else [(["--cuda"], "--cuda: torch sees no CUDA device")]),
@@ -660,6 +691,35 @@ def test_the_oracle_is_above_whoever_does_not_see_the_task():
 def test_videos_of_the_gradient_family(name):
     folder = run("--iterations", "1", "--capture-video", *(["--task-given"] * (name == "multitask_ppo")), name=name)
     assert (folder / "adaptation.gif").stat().st_size > 1000
+
+
+def test_prototypes_learn(monkeypatch):
+    """Characters never trained on, 5-way 1-shot: 0.69 in two seeds; after one iteration 0.39, by chance 0.2."""
+    draw = fewshot.draw_glyphs
+    monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(150, *rest))
+    monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 110)
+    flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "400", "--eval-every", "400", "--eval-tasks", "200"]
+    importlib.import_module("algos.protonet").main(flags)
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1]["test/accuracy_k1"] > 0.55
+
+
+@pytest.mark.parametrize(("flags", "key"), [([], "test/loss_k10"), (["--sequential"], "test/loss_k9")])
+def test_readers_of_examples_learn(flags, key):
+    """Sinusoids, the held-out loss with ten points (--sequential: nine): two seeds gave 0.42 and 0.51 (0.64 and
+    0.82); after one iteration 4.4 to 5.1."""
+    preset = ["--hidden-size", "32", "--layers", "2", "--meta-batch-size", "32", "--lr", "0.003", "--iterations", "400"]
+    importlib.import_module("algos.in_context").main([*preset, "--eval-every", "400", "--eval-tasks", "200", *flags])
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1][key] < 1.5
+
+
+def test_a_learned_optimizer_learns():
+    """Quadratics, the held-out loss after 100 steps: 2.7 and 3.8 in two seeds; after one iteration 34 and 39."""
+    flags = ["--iterations", "15", "--meta-batch-size", "32", "--lr", "0.01", "--eval-every", "15"]
+    importlib.import_module("algos.learned_optimizer").main(flags)
+    (folder,) = Path().glob("runs/*")
+    assert rows(folder)[-1]["test/loss_k100"] < 10
 
 
 @pytest.mark.parametrize(("name", "steps"), [("maml", 10), ("fomaml", 10), ("reptile", 32)])
