@@ -1,5 +1,6 @@
 """Task environments, registered with Gymnasium: `gym.make_vec(id, ...)` for batches, `gym.make(id)` for one world."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from envs import installed  # noqa: F401, first: it says in one line which package is missing
@@ -10,6 +11,8 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from envs import own
+from envs.adapter import AdaptedVectorEnv
 from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
 from envs.cartpole import CartPoleFixed, CartPoleLength
 from envs.core import (
@@ -145,11 +148,11 @@ def _device(cuda: bool) -> str:
     return "cuda" if cuda else "cpu"
 
 
-def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
+def _physics(env_id: str, family: str | Callable, physics: str, cuda: bool) -> dict[str, str]:
     """What of `make`'s `physics` to tell the family: nothing, unless it is to move by warp."""
     if physics not in ("auto", "mujoco", "warp"):
         raise refusal(f"--physics {physics}: allowed is auto, mujoco, warp")
-    family = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
+    family = _vector_maker(family) if isinstance(family, str) else family
     is_mujoco = isinstance(family, type) and issubclass(family, MujocoTaskVectorEnv)
     is_installed = find_spec("mujoco_warp") is not None
     if physics == "warp" and not is_mujoco:
@@ -160,12 +163,18 @@ def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
     return {"physics": "warp"} if chosen else {}
 
 
-def _is_batched(env_id: str) -> bool:
-    """Whether Gymnasium knows the id, and it may be that of a `TaskVectorEnv`; a function shows it only when called."""
+def _vector_maker(env_id: str) -> Callable | None:
+    """What makes a batch of these, if Gymnasium knows the id and it may be a `TaskVectorEnv`.
+
+    A function shows it only when called."""
     maker = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
     if isinstance(maker, str):
         maker = None if maker.startswith("gymnasium.") else load_env_creator(maker)
-    return issubclass(maker, TaskVectorEnv | VectorWrapper) if isinstance(maker, type) else maker is not None
+    return maker if not isinstance(maker, type) or _is_batched(maker) else None
+
+
+def _is_batched(maker: Callable) -> bool:
+    return isinstance(maker, type) and issubclass(maker, TaskVectorEnv | VectorWrapper)
 
 
 def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
@@ -175,21 +184,37 @@ def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
         raise refusal(f"--env-id {env_id}: {error}") from None
 
 
-def _make_registered(env_id: str, num_envs: int, options: dict) -> VectorEnv:
-    """A batch that is registered with Gymnasium; errors of a user's own environment keep their trace."""
+def _make_batch(env_id: str, found: str | Callable, num_envs: int, options: dict) -> VectorEnv:
+    """A batch of what an id names; single environments by the adapter. Errors of a user's own keep their trace."""
     known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
-    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME"
-    if not _is_batched(env_id):
+    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME, {own.FORMS}"
+    if isinstance(found, str):
+        worlds = _make_registered(env_id, found, num_envs, options, reason)
+    elif _is_batched(found):
+        worlds = found(num_envs=num_envs, **options)
+    elif isinstance(found, type) and issubclass(found, VectorEnv):
         raise refusal(reason)
+    else:
+        worlds = AdaptedVectorEnv(own.OneWorld(found), num_envs, **options)
+    if not isinstance(worlds.unwrapped, TaskVectorEnv):
+        raise refusal(reason)
+    return worlds
+
+
+def _make_registered(env_id: str, name: str, num_envs: int, options: dict, reason: str) -> VectorEnv:
+    if _vector_maker(name) is None:
+        maker = gym.spec(name).entry_point if name in gym.registry else None
+        origin = maker if isinstance(maker, str) else getattr(maker, "__module__", "")
+        is_gymnasiums = origin.startswith("gymnasium.")
+        if maker is None or (is_gymnasiums and env_id == name):
+            raise refusal(reason)
+        return AdaptedVectorEnv(own.OneWorld(name), num_envs, **options)
     try:
-        worlds = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+        return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
     except RuntimeError as error:
         if options.get("physics") != "warp":
             raise
         raise refusal(f"--physics warp: {error}") from None  # warp-lang, of this machine's driver
-    if not isinstance(worlds.unwrapped, TaskVectorEnv):
-        raise refusal(reason)
-    return worlds
 
 
 def make(
@@ -206,19 +231,21 @@ def make(
 
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
     An algorithm whose worlds start one by one (`singly`), as `Lifetimes` lets them, gets only those that can.
-    `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
+    `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1), or your
+    own as envs/own.py has it; single environments become a batch by envs/adapter.py.
     `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
     `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
     Processes that have joined (`join`) move an equal part of the worlds each, and see it or all of them.
     """
     part = shard()
     number = num_envs // part[1]
-    options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, physics, cuda)
+    found = own.find(env_id)
+    options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, found, physics, cuda)
     try:
         if env_id.startswith("Meta-World/"):
             envs = _make_metaworld(env_id, number, options)
         else:
-            envs = _make_registered(env_id, number, options)
+            envs = _make_batch(env_id, found, number, options)
         family = envs.unwrapped
         if family.is_discrete and not discrete:
             raise Unsuitable("its actions are choices; this algorithm's are continuous")
@@ -227,7 +254,7 @@ def make(
         family.shard = part
         return all_worlds(envs if family.is_discrete else ScaleActions(envs, action_scale))
     except Unsuitable as error:
-        raise refusal(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
+        raise refusal(f"--env-id {env_id}: {' '.join(str(error).split())}{error.example}") from None
 
 
 def imagine(envs: ScaleActions, num_envs: int) -> Imagined:

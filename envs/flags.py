@@ -14,9 +14,7 @@ from textwrap import wrap
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import gymnasium as gym
-
-from envs import HORIZONS, SUPERVISED
+from envs import HORIZONS, SUPERVISED, own
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
 TASK |= {"train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
@@ -30,12 +28,13 @@ GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those th
 
 CONTINUOUS, CHOICES, EXAMPLES = "tasks with continuous actions", "tasks with choices as actions", "supervised tasks"
 METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metaworld.txt)"
+OWN = "  your own Gymnasium environment (see docs/your_environment.md):"
 ACCEPTED = {  # for an algorithm that is not named here all kinds are listed
     **dict.fromkeys(("maml", "fomaml", "reptile"), (EXAMPLES,)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
     **dict.fromkeys(("rl2_ppo", "rl2_transformer_ppo"), (CONTINUOUS, CHOICES, METAWORLD)),
     **dict.fromkeys(("lifetime_rewards", "meta_critic"), (CHOICES,)),
-    "lirpg": (CONTINUOUS, CHOICES),
+    "lirpg": (CONTINUOUS, CHOICES, METAWORLD),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
 SINGLE_STARTS = {"lifetime_rewards", "meta_critic", "lirpg"}  # their worlds begin episodes one by one
@@ -58,6 +57,8 @@ def show_help(Args: type, description: str, algorithm: str) -> None:
     lines += ["", "What --env-id accepts:"]
     for kind, ids in accepted_ids(algorithm).items():
         lines += in_columns(f"  {kind}:", ", ".join(ids), width, column=4)
+    if ACCEPTED.get(algorithm) != (EXAMPLES,):
+        lines += in_columns(OWN, f"{own.FORMS}, with the methods sample_tasks and set_task", width, column=4)
     try:
         print("\n".join(lines), flush=True)
     except OSError:  # no reader; Python, which tries again at its end, shall not stumble over it
@@ -68,8 +69,7 @@ def default_horizon(env_id: str) -> int:
     """The steps of an episode that this id is registered with; Meta-World's 500; 100 where nothing is known."""
     if env_id.startswith("Meta-World/"):
         return 500
-    spec = gym.registry.get(env_id)
-    return (spec and spec.max_episode_steps) or 100
+    return own.default_horizon(env_id) or 100
 
 
 def groups(Args: type) -> dict[str, list[str]]:
