@@ -230,7 +230,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     A = len(theta["b_policy"])
     draw = gumbel_noise if is_choice else torch.randn
     # All noise at once and from this generator, so that a seed means the same actions on every device.
-    noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
+    noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP.device)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
     num_previous = A + 2 + (obs_NO.shape[1] if args.previous_obs else 0)
