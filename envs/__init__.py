@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from envs import installed  # noqa: F401, first: it says in one line which package is missing
+from . import installed  # noqa: F401, first: it says in one line which package is missing
 
 # isort: split
 import gymnasium as gym
@@ -11,11 +11,11 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from envs import own
-from envs.adapter import AdaptedVectorEnv
-from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
-from envs.cartpole import CartPoleFixed, CartPoleLength
-from envs.core import (
+from . import own
+from .adapter import AdaptedVectorEnv
+from .bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
+from .cartpole import CartPoleFixed, CartPoleLength
+from .core import (
     NotFinite,
     ScaleActions,
     SingleTaskEnv,
@@ -25,10 +25,10 @@ from envs.core import (
     held_out_uniform,
     one_thread,
 )
-from envs.experiments import Harlow, TwoStep
-from envs.fewshot import Glyphs, Omniglot
-from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
-from envs.gridworlds import (
+from .experiments import Harlow, TwoStep
+from .fewshot import Glyphs, Omniglot
+from .forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
+from .gridworlds import (
     EmptyRooms,
     FixedABC,
     KeyBox,
@@ -40,10 +40,10 @@ from envs.gridworlds import (
     SymABCDiagonal,
     SymABCReversed,
 )
-from envs.hidden_goals import DarkRoom, DarkRoomSmall, GridNavi, GridNaviUnseen
-from envs.imagined import Imagined
-from envs.lifetimes import Lifetimes
-from envs.locomotion import (
+from .hidden_goals import DarkRoom, DarkRoomSmall, GridNavi, GridNaviUnseen
+from .imagined import Imagined
+from .lifetimes import Lifetimes
+from .locomotion import (
     AntDir,
     AntDir2D,
     AntGoal,
@@ -54,17 +54,17 @@ from envs.locomotion import (
     HumanoidDir,
     MujocoTaskVectorEnv,
 )
-from envs.metaworld import make_metaworld
-from envs.mouse_cheese import MouseCheese
-from envs.navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
-from envs.processes import all_worlds, join, refusal, shard, summarise
-from envs.processor import multiply_by_onednn
-from envs.random_params import HopperRandParams, WalkerRandParams
-from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
-from envs.render import adaptation_gif, learning_curve
-from envs.tabular_mdp import TabularMDP
-from envs.task_given import TaskGiven
-from envs.trials import Trials
+from .metaworld import make_metaworld
+from .mouse_cheese import MouseCheese
+from .navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
+from .processes import all_worlds, join, refusal, shard, summarise
+from .processor import multiply_by_onednn
+from .random_params import HopperRandParams, WalkerRandParams
+from .regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
+from .render import adaptation_gif, learning_curve
+from .tabular_mdp import TabularMDP
+from .task_given import TaskGiven
+from .trials import Trials
 
 HORIZONS = {
     Navigation2D: 100,
@@ -132,8 +132,8 @@ __all__ += ["learning_curve", "make", "make_supervised", "multiply_by_onednn", "
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
     gym.register(
         id=f"{family.__name__}-v0",
-        entry_point=lambda **kwargs: SingleTaskEnv(family, **kwargs),
-        vector_entry_point=family,
+        entry_point=f"{__name__}.single:{family.__name__}",
+        vector_entry_point=f"{family.__module__}:{family.__name__}",
         max_episode_steps=horizon,
     )
 

@@ -39,7 +39,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward, TimeLimit
 from torch import Generator, Tensor
 
-from envs.core import TaskVectorEnv, Unsuitable, refuse_unbounded
+from .core import TaskVectorEnv, Unsuitable, refuse_unbounded
 
 LARGEST = 2**53  # float64 holds every whole number up to here
 DRAWN = 1000  # tasks of each split that are compared

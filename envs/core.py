@@ -41,7 +41,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
 
-from envs import processes
+from . import processes
 
 HELD_OUT_CELLS = 50  # the range of a task's first coordinate is cut into this many cells ...
 HELD_OUT_EVERY = 5  # ... and every fifth one belongs to the test tasks

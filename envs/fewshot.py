@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 
-from envs.core import SupervisedTasks
+from .core import SupervisedTasks
 
 SIDE = 28  # pixels
 CLASSES, INSTANCES, TRAIN_CLASSES = 1623, 20, 1200  # Omniglot's numbers, and its usual split

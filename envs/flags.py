@@ -14,7 +14,7 @@ from textwrap import wrap
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from envs import HORIZONS, SUPERVISED, own
+from . import HORIZONS, SUPERVISED, own
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
 TASK |= {"train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from envs.core import ScaleActions, TaskVectorEnv
+from .core import ScaleActions, TaskVectorEnv
 
 
 class Imagined(ScaleActions):

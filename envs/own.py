@@ -18,8 +18,8 @@ from types import ModuleType
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
-from envs.core import Unsuitable
-from envs.processes import refusal
+from .core import Unsuitable
+from .processes import refusal
 
 FORMS = "my_package.my_module:MyTask-v0 (an id that the module registers) or path/to/file.py:MyTask (a class in a file)"
 

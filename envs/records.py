@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from envs import own, render
-from envs.core import NotFinite, SupervisedTasks, Unsuitable, refuse_not_finite
-from envs.evaluation import tell, unused
-from envs.files import CannotWriteError, replace_file
-from envs.flags import default_horizon, show_help, wants_help
-from envs.processes import in_any_process, refusal, summarise
-from envs.processor import keep_memory
-from envs.screen import Lenient, Progress, fill_standard_streams, lenient_output, say
-from envs.tracking import Tracker
+from . import own, render
+from .core import NotFinite, SupervisedTasks, Unsuitable, refuse_not_finite
+from .evaluation import tell, unused
+from .files import CannotWriteError, replace_file
+from .flags import default_horizon, show_help, wants_help
+from .processes import in_any_process, refusal, summarise
+from .processor import keep_memory
+from .screen import Lenient, Progress, fill_standard_streams, lenient_output, say
+from .tracking import Tracker
 
 try:
     import fcntl
