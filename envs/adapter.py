@@ -259,6 +259,7 @@ class AdaptedVectorEnv(TaskVectorEnv):
         self._played = torch.zeros(
             self.num_envs, self.horizon, *self.single_action_space.shape, dtype=self._action_dtype
         )
+        task = task.cpu()
         begin = np.ones(self.num_envs, dtype=bool)
         if self.starting is None:
             self._make_records()
@@ -279,7 +280,7 @@ class AdaptedVectorEnv(TaskVectorEnv):
 
     def _begin(self, world: int, task: Tensor, seed: int) -> None:
         env = self.envs[world]
-        method(env, "set_task")(task.cpu().numpy())
+        method(env, "set_task")(task.numpy().copy())
         obs, self._infos[world] = env.reset(seed=seed)
         self._observations[world] = self._of_space(obs)
         self._alive[world] = True
@@ -338,9 +339,10 @@ class AdaptedVectorEnv(TaskVectorEnv):
         Unsuitable if an environment with the same task, seed and actions is not where it was then."""
         super().load_worlds(saved)
         self._make_records()
+        tasks = self.tasks.cpu()
         steps = torch.as_tensor(self._steps).expand(self.num_envs).tolist()
         for world in range(self.num_envs):
-            self._begin(world, self.tasks[world], int(self._seeds[world]))
+            self._begin(world, tasks[world], int(self._seeds[world]))
             for step in range(steps[world]):
                 if self._alive[world]:
                     self._move(world, self._played[world, step], step)

@@ -369,6 +369,16 @@ def test_every_algorithm_runs_and_goes_on_as_if_it_had_never_stopped(name, here)
     assert metrics(folder)[-1] == metrics(other)[-1]
 
 
+def test_a_run_whose_worlds_cannot_go_on_says_so_in_one_line(here):
+    unseeded = "class Unseeded(Push):\n    def reset(self, **_):\n        return super().reset()\n"
+    (here / PATH).write_text(FILE + unseeded)
+    run("lirpg", "--env-id", f"{PATH}:Unseeded", *COMMON.split(), *RUNS["lirpg"].split()[1:])
+    (folder,) = (here / "runs").iterdir()
+    told = rf"^iteration 1: Unseeded does something else with the same task[^\n]*; [^\n]*--resume {folder}$"
+    with pytest.raises(SystemExit, match=told):
+        run("lirpg", "--resume", folder, "--iterations", 2)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "told"),
     [
