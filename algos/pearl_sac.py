@@ -48,7 +48,7 @@ Buffer = dict[str, Tensor]  # of M tasks: the fields of Transitions [M, R, ..], 
 @dataclass
 class Args:
     env_id: str = "HalfCheetahVel3-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 30

@@ -52,7 +52,7 @@ Memory = dict[str, Tensor]  # what the network knows of each trial so far; {} at
 @dataclass
 class Args:
     env_id: str = "Bandit5-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 1000

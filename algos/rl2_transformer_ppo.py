@@ -49,7 +49,7 @@ HEAD_WIDTH = 16  # of the transformer's attention
 @dataclass
 class Args:
     env_id: str = "Bandit5-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 400
