@@ -47,7 +47,7 @@ Memory = list[Tensor]  # an LSTM's two states, [1, N, H] each: torch's first axi
 @dataclass
 class Args:
     env_id: str = "SymABC-v0"
-    """a task environment with choices as actions, registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class) whose actions are choices"""
     seed: int = 1
     """seed of everything but the test set: networks, newborn policies, tasks, noise"""
     iterations: int = 2500

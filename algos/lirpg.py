@@ -45,7 +45,7 @@ CARRIED = "theta", "theta_adam", "eta", "eta_adam", "obs_moments", "return_momen
 @dataclass
 class Args:
     env_id: str = "HalfCheetahForward-v0"
-    """a task environment registered by envs/__init__.py; of a family of many tasks, one is drawn"""
+    """a task environment of envs/ or your own (module:id, file.py:class); of its tasks one is drawn"""
     seed: int = 1
     """seed of everything but the test set: parameters, task, start states, noise"""
     iterations: int = 488

@@ -49,7 +49,7 @@ Params = dict[str, Tensor]  # one policy for all models: w0 [O, H], b0 [H], ..; 
 @dataclass
 class Args:
     env_id: str = "HalfCheetahForward-v0"
-    """a task environment registered by envs/__init__.py; of a family of many tasks, one is drawn"""
+    """a task environment of envs/ or your own (module:id, file.py:class); of its tasks one is drawn"""
     seed: int = 1
     """seed of everything but the test set: parameters, task, start states, noise"""
     iterations: int = 25

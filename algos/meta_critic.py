@@ -46,7 +46,7 @@ Params = dict[str, Tensor]  # N networks at once: w0 [N, O, H], b0 [N, 1, H], ..
 @dataclass
 class Args:
     env_id: str = "CartPoleLength-v0"
-    """a task environment registered by envs/__init__.py whose actions are choices"""
+    """a task environment of envs/ or your own (module:id, file.py:class) whose actions are choices"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 2000

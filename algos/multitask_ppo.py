@@ -48,7 +48,7 @@ Params = dict[str, Tensor]  # one policy for all tasks: w0 [O, H], b0 [H], ..; o
 @dataclass
 class Args:
     env_id: str = "HalfCheetahDir-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 500

@@ -48,7 +48,7 @@ Buffer = dict[str, Tensor]  # of M tasks: the fields of Transitions [M, R, ..], 
 @dataclass
 class Args:
     env_id: str = "HalfCheetahVel3-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 30
@@ -260,7 +260,7 @@ def posterior(theta: Params, context: Transitions, args: Args) -> tuple[Tensor, 
 
 def sample_prior(tasks_NP: Tensor, args: Args, generator: Generator) -> Tensor:
     """z [N, Z] ~ N(0, 1), for tasks of which nothing is known yet."""
-    return torch.randn(len(tasks_NP), args.latent_size, generator=generator).to(tasks_NP)
+    return torch.randn(len(tasks_NP), args.latent_size, generator=generator).to(tasks_NP.device)
 
 
 @torch.no_grad()
@@ -276,7 +276,7 @@ def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_pri
     if from_prior:
         z_NZ = sample_prior(tasks_NP, args, generator)
     else:
-        uniform_NS = torch.rand(len(index_N), args.context_size, generator=generator).to(tasks_NP)
+        uniform_NS = torch.rand(len(index_N), args.context_size, generator=generator).to(tasks_NP.device)
         context = draw(state["recent"], index_N, uniform_NS)
         z_NZ = sample_posterior(state["theta"], context, args, generator)  # [3]
     episodes = play_episodes(envs, tasks_NP, state["theta"], z_NZ, args, generator, noise_scale=1.0)

@@ -52,7 +52,7 @@ Memory = dict[str, Tensor]  # what the network knows of each trial so far; {} at
 @dataclass
 class Args:
     env_id: str = "Bandit5-v0"
-    """a task environment registered by envs/__init__.py"""
+    """a task environment of envs/ or your own (module:id, file.py:class)"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
     iterations: int = 1000
@@ -230,7 +230,7 @@ def play_trials(envs, tasks_NP: Tensor, theta: Params, args: Args, generator: Ge
     A = len(theta["b_policy"])
     draw = gumbel_noise if is_choice else torch.randn
     # All noise at once and from this generator, so that a seed means the same actions on every device.
-    noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP)
+    noise_SNA = draw(envs.episodes * args.horizon, N, A, generator=generator).to(tasks_NP.device)
     obs_NO, _ = envs.reset(seed=seed, options={"tasks": tasks_NP})
     memory = {}  # [2]
     num_previous = A + 2 + (obs_NO.shape[1] if args.previous_obs else 0)

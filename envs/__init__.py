@@ -1,8 +1,9 @@
 """Task environments, registered with Gymnasium: `gym.make_vec(id, ...)` for batches, `gym.make(id)` for one world."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
-from envs import installed  # noqa: F401, first: it says in one line which package is missing
+from . import installed  # noqa: F401, first: it says in one line which package is missing
 
 # isort: split
 import gymnasium as gym
@@ -10,9 +11,11 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from envs.bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
-from envs.cartpole import CartPoleFixed, CartPoleLength
-from envs.core import (
+from . import own
+from .adapter import AdaptedVectorEnv
+from .bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
+from .cartpole import CartPoleFixed, CartPoleLength
+from .core import (
     NotFinite,
     ScaleActions,
     SingleTaskEnv,
@@ -22,10 +25,10 @@ from envs.core import (
     held_out_uniform,
     one_thread,
 )
-from envs.experiments import Harlow, TwoStep
-from envs.fewshot import Glyphs, Omniglot
-from envs.forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
-from envs.gridworlds import (
+from .experiments import Harlow, TwoStep
+from .fewshot import Glyphs, Omniglot
+from .forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
+from .gridworlds import (
     EmptyRooms,
     FixedABC,
     KeyBox,
@@ -37,10 +40,10 @@ from envs.gridworlds import (
     SymABCDiagonal,
     SymABCReversed,
 )
-from envs.hidden_goals import DarkRoom, DarkRoomSmall, GridNavi, GridNaviUnseen
-from envs.imagined import Imagined
-from envs.lifetimes import Lifetimes
-from envs.locomotion import (
+from .hidden_goals import DarkRoom, DarkRoomSmall, GridNavi, GridNaviUnseen
+from .imagined import Imagined
+from .lifetimes import Lifetimes
+from .locomotion import (
     AntDir,
     AntDir2D,
     AntGoal,
@@ -51,18 +54,18 @@ from envs.locomotion import (
     HumanoidDir,
     MujocoTaskVectorEnv,
 )
-from envs.metaworld import make_metaworld
-from envs.mouse_cheese import MouseCheese
-from envs.navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
-from envs.optimisees import GlyphNets, Optimisees, Quadratics
-from envs.processes import all_worlds, join, refusal, shard, summarise
-from envs.processor import multiply_by_onednn
-from envs.random_params import HopperRandParams, WalkerRandParams
-from envs.regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
-from envs.render import adaptation_gif, learning_curve
-from envs.tabular_mdp import TabularMDP
-from envs.task_given import TaskGiven
-from envs.trials import Trials
+from .metaworld import make_metaworld
+from .mouse_cheese import MouseCheese
+from .navigation import Navigation2D, Navigation2DEndless, SparseNavigation2D
+from .optimisees import GlyphNets, Optimisees, Quadratics
+from .processes import all_worlds, join, refusal, shard, summarise
+from .processor import multiply_by_onednn
+from .random_params import HopperRandParams, WalkerRandParams
+from .regression import Sinusoid, SinusoidAllPhases, SinusoidOrLine
+from .render import adaptation_gif, learning_curve
+from .tabular_mdp import TabularMDP
+from .task_given import TaskGiven
+from .trials import Trials
 
 HORIZONS = {
     Navigation2D: 100,
@@ -140,8 +143,8 @@ __all__ += [
 def _register(family: type[TaskVectorEnv], horizon: int) -> None:
     gym.register(
         id=f"{family.__name__}-v0",
-        entry_point=lambda **kwargs: SingleTaskEnv(family, **kwargs),
-        vector_entry_point=family,
+        entry_point=f"{__name__}.single:{family.__name__}",
+        vector_entry_point=f"{family.__module__}:{family.__name__}",
         max_episode_steps=horizon,
     )
 
@@ -156,11 +159,11 @@ def _device(cuda: bool) -> str:
     return "cuda" if cuda else "cpu"
 
 
-def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
+def _physics(env_id: str, family: str | Callable, physics: str, cuda: bool) -> dict[str, str]:
     """What of `make`'s `physics` to tell the family: nothing, unless it is to move by warp."""
     if physics not in ("auto", "mujoco", "warp"):
         raise refusal(f"--physics {physics}: allowed is auto, mujoco, warp")
-    family = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
+    family = _vector_maker(family) if isinstance(family, str) else family
     is_mujoco = isinstance(family, type) and issubclass(family, MujocoTaskVectorEnv)
     is_installed = find_spec("mujoco_warp") is not None
     if physics == "warp" and not is_mujoco:
@@ -171,12 +174,18 @@ def _physics(env_id: str, physics: str, cuda: bool) -> dict[str, str]:
     return {"physics": "warp"} if chosen else {}
 
 
-def _is_batched(env_id: str) -> bool:
-    """Whether Gymnasium knows the id, and it may be that of a `TaskVectorEnv`; a function shows it only when called."""
+def _vector_maker(env_id: str) -> Callable | None:
+    """What makes a batch of these, if Gymnasium knows the id and it may be a `TaskVectorEnv`.
+
+    A function shows it only when called."""
     maker = gym.spec(env_id).vector_entry_point if env_id in gym.registry else None
     if isinstance(maker, str):
         maker = None if maker.startswith("gymnasium.") else load_env_creator(maker)
-    return issubclass(maker, TaskVectorEnv | VectorWrapper) if isinstance(maker, type) else maker is not None
+    return maker if not isinstance(maker, type) or _is_batched(maker) else None
+
+
+def _is_batched(maker: Callable) -> bool:
+    return isinstance(maker, type) and issubclass(maker, TaskVectorEnv | VectorWrapper)
 
 
 def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
@@ -186,21 +195,37 @@ def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
         raise refusal(f"--env-id {env_id}: {error}") from None
 
 
-def _make_registered(env_id: str, num_envs: int, options: dict) -> VectorEnv:
-    """A batch that is registered with Gymnasium; errors of a user's own environment keep their trace."""
+def _make_batch(env_id: str, found: str | Callable, num_envs: int, options: dict) -> VectorEnv:
+    """A batch of what an id names; single environments by the adapter. Errors of a user's own keep their trace."""
     known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
-    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME"
-    if not _is_batched(env_id):
+    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME, {own.FORMS}"
+    if isinstance(found, str):
+        worlds = _make_registered(env_id, found, num_envs, options, reason)
+    elif _is_batched(found):
+        worlds = found(num_envs=num_envs, **options)
+    elif isinstance(found, type) and issubclass(found, VectorEnv):
         raise refusal(reason)
+    else:
+        worlds = AdaptedVectorEnv(own.OneWorld(found), num_envs, **options)
+    if not isinstance(worlds.unwrapped, TaskVectorEnv):
+        raise refusal(reason)
+    return worlds
+
+
+def _make_registered(env_id: str, name: str, num_envs: int, options: dict, reason: str) -> VectorEnv:
+    if _vector_maker(name) is None:
+        maker = gym.spec(name).entry_point if name in gym.registry else None
+        origin = maker if isinstance(maker, str) else getattr(maker, "__module__", "")
+        is_gymnasiums = origin.startswith("gymnasium.")
+        if maker is None or (is_gymnasiums and env_id == name):
+            raise refusal(reason)
+        return AdaptedVectorEnv(own.OneWorld(name), num_envs, **options)
     try:
-        worlds = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+        return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
     except RuntimeError as error:
         if options.get("physics") != "warp":
             raise
         raise refusal(f"--physics warp: {error}") from None  # warp-lang, of this machine's driver
-    if not isinstance(worlds.unwrapped, TaskVectorEnv):
-        raise refusal(reason)
-    return worlds
 
 
 def make(
@@ -219,19 +244,21 @@ def make(
     Where actions are choices, only an algorithm that can choose (`discrete`) gets worlds, and they are not scaled.
     An algorithm whose worlds start one by one (`singly`), as `Lifetimes` lets them, gets only those that can; one that
     looks states up in tables (`tabular`) gets only tabular families.
-    `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1).
+    `env_id` is one registered above, or "Meta-World/ML10", "Meta-World/ML45", "Meta-World/reach-v3", .. (ML1), or your
+    own as envs/own.py has it; single environments become a batch by envs/adapter.py.
     `physics` moves MuJoCo's bodies: "mujoco" on the CPU's threads, "warp" on the run's device, "auto" by warp with
     `cuda` where mujoco_warp is installed. Families of other kinds take no notice of "auto" and "mujoco".
     Processes that have joined (`join`) move an equal part of the worlds each, and see it or all of them.
     """
     part = shard()
     number = num_envs // part[1]
-    options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, physics, cuda)
+    found = own.find(env_id)
+    options = {"max_episode_steps": horizon, "device": _device(cuda)} | _physics(env_id, found, physics, cuda)
     try:
         if env_id.startswith("Meta-World/"):
             envs = _make_metaworld(env_id, number, options)
         else:
-            envs = _make_registered(env_id, number, options)
+            envs = _make_batch(env_id, found, number, options)
         family = envs.unwrapped
         if family.is_discrete and not discrete:
             raise Unsuitable("its actions are choices; this algorithm's are continuous")
@@ -242,7 +269,7 @@ def make(
         family.shard = part
         return all_worlds(envs if family.is_discrete else ScaleActions(envs, action_scale))
     except Unsuitable as error:
-        raise refusal(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
+        raise refusal(f"--env-id {env_id}: {' '.join(str(error).split())}{error.example}") from None
 
 
 def imagine(envs: ScaleActions, num_envs: int) -> Imagined:

@@ -1,80 +1,159 @@
-"""Your own Gymnasium environments as a batch of worlds with tasks, for most algorithms of this repository.
+"""Your own Gymnasium environments as a batch of worlds with tasks, for every algorithm that can use them.
 
-Their worlds start together, their actions are no choices, and their rewards are not known as a function: so
-lifetime_rewards, lirpg and meta_critic, and mbmpo, refuse them in one line.
-
-The protocol. A single environment with one-dimensional Box observations and actions and two more methods:
+The protocol. A single environment, or a wrapper around one, with two more methods:
 
     def sample_tasks(self, num_tasks: int, rng: np.random.Generator, split: str) -> array [num_tasks, task_dim]
         # plain numbers; split is "train" or "test", raise ValueError for another one
     def set_task(self, task: array [task_dim]) -> None
-        # called before every reset(seed=...); the task must not show in the observation
+        # float64; called before every reset(seed=...); the task must not show in the observation
 
-    envs = AdaptedVectorEnv(lambda: MyEnv(), num_envs=40, max_episode_steps=100, device="cuda")
+Observations are a one-dimensional Box, actions a one-dimensional Box with finite bounds, or Discrete. `--env-id` makes
+it a batch by itself (envs/own.py), and in Python this does:
 
-Wrappers are welcome: the methods are looked for in `env.unwrapped`. `envs/metaworld.py` is a worked example.
+    envs = AdaptedVectorEnv(MyEnv, num_envs=40, max_episode_steps=100, device="cuda")
 
-* Actions need finite bounds. They are clipped to them here, so leave out `ClipAction`, which takes the bounds away.
-* Test tasks should not be training tasks. Nobody checks that, since small families may have the same tasks in both.
-* Tasks become numbers of type `dtype`. Whole numbers that it cannot hold, as float32 most above 2^24, are an error.
-* For pictures make the environments with render_mode="rgb_array".
+For `mbmpo`, which practises in models, two more, both static, on tensors with any leading axes:
+
+    def reward(obs, action, next_obs, task) -> Tensor [..]  # what `step` returns
+    def ended(obs) -> Tensor [..] (bool)                    # which observations end an episode; not needed if none does
+
+* Wrappers are welcome. Of `ClipAction` the bounds are those that it clips to. `NormalizeObservation` and
+  `NormalizeReward` are refused, unless their `update_running_mean` is off: their statistics would differ from world to
+  world, and no checkpoint has them. A `TimeLimit` must not be shorter than the horizon.
+* Test tasks should not be training tasks; a warning says how many of 1,000 are. (In ranges that overlap hardly any two
+  tasks are equal, and nothing can be said.)
+* Tasks are kept as float64: whole numbers, such as seeds, up to 2^53 stay what they are, and larger ones are refused.
+* A resumed run plays the episodes at hand again, from their seeds, by the actions taken; Unsuitable if an environment
+  is not the same then. (Only lifetime_rewards, lirpg and meta_critic save their worlds.)
+* For pictures make the environments with render_mode="rgb_array"; `--env-id` does.
 """
 
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
+from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward, TimeLimit
 from torch import Generator, Tensor
 
-from envs.core import TaskVectorEnv, Unsuitable, refuse_unbounded
+from .core import TaskVectorEnv, Unsuitable, refuse_unbounded
+
+LARGEST = 2**53  # float64 holds every whole number up to here
+DRAWN = 1000  # tasks of each split that are compared
+
+EXAMPLE = '''
+    class MyTask(gym.Env):  # beside its reset, step, observation_space and action_space
+        def sample_tasks(self, num_tasks, rng, split):
+            """Masses [num_tasks, 1]; those of tests are not trained on."""
+            if split not in ("train", "test"):
+                raise ValueError(f"split must be train or test, got {split}")
+            low, high = (0.5, 1.5) if split == "train" else (1.5, 2.0)
+            return rng.uniform(low, high, size=(num_tasks, 1))
+
+        def set_task(self, task):
+            """Called before each reset(seed=..); the observation must not show it."""
+            self.mass = float(task[0])
+'''
+
+_compared: set[type] = set()  # environments whose training and test tasks have been compared
 
 
-def to_type(tasks: np.ndarray, dtype: torch.dtype, source: str) -> Tensor:
-    """Tasks [N, P] as tensors of this type; Unsuitable where rounding makes another task of one.
+def layers(env: gym.Env) -> Iterator[gym.Env]:
+    """An environment's wrappers, from outside to inside, and the environment itself."""
+    while isinstance(env, gym.Wrapper):
+        yield env
+        env = env.env
+    yield env
 
-    Whole numbers, such as seeds, must stay what they are; others may change by a millionth.
-    """
-    numbers = tasks.astype(np.float64)
-    converted = torch.from_numpy(numbers).to(dtype)
-    after = converted.double().numpy()
-    if tasks.dtype.kind == "f":
-        differ = after != numbers
-    else:  # float64 does not hold them all either, but Python compares whole numbers exactly
-        differ = (after.astype(object) != tasks.astype(object)).astype(bool)
-    with np.errstate(invalid="ignore"):
-        is_close = np.abs(after - numbers) <= 1e-6 * np.abs(numbers)
-    wrong = differ & ~(is_close & (numbers != np.rint(numbers))) & np.isfinite(numbers)
-    if wrong.any():
-        numbers = tasks[wrong].tolist()[0], after[wrong].tolist()[0]
-        before, then = (str(int(x)) if float(x).is_integer() else str(x) for x in numbers)
-        name, largest = str(dtype).removeprefix("torch."), round(2 / torch.finfo(dtype).eps)
+
+def method(env: gym.Env, name: str) -> Callable | None:
+    """The outermost method of this name, of a wrapper or of the environment; None if there is none."""
+    return next((x for x in (getattr(layer, name, None) for layer in layers(env)) if callable(x)), None)
+
+
+def pure(env: gym.Env, name: str) -> Callable | None:
+    """The outermost static function of this name; a wrapper's usual method of the same name is none."""
+    found = (inspect.getattr_static(type(layer), name, None) for layer in layers(env))
+    return next((x.__func__ for x in found if isinstance(x, staticmethod)), None)
+
+
+def bounded_actions(env: gym.Env) -> gym.Space:
+    """The space of actions; of `ClipAction`, which takes the bounds away, the one that it clips to."""
+    while isinstance(env, gym.Wrapper) and (isinstance(env, ClipAction) or env.action_space is env.env.action_space):
+        env = env.env
+    return env.action_space
+
+
+def refuse_unsuitable(env: gym.Env, horizon: int) -> None:
+    """Unsuitable with all that an environment lacks, and lines that would do; or with what else is wrong with it."""
+    if not isinstance(env, gym.Env):
+        raise Unsuitable(f"{type(env).__name__} is no gymnasium.Env")
+    source = type(env.unwrapped).__name__
+    lacks = [f"a method {name}" for name in ("sample_tasks", "set_task") if method(env, name) is None]
+    faults = [f"{source} needs {' and '.join(lacks)}; see envs/adapter.py"] if lacks else []
+    for name, allowed in (("observation_space", "Box"), ("action_space", "Box or a Discrete space")):
+        space = getattr(env, name, None)
+        is_choice = name == "action_space" and isinstance(space, Discrete)
+        if not is_choice and (not isinstance(space, Box) or len(space.shape) != 1):
+            hint = "; gymnasium.wrappers.FlattenObservation may help" if name == "observation_space" else ""
+            faults.append(f"{source}'s {name} must be a one-dimensional {allowed}, got {space}{hint}")
+    if faults:
+        error = Unsuitable("; ".join(faults))
+        error.example = f"\nSuch lines would do:\n{EXAMPLE}" if lacks else ""
+        raise error
+    if isinstance(env.action_space, Box):
+        refuse_unbounded(bounded_actions(env), source)
+    for layer in layers(env):
+        name = type(layer).__name__
+        if isinstance(layer, NormalizeObservation | NormalizeReward) and layer.update_running_mean:
+            raise Unsuitable(
+                f"{source}'s wrapper {name} keeps statistics that differ from world to world and that no checkpoint "
+                "has: leave it out, or set its update_running_mean to False"
+            )
+        if isinstance(layer, TimeLimit) and layer._max_episode_steps < horizon:
+            raise Unsuitable(
+                f"{source}'s wrapper {name} ends episodes after {layer._max_episode_steps} steps, before the horizon "
+                f"of {horizon}: make it without a time limit, or lower --horizon (max_episode_steps)"
+            )
+
+
+def to_float64(tasks: np.ndarray, source: str) -> Tensor:
+    """Tasks [N, P] as float64; Unsuitable for what is no number and for whole numbers that it may not hold."""
+    numbers = tasks.flatten().tolist()
+    odd = next((x for x in numbers if not isinstance(x, int | float | np.number | np.bool_)), None)
+    if odd is not None or None in numbers:
+        raise Unsuitable(f"{source}.sample_tasks must return numbers, got {odd!r}")
+    large = next((x for x in numbers if isinstance(x, int) and abs(x) > LARGEST), None)  # Python compares exactly
+    if large is not None:
         raise Unsuitable(
-            f"{source}.sample_tasks gives {before}, which is {then} in {name}, another task: whole numbers are safe up "
-            f"to {largest}, so take smaller ones (of seeds, fewer) or split one into two numbers"
+            f"{source}.sample_tasks gives {large}, but tasks are kept as float64, which holds whole numbers up to "
+            f"{LARGEST} (2^53): take smaller ones (of seeds, fewer) or split one into two numbers"
         )
-    return converted
+    return torch.from_numpy(tasks.astype(np.float64))
 
 
 class AdaptedVectorEnv(TaskVectorEnv):
     """`TaskVectorEnv` over single environments, stepped one after the other in the calling process.
 
-    * A world that terminates is not stepped again, and not reset before the batch is.
+    * A world that terminates is not stepped again, and not reset before it is told to.
     * The horizon is this class's. An environment that truncates before it is an error: make it without a time limit.
     * Numbers that all environments report in `info` come back as tensors `info[name]` [B] (the last ones reported, for
       a world that is over); other entries are dropped.
-    * The reward is whatever the environments return, so there is no pure `reward` function here.
+    * The reward is whatever the environments return; as a function it is known where they have a static `reward`.
 
     Args:
         make_env: returns a new environment; called num_envs times.
-        num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`.
+        num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`. Tasks are float64 in any case.
     Raises:
-        Unsuitable: a TypeError and ValueError: an environment lacks a method of the protocol, has spaces that are not
-            one-dimensional boxes or actions without bounds, or draws tasks of a wrong shape or with numbers too large.
+        Unsuitable: a TypeError and ValueError: an environment lacks a method of the protocol, has other spaces, actions
+            without bounds or a wrapper that cannot work, or draws tasks of a wrong shape or with numbers too large.
     """
 
     can_terminate = True
+    world_state = "_seeds", "_played"
 
     def __init__(
         self,
@@ -85,62 +164,159 @@ class AdaptedVectorEnv(TaskVectorEnv):
         dtype=torch.float32,
     ):
         self._make_env = make_env
-        self.envs = [make_env() for _ in range(num_envs)]
-        first = self.envs[0]
-        source = type(first.unwrapped).__name__
-        for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(first.unwrapped, method, None)):
-                raise Unsuitable(f"{source} needs a method {method}; see envs/adapter.py")
-        for name in ("observation_space", "action_space"):
-            space = getattr(first, name)
-            if not isinstance(space, Box) or len(space.shape) != 1:
-                raise Unsuitable(f"{source}'s {name} must be a one-dimensional Box, got {space}")
-        refuse_unbounded(first.action_space, source)
-        super().__init__(num_envs, first.observation_space, first.action_space, max_episode_steps, device, dtype)
-        self.source = source
+        first = make_env()
+        refuse_unsuitable(first, max_episode_steps)
+        actions = bounded_actions(first)
+        self._least = int(actions.start) if isinstance(actions, Discrete) else 0  # of the choices; here they are from 0
+        actions = Discrete(int(actions.n)) if isinstance(actions, Discrete) else actions
+        super().__init__(num_envs, first.observation_space, actions, max_episode_steps, device, dtype)
+        self.task_dtype = torch.float64
+        self.source = type(first.unwrapped).__name__
+        self.envs = [first, *(make_env() for _ in range(num_envs - 1))]
+        if len({id(env.unwrapped) for env in self.envs}) < num_envs:
+            raise Unsuitable(f"make_env must make a new {self.source} in each call, and returns one that it has made")
+        self._sample_tasks = method(first, "sample_tasks")
         self.task_dim = self._draw_tasks(1, 0, "train").shape[1]
+        self._warn_of_shared_tasks()
+        self._pure_reward, self._pure_ended = pure(first, "reward"), pure(first, "ended")
+        if self._pure_reward is not None:
+            self.reward = self._known_reward
+        if self._pure_ended is not None:
+            self.ended = self._pure_ended
+
+    # ------------------------------------------------------------ tasks
 
     def _draw_tasks(self, num_tasks: int, seed: int, split: str) -> Tensor:
-        tasks = np.asarray(self.envs[0].unwrapped.sample_tasks(num_tasks, np.random.default_rng(seed), split))
+        tasks = np.asarray(self._sample_tasks(num_tasks, np.random.default_rng(seed), split))
         if tasks.ndim != 2 or len(tasks) != num_tasks:
             raise Unsuitable(
                 f"{self.source}.sample_tasks({num_tasks}, ..) must return [{num_tasks}, task_dim], got {tasks.shape}"
             )
-        return to_type(tasks, self.dtype, self.source)
+        return to_float64(tasks, self.source)
+
+    def _warn_of_shared_tasks(self) -> None:
+        """A warning, once for each kind of environment, if test tasks are training tasks."""
+        kind = type(self.envs[0].unwrapped)
+        if kind in _compared:
+            return
+        _compared.add(kind)
+        train, test = (
+            {tuple(task) for task in self._draw_tasks(DRAWN, seed, split).tolist()}
+            for seed, split in ((0, "train"), (1, "test"))
+        )
+        if train & test:
+            warnings.warn(
+                f"{self.source}.sample_tasks: {len(train & test)} of {len(test)} different test tasks, of {DRAWN} that "
+                "were drawn, are training tasks, too; results on them do not show what is learned about new tasks",
+                stacklevel=3,
+            )
 
     def sample_tasks(self, num_tasks, generator: Generator, split="train"):
         seed = int(torch.randint(2**62, (1,), generator=generator))
         return self._draw_tasks(num_tasks, seed, split).to(self.device)
 
+    # ------------------------------------------------------------ rewards as a function
+
     @staticmethod
     def reward(obs, action, next_obs, task):
         raise NotImplementedError("an adapted environment's reward is not known as a function; use what step returns")
 
+    @property
+    def knows_reward(self) -> bool:
+        return self._pure_reward is not None
+
+    def _known_reward(self, obs: Tensor, action: Tensor, next_obs: Tensor, task: Tensor) -> Tensor:
+        return self._pure_reward(obs, action, next_obs, task.to(obs.dtype)).to(obs.dtype)
+
+    def check_reward(self, steps: int = 10) -> None:
+        """Unsuitable unless the static `reward` is what `step` returns, of two worlds with random actions."""
+        worlds = self.another(2)
+        obs, _ = worlds.reset(seed=0)
+        worlds.action_space.seed(0)
+        for _ in range(min(steps, self.horizon)):
+            action, playing = torch.as_tensor(worlds.action_space.sample(), device=self.device), ~worlds._over
+            next_obs, found, *_ = worlds.step(action)
+            told = worlds.reward(obs, action, next_obs, worlds.tasks)
+            if told.shape != found.shape:
+                raise Unsuitable(
+                    f"{self.source}.reward must return [..], here {list(found.shape)}, got {list(told.shape)}"
+                )
+            wrong = playing & ~torch.isclose(told, found, rtol=1e-3, atol=1e-3)
+            if wrong.any():
+                world = int(wrong.nonzero()[0])
+                raise Unsuitable(
+                    f"{self.source}'s static reward says {float(told[world]):.6g} where step returned "
+                    f"{float(found[world]):.6g}"
+                )
+            obs = next_obs
+        worlds.close()
+
+    # ------------------------------------------------------------ episodes
+
     def _start(self, task, generator):
-        seeds = self.share(torch.randint(2**31, (self.num_envs * self.shard[1],), generator=generator)).tolist()
+        number = self.num_envs * self.shard[1]
+        self._seeds = self.share(torch.randint(2**31, (number,), generator=generator))
+        self._played = torch.zeros(
+            self.num_envs, self.horizon, *self.single_action_space.shape, dtype=self._action_dtype
+        )
+        task = task.cpu()
+        begin = np.ones(self.num_envs, dtype=bool)
+        if self.starting is None:
+            self._make_records()
+        else:
+            begin = self.starting.cpu().numpy()
+        for world in np.flatnonzero(begin):
+            self._begin(world, task[world], int(self._seeds[world]))
+        return self._to_device(self._observations)
+
+    @property
+    def _action_dtype(self) -> torch.dtype:
+        return torch.int64 if self.is_discrete else self.dtype
+
+    def _make_records(self) -> None:
         self._infos = [{} for _ in self.envs]
         self._alive = np.ones(self.num_envs, dtype=bool)
         self._observations = np.zeros(self.observation_space.shape)
-        for world, (env, vector) in enumerate(zip(self.envs, task.double().cpu().numpy(), strict=True)):
-            env.unwrapped.set_task(vector)
-            self._observations[world], self._infos[world] = env.reset(seed=seeds[world])
-        return self._to_device(self._observations)
+
+    def _begin(self, world: int, task: Tensor, seed: int) -> None:
+        env = self.envs[world]
+        method(env, "set_task")(task.numpy().copy())
+        obs, self._infos[world] = env.reset(seed=seed)
+        self._observations[world] = self._of_space(obs)
+        self._alive[world] = True
+
+    def _of_space(self, obs) -> np.ndarray:
+        shape = self.single_observation_space.shape
+        if np.shape(obs) != shape:
+            raise Unsuitable(f"{self.source} returns observations {np.shape(obs)}, its observation_space says {shape}")
+        return obs
 
     def _to_device(self, array: np.ndarray):
         return torch.tensor(array, dtype=self.dtype, device=self.device)  # always a copy
 
+    def _move(self, world: int, action: Tensor, step: int) -> float:
+        """Move one world, which is not over, from this step (from 0) on; its reward."""
+        given = action.numpy().astype(self.single_action_space.dtype)
+        given = given[()] + self._least if self.is_discrete else given
+        obs, reward, terminated, truncated, self._infos[world] = self.envs[world].step(given)
+        self._observations[world] = self._of_space(obs)
+        if truncated and not terminated and step + 1 < self.horizon:
+            raise RuntimeError(
+                f"environment {world} truncated its episode after {step + 1} of {self.horizon} steps: "
+                "make it without a time limit, or lower max_episode_steps"
+            )
+        self._alive[world] = not terminated
+        if np.size(reward) != 1:
+            raise Unsuitable(f"{self.source}.step must return one number as the reward, got {np.shape(reward)}")
+        return float(np.asarray(reward).reshape(()))
+
     def _advance(self, action):
-        action = action.cpu().numpy().astype(self.single_action_space.dtype)
+        action = action.cpu()
+        steps = torch.as_tensor(self._steps).expand(self.num_envs).cpu()
+        self._played[torch.arange(self.num_envs), steps] = action
         rewards = np.zeros(self.num_envs)
         for world in np.flatnonzero(self._alive):
-            result = self.envs[world].step(action[world])
-            self._observations[world], rewards[world], terminated, truncated, self._infos[world] = result
-            if truncated and not terminated and self._steps + 1 < self.horizon:
-                raise RuntimeError(
-                    f"environment {world} truncated its episode after {self._steps + 1} of {self.horizon} steps: "
-                    "make it without a time limit, or lower max_episode_steps"
-                )
-            self._alive[world] = not terminated
+            rewards[world] = self._move(world, action[world], int(steps[world]))
         self._rewards = self._to_device(rewards)
         info = {
             name: self._to_device(np.array([float(single[name]) for single in self._infos]))
@@ -151,6 +327,33 @@ class AdaptedVectorEnv(TaskVectorEnv):
 
     def _transition_reward(self, action, next_obs):
         return self._rewards
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save_worlds(self):
+        return super().save_worlds() | {"_played": self._played.clone()}  # it is filled step by step
+
+    def load_worlds(self, saved):
+        """Continue where `save_worlds` was called, by playing the episodes at hand again.
+
+        Unsuitable if an environment with the same task, seed and actions is not where it was then."""
+        super().load_worlds(saved)
+        self._make_records()
+        tasks = self.tasks.cpu()
+        steps = torch.as_tensor(self._steps).expand(self.num_envs).tolist()
+        for world in range(self.num_envs):
+            self._begin(world, tasks[world], int(self._seeds[world]))
+            for step in range(steps[world]):
+                if self._alive[world]:
+                    self._move(world, self._played[world, step], step)
+        wrong = (self._to_device(self._observations) != self._obs).any(1)
+        if wrong.any():
+            raise Unsuitable(
+                f"{self.source} does something else with the same task, seed and actions (world "
+                f"{int(wrong.nonzero()[0])}), so that a run cannot go on: let chance come from reset's seed alone"
+            )
+
+    # ------------------------------------------------------------ pictures
 
     def render_frame(self, index=0):
         """What the user's environment draws; RuntimeError if that is no picture."""
@@ -165,9 +368,9 @@ class AdaptedVectorEnv(TaskVectorEnv):
             )
         return frame
 
-    def single_world(self) -> "AdaptedVectorEnv":
-        """One more environment of the same kind, horizon and device, for pictures; to close it closes no other."""
-        return AdaptedVectorEnv(self._make_env, 1, self.horizon, self.device, self.dtype)
+    def another(self, num_envs: int) -> "AdaptedVectorEnv":
+        """Another batch of the same kind, horizon and device; to close it closes no other."""
+        return AdaptedVectorEnv(self._make_env, num_envs, self.horizon, self.device, self.dtype)
 
     def close_extras(self, **kwargs):
         for env in self.envs:

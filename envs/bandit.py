@@ -5,7 +5,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, held_out_normal, held_out_uniform
+from .core import TaskVectorEnv, held_out_normal, held_out_uniform
 
 
 class Bandit(TaskVectorEnv):

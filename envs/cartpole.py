@@ -7,7 +7,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, held_out_uniform
+from .core import TaskVectorEnv, held_out_uniform
 
 GRAVITY, CART_MASS, POLE_MASS, FORCE, TIME_STEP = 9.8, 1.0, 0.1, 10.0, 0.02
 MAX_POSITION, MAX_ANGLE = 2.4, 12 * 2 * math.pi / 360

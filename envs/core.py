@@ -41,7 +41,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
 
-from envs import processes
+from . import processes
 
 HELD_OUT_CELLS = 50  # the range of a task's first coordinate is cut into this many cells ...
 HELD_OUT_EVERY = 5  # ... and every fifth one belongs to the test tasks
@@ -53,7 +53,9 @@ class NotFinite(FloatingPointError):  # noqa: N818
 
 
 class Unsuitable(TypeError, ValueError):  # noqa: N818
-    """An environment that does not keep to this contract; the message says what to change."""
+    """An environment that does not keep to this contract; the message says what to change, `example` shows it."""
+
+    example = ""
 
 
 def refuse_not_finite(line: dict[str, float]) -> None:
@@ -203,12 +205,14 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
     is_tabular = False  # whether it has `state_features` and `optimal_actions`
     world_state: tuple[str, ...] | None = None  # attributes [B, ..] that the next step depends on, beside tasks and obs
     shard = 0, 1  # the part of all worlds that these are, and the number of parts
+    starting: Tensor | None = None  # while `reset` runs: the worlds [B] (bool) that start; None: all
 
     def __init__(self, num_envs, obs_space, action_space, max_episode_steps=200, device="cpu", dtype=torch.float32):
         if num_envs < 1 or max_episode_steps < 1:
             raise ValueError(f"num_envs and max_episode_steps must be at least 1, got {num_envs}, {max_episode_steps}")
         self.num_envs, self.horizon = num_envs, max_episode_steps
         self.device, self.dtype = torch.device(device), dtype
+        self.task_dtype = dtype
         self.single_observation_space, self.single_action_space = obs_space, action_space
         self.observation_space = batch_space(obs_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
@@ -258,7 +262,9 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
 
     @abstractmethod
     def _start(self, task: Tensor, generator: Generator) -> Tensor:
-        """Put all worlds into start states drawn from `generator` and return the observation [B, O]."""
+        """Put all worlds into start states drawn from `generator` and return the observation [B, O].
+
+        Of the worlds that are not `starting` the `world_state` is put back afterwards."""
 
     @abstractmethod
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -294,7 +300,7 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
             tasks = self.share(self.sample_tasks(self.num_envs * self.shard[1], own))
         else:
             torch.randint(2**62, (1,), generator=self._generator)
-        tasks = torch.as_tensor(tasks, dtype=self.dtype, device=self.device)
+        tasks = torch.as_tensor(tasks, dtype=self.task_dtype, device=self.device)
         if len(tasks) == self.num_envs * self.shard[1]:
             tasks = self.share(tasks)
         if tasks.shape != (self.num_envs, self.task_dim):
@@ -304,6 +310,7 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
         self.tasks = tasks
         self._steps = 0
         self._over = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self.starting = mask
         self._obs = self._start(tasks, self._generator)
         if mask is not None:
             self._keep(before, ~mask)
@@ -472,9 +479,21 @@ class TaskVectorEnv(TestSet, gym.vector.VectorEnv):
             raise ValueError(f"action must be 0 to {self._high}, which it is not in world {world}, step {step}")
         raise NotFinite(f"non-finite action in world {world}, step {step}, from the policy")
 
+    @property
+    def knows_reward(self) -> bool:
+        """Whether the rewards of steps are those of `reward`, and not random or only known to an environment."""
+        return type(self)._transition_reward is TaskVectorEnv._transition_reward
+
+    def check_reward(self) -> None:
+        """Unsuitable if `reward` is not what steps return: of an environment that only its author knows."""
+
+    def another(self, num_envs: int) -> "TaskVectorEnv":
+        """Another batch of the same family, horizon and device."""
+        return type(self)(num_envs, max_episode_steps=self.horizon, device=self.device, dtype=self.dtype)
+
     def single_world(self) -> "TaskVectorEnv":
         """One world of the same family, horizon and device, for pictures."""
-        return type(self)(1, max_episode_steps=self.horizon, device=self.device, dtype=self.dtype)
+        return self.another(1)
 
 
 class SingleTaskEnv(gym.Env):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from envs.core import refuse_not_finite
-from envs.files import CannotWriteError, replace_file
-from envs.processes import summarise
-from envs.render import OWN_TASK, evaluation_picture, steps_of
-from envs.screen import Lenient
+from .core import refuse_not_finite
+from .files import CannotWriteError, replace_file
+from .processes import summarise
+from .render import OWN_TASK, evaluation_picture, steps_of
+from .screen import Lenient
 
 
 def intervals(stats: dict) -> dict[str, Tensor | tuple]:

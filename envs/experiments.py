@@ -5,7 +5,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, alternating_signs, held_out_uniform
+from .core import TaskVectorEnv, alternating_signs, held_out_uniform
 
 COMMON = 0.8  # probability that a choice leads where it usually does
 HIGH, LOW = 0.9, 0.1  # probabilities of a reward in the better and in the worse of the two places

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from envs.core import SupervisedTasks
-from envs.files import cached
-from envs.omniglot import CLASSES, SIDE, read_omniglot, stamp
+from .core import SupervisedTasks
+from .files import cached
+from .omniglot import CLASSES, SIDE, read_omniglot, stamp
 
 INSTANCES, TRAIN_CLASSES = 20, 1200  # drawings of each of Omniglot's characters, and how many of these train
 STROKES, CONTROLS, SAMPLES = 4, 5, 16  # of a glyph at most; points a stroke runs through; curve points between two

@@ -14,9 +14,7 @@ from textwrap import wrap
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import gymnasium as gym
-
-from envs import HORIZONS, OPTIMISEES, SUPERVISED
+from . import HORIZONS, OPTIMISEES, SUPERVISED, own
 
 TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
 TASK |= {"train_ways", "train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
@@ -33,6 +31,7 @@ TABULAR = "tasks of few states, whose optimal actions are known"
 CURVES, IMAGES = "curves, learned from some of their points", "images, told apart by some examples of each class"
 FUNCTIONS = "functions to minimise"
 METAWORLD = "Meta-World (reach-v3, or any other of ML1; see requirements-metaworld.txt)"
+OWN = "  your own Gymnasium environment (see docs/your_environment.md):"
 ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, which contain the tabular tasks
     **dict.fromkeys(("maml", "fomaml", "reptile", "in_context"), (CURVES, IMAGES)),
     **dict.fromkeys(("maml_trpo", "promp", "reptile_ppo", "multitask_ppo", "pearl_sac"), (CONTINUOUS, METAWORLD)),
@@ -41,7 +40,7 @@ ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, wh
     **dict.fromkeys(("dpt", "ad"), (TABULAR,)),
     "protonet": (IMAGES,),
     "learned_optimizer": (FUNCTIONS,),
-    "lirpg": (CONTINUOUS, CHOICES),
+    "lirpg": (CONTINUOUS, CHOICES, METAWORLD),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
 SINGLE_STARTS = {"lifetime_rewards", "meta_critic", "lirpg"}  # their worlds begin episodes one by one
@@ -64,6 +63,8 @@ def show_help(Args: type, description: str, algorithm: str) -> None:
     lines += ["", "What --env-id accepts:"]
     for kind, ids in accepted_ids(algorithm).items():
         lines += in_columns(f"  {kind}:", ", ".join(ids), width, column=4)
+    if ACCEPTED.get(algorithm) != (EXAMPLES,):
+        lines += in_columns(OWN, f"{own.FORMS}, with the methods sample_tasks and set_task", width, column=4)
     try:
         print("\n".join(lines), flush=True)
     except OSError:  # no reader; Python, which tries again at its end, shall not stumble over it
@@ -74,8 +75,7 @@ def default_horizon(env_id: str) -> int:
     """The steps of an episode that this id is registered with; Meta-World's 500; 100 where nothing is known."""
     if env_id.startswith("Meta-World/"):
         return 500
-    spec = gym.registry.get(env_id)
-    return (spec and spec.max_episode_steps) or 100
+    return own.default_horizon(env_id) or 100
 
 
 def groups(Args: type) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from envs.locomotion import MujocoTaskVectorEnv
+from .locomotion import MujocoTaskVectorEnv
 
 
 class ForwardEnv(MujocoTaskVectorEnv):

@@ -6,7 +6,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from envs.core import TaskVectorEnv, alternating_signs, held_out_uniform
+from .core import TaskVectorEnv, alternating_signs, held_out_uniform
 
 CROSS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # up, down, left, right: rows, columns
 REVERSED = ((1, 0), (-1, 0), (0, 1), (0, -1))

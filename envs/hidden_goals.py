@@ -5,7 +5,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv
+from .core import TaskVectorEnv
 
 MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # of columns and rows: stay, up, right, down, left
 

@@ -1,11 +1,12 @@
 """Imagined: worlds of a family that move as a learned model says, for algorithms that practise in their models."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from envs.core import ScaleActions, TaskVectorEnv
+from .core import ScaleActions, TaskVectorEnv
 
 
 class Imagined(ScaleActions):
@@ -27,14 +28,14 @@ class Imagined(ScaleActions):
 
     def __init__(self, envs: ScaleActions, num_envs: int):
         family = envs.unwrapped
-        known = type(family)._transition_reward is TaskVectorEnv._transition_reward
-        if not known or not isinstance(envs, ScaleActions):
+        if not family.knows_reward or not isinstance(envs, ScaleActions):
             raise TypeError("its reward is not known as a function of what is observed, or its actions are choices")
-        size = {"max_episode_steps": family.horizon, "device": family.device, "dtype": family.dtype}
-        super().__init__(type(family)(num_envs, **size), envs.scale)
+        family.check_reward()
+        super().__init__(family.another(num_envs), envs.scale)
         self.unwrapped.can_terminate, self.unwrapped.shard = True, family.shard
         self.unwrapped.source = f"a model of {family.source}"
         self.unwrapped._advance = self._predict  # all else is the family's own
+        self.unwrapped._transition_reward = partial(TaskVectorEnv._transition_reward, self.unwrapped)
 
     def follow(self, dynamics: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> None:
         """Move by `dynamics` from now on, within [low, high] ([O] each); actions are within the family's bounds."""

@@ -5,7 +5,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Generator, Tensor
 
-from envs.core import Unsuitable
+from .core import Unsuitable
 
 
 class Lifetimes(gym.vector.VectorWrapper):

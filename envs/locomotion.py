@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from mujoco.rollout import Rollout
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, alternating_signs, held_out_uniform
+from .core import TaskVectorEnv, alternating_signs, held_out_uniform
 
 RENDER_HINT = (
     "MuJoCo found no way to draw. Without a display set MUJOCO_GL=egl before Python starts (or before mujoco is "
@@ -189,7 +189,7 @@ class MujocoTaskVectorEnv(TaskVectorEnv):
             raise NotImplementedError(f"{self.model_file} has states beyond time, qpos and qvel")
         self._renderer = None
         if physics == "warp":
-            from envs.warp_physics import WarpPhysics
+            from .warp_physics import WarpPhysics
 
             self._warp = WarpPhysics(self.model, num_envs, self.frame_skip, torch.device(device), self.own_bodies)
         else:

@@ -10,8 +10,8 @@ from functools import cache
 import gymnasium as gym
 import torch
 
-from envs.adapter import AdaptedVectorEnv
-from envs.locomotion import RENDER_HINT, choose_opengl
+from .adapter import AdaptedVectorEnv
+from .locomotion import RENDER_HINT, choose_opengl
 
 INSTALL_HINT = (
     "Meta-World is not installed here. It needs its own environment, since it pins an older mujoco:\n"

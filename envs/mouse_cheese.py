@@ -5,7 +5,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv
+from .core import TaskVectorEnv
 
 SIDE = 9  # a frame of walls around four rooms of 3 x 3 cells, with a cross of walls between them
 START = SIDE + 1  # cells are numbered row by row; this is the upper left corner of the upper left room

@@ -7,7 +7,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, held_out_uniform
+from .core import TaskVectorEnv, held_out_uniform
 
 
 class Navigation2D(TaskVectorEnv):

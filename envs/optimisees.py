@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from envs.core import TestSet, held_out_normal
-from envs.fewshot import SIDE, Glyphs
+from .core import TestSet, held_out_normal
+from .fewshot import SIDE, Glyphs
 
 
 class Optimisees(TestSet):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.core import held_out_uniform
-from envs.forward import HopperForward, Walker2dForward
-from envs.locomotion import MujocoTaskVectorEnv, load_model
+from .core import held_out_uniform
+from .forward import HopperForward, Walker2dForward
+from .locomotion import MujocoTaskVectorEnv, load_model
 
 
 class RandomParamsEnv(MujocoTaskVectorEnv):

@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from envs import render
-from envs.core import NotFinite, SupervisedTasks, refuse_not_finite
-from envs.evaluation import tell, unused
-from envs.files import CannotWriteError, replace_file
-from envs.flags import default_horizon, show_help, wants_help
-from envs.processes import in_any_process, refusal, summarise
-from envs.processor import keep_memory
-from envs.screen import Lenient, Progress, fill_standard_streams, lenient_output, say
-from envs.tracking import Tracker
+from . import own, render
+from .core import NotFinite, SupervisedTasks, Unsuitable, refuse_not_finite
+from .evaluation import tell, unused
+from .files import CannotWriteError, replace_file
+from .flags import default_horizon, show_help, wants_help
+from .processes import in_any_process, refusal, summarise
+from .processor import keep_memory
+from .screen import Lenient, Progress, fill_standard_streams, lenient_output, say
+from .tracking import Tracker
 
 try:
     import fcntl
@@ -159,7 +159,10 @@ def read_flags(Args: type, argv: list[str], default) -> object:
 def changes(args, before) -> dict[str, list]:
     """Flags whose values differ, by name: [before, now]."""
     known = {name: value for name, value in vars(before).items() if name not in ("resume", "evaluate")}
-    return {name: [value, getattr(args, name)] for name, value in known.items() if value != getattr(args, name)}
+    changed = {name: [value, getattr(args, name)] for name, value in known.items() if value != getattr(args, name)}
+    if "env_id" in changed and own.is_same(*changed["env_id"]):
+        del changed["env_id"]
+    return changed
 
 
 def refuse_incomparable(args, changed: dict[str, list], fixed: tuple) -> None:
@@ -280,7 +283,7 @@ def new_folder(args, algorithm: str) -> Path:
     for name, value in vars(args).items():
         if name not in NAMELESS and value != defaults[name] and len(told) < 40:
             told += f"_{name.replace('_', '-')}-{value}"
-    parts = [args.env_id, algorithm, str(args.seed), told[1:60], time.strftime("%Y%m%d-%H%M%S")]
+    parts = [own.short_name(args.env_id), algorithm, str(args.seed), told[1:60], time.strftime("%Y%m%d-%H%M%S")]
     name = "__".join(filter(None, parts))
     name = re.sub(r"[^\w.-]+", "-", name)
     for number in count(1):
@@ -632,13 +635,13 @@ def film(path: Path, envs, policy, params: dict[str, dict[str, Tensor]]) -> None
 
 @contextmanager
 def errors_in_one_line(state: dict, folder: Path | None, leads: bool = True) -> Iterator[None]:
-    """Numbers that are not finite, and files that cannot be written, as one line without a trace.
+    """Numbers that are not finite, files that cannot be written and worlds that cannot be used, as one line, no trace.
 
     All other errors keep theirs: they are faults of a program, this one's or a user's.
     """
     try:
         yield
-    except (NotFinite, CannotWriteError) as error:
+    except (NotFinite, CannotWriteError, Unsuitable) as error:
         kept = "; nothing was saved yet" if leads else ""
         if folder is not None and (folder / "checkpoint.pt").exists():
             kept = f"; the last whole checkpoint is kept: --resume {folder}"

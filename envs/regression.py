@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from envs.core import SupervisedTasks, held_out_uniform
+from .core import SupervisedTasks, held_out_uniform
 
 
 class Sinusoid(SupervisedTasks):

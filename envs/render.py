@@ -12,8 +12,8 @@ from textwrap import fill
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs.files import replace_file
-from envs.processes import refusal
+from .files import replace_file
+from .processes import refusal
 
 OWN_TASK = "the run's own task"  # what is tested where an evaluation has no test tasks
 CAPTION_HEIGHT = 24  # pixels above each picture

@@ -7,7 +7,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from envs.core import TaskVectorEnv, held_out_normal
+from .core import TaskVectorEnv, held_out_normal
 
 STATES, ACTIONS = 10, 5
 

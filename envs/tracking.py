@@ -4,8 +4,8 @@ import os
 import socket
 from urllib.parse import urlparse
 
-from envs.processes import refusal
-from envs.screen import say
+from .processes import refusal
+from .screen import say
 
 
 class Tracker:

@@ -4,7 +4,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from envs.processes import in_any_process
+from .processes import in_any_process
 
 
 class Trials(gym.vector.VectorWrapper):

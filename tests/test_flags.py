@@ -18,7 +18,7 @@ import tyro
 import envs
 from envs import fewshot, records
 from envs.adapter import AdaptedVectorEnv
-from envs.flags import GROUPS, accepted_ids, groups, show_help, wants_help
+from envs.flags import GROUPS, OWN, accepted_ids, groups, show_help, wants_help
 from tests.test_processes import Single
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +69,9 @@ def entries(lines: list[str]) -> list[tuple[str, str, str]]:
 
 
 def listed(lines: list[str]) -> list[str]:
-    """The ids that a help's lines end with."""
-    return re.findall(r"[\w-]+-v0|Meta-World/[\w-]+", " ".join(lines[lines.index(LAST) :]))
+    """The ids that a help's lines list."""
+    text = " ".join(lines[lines.index(LAST) :]).partition(OWN)[0]
+    return re.findall(r"[\w-]+-v0|Meta-World/[\w-]+", text)
 
 
 @cache
@@ -275,6 +276,13 @@ def test_listed_ids_are_those_that_the_algorithm_accepts(name, without_runs, cap
     assert len(every) > 40
     assert sorted(found) == sorted(x for x in every if accepts(name, x))
     assert module(name).Args().env_id in found
+
+
+@each_algorithm
+def test_the_help_says_how_to_name_an_environment_of_ones_own(name, capsys, monkeypatch):
+    last = " ".join(line.strip() for line in shown(name, capsys, monkeypatch)[-4:])
+    told = "my_package.my_module:MyTask-v0 .* or path/to/file.py:MyTask .* sample_tasks and set_task$"
+    assert bool(re.search(told, last)) == (name not in ("maml", "fomaml", "reptile"))  # which know no Gymnasium
 
 
 def test_ids_stand_under_the_kind_of_their_actions():

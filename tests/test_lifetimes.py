@@ -171,16 +171,6 @@ def test_families_whose_worlds_start_together_say_so(name):
         assert equal(flat(venv.step(action)), flat(twin.step(action)))
 
 
-def test_adapted_environments_start_together():
-    from envs.adapter import AdaptedVectorEnv
-    from tests.test_envs_adapter import Walk
-
-    venv = AdaptedVectorEnv(Walk, 2)
-    venv.reset(seed=0)
-    with pytest.raises(NotImplementedError, match="worlds of AdaptedVectorEnv can only start together"):
-        venv.reset(options={"reset_mask": torch.tensor([True, False])})
-
-
 @pytest.mark.parametrize("family", [Navigation2D, RandomABC, HopperForward])
 def test_a_world_at_its_horizon_must_start_again(family):
     venv = family(3, 4)
