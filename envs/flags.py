@@ -63,7 +63,7 @@ def show_help(Args: type, description: str, algorithm: str) -> None:
     lines += ["", "What --env-id accepts:"]
     for kind, ids in accepted_ids(algorithm).items():
         lines += in_columns(f"  {kind}:", ", ".join(ids), width, column=4)
-    if ACCEPTED.get(algorithm) != (EXAMPLES,):
+    if {CONTINUOUS, CHOICES} & set(ACCEPTED.get(algorithm, (CONTINUOUS,))):
         lines += in_columns(OWN, f"{own.FORMS}, with the methods sample_tasks and set_task", width, column=4)
     try:
         print("\n".join(lines), flush=True)

@@ -328,6 +328,7 @@ RUNS = {
     "multitask_ppo": "Push --meta-batch-size 2 --episodes-per-task 2 --task-given --capture-video",
     "rl2_ppo": "Buttons --meta-batch-size 2 --minibatches 1 --hidden-size 16",
     "rl2_transformer_ppo": "Push --meta-batch-size 2 --minibatches 1 --hidden-size 16",
+    "varibad_ppo": "Buttons --meta-batch-size 2 --minibatches 1 --hidden-size 8 --vae-updates 1 --vae-batch-size 2",
     "pearl_sac": "Push --train-tasks 2 --tasks-per-iteration 2 --meta-batch-size 2 --updates 1 --batch-size 4 "
     "--context-size 4 --hidden-size 8",
     "mbmpo": "Known --num-models 2 --real-episodes 2 --episodes-per-task 2 --horizon 8 --model-epochs 1 --meta-steps 1 "
@@ -351,7 +352,8 @@ def metrics(folder):
 
 def test_no_algorithm_is_forgotten():
     names = {path.stem for path in (ROOT / "algos").glob("*.py")}
-    assert set(RUNS) == names - {"maml", "fomaml", "reptile"}  # whose tasks are examples
+    supervised = {"maml", "fomaml", "reptile", "protonet", "in_context", "learned_optimizer"}
+    assert set(RUNS) == names - supervised - {"dpt", "ad"}  # whose labels are looked up in tables
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -387,6 +389,8 @@ def test_a_run_whose_worlds_cannot_go_on_says_so_in_one_line(here):
         ("lifetime_rewards", "Push", "its actions are continuous, not choices"),
         ("mbmpo", "Push", "its reward is not known as a function"),
         ("maml", "Push", "is no supervised task family"),
+        ("learned_optimizer", "Push", "is no family of functions to minimise"),
+        ("dpt", "Buttons", "it is not tabular; this algorithm needs few states, and their optimal actions"),
     ],
 )
 def test_what_an_algorithm_cannot_use_it_refuses_in_one_line(name, kind, told, here):
