@@ -1,9 +1,10 @@
-"""The tables and pictures of docs/dpt.md and docs/ad.md, from finished runs of the two files.
+"""The tables and pictures of docs/dpt.md and docs/ad.md, from finished runs.
 
     python benchmark/in_context.py bandits runs/A ..            runs of dpt.py or ad.py on Bernoulli bandits: reward and
                                                                 regret, drawn and greedy, beside classic algorithms
-    python benchmark/in_context.py rooms runs/A runs/B ..       runs of both files on one dark room: return over the
-                                                                episodes, beside AD's source and the optimum
+    python benchmark/in_context.py rooms runs/A runs/B ..       runs of both files, of rl2_ppo, rl2_transformer_ppo and
+                                                                varibad_ppo on one dark room: return over the episodes,
+                                                                seeds together, beside AD's source and the optimum
     python benchmark/in_context.py posterior --updates 2000     DPT on six bandits, where the best arm's posterior is
                                                                 known: how far M is from it, and both as policies
 
@@ -27,15 +28,24 @@ from torch import Generator, Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from algos import ad, dpt  # noqa: E402
+from algos import ad, dpt, rl2_ppo, rl2_transformer_ppo, varibad_ppo  # noqa: E402
 from benchmark import classic_bandits  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
-from envs import make, records  # noqa: E402
+from benchmark.seeds import T975  # noqa: E402
+from envs import Trials, make, records  # noqa: E402
 from envs.bandit import Bandit  # noqa: E402
 
 BERNOULLI = ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0")
 ROOMS = ("DarkRoom-v0", "DarkRoomSmall-v0", "GridNavi-v0", "GridNaviUnseen-v0")
 PLAY = {"dpt": dpt.play_by_episodes, "ad": ad.play_by_steps}
+MEMORIES = {"rl2_ppo": rl2_ppo, "rl2_transformer_ppo": rl2_transformer_ppo, "varibad_ppo": varibad_ppo}  # in `rooms`
+NAMES = {
+    "dpt": "DPT",
+    "ad": "AD",
+    "rl2_ppo": "RL2",
+    "rl2_transformer_ppo": "RL2, transformer",
+    "varibad_ppo": "VariBAD",
+}
 IMAGES = ROOT / "docs/images"
 
 
@@ -53,17 +63,17 @@ class Options:
     """seed of the trials"""
 
 
-def load(folder: Path, allowed: tuple[str, ...]):
-    """The name of the file that made a run, the run's Args and its weights; SystemExit for other runs."""
+def load(folder: Path, allowed: tuple[str, ...], others: tuple[str, ...] = ()):
+    """The name of the file that made a run, the run's Args and its state; SystemExit for other runs."""
     if not (folder / "checkpoint.pt").exists():
         raise SystemExit(f"{folder} is no folder of a run: it has no checkpoint.pt")
     name = torch.load(folder / "checkpoint.pt", weights_only=True)["algorithm"]
-    if name not in PLAY:
-        raise SystemExit(f"{folder} is a run of {name}; allowed are {', '.join(PLAY)}")
+    if name not in (*PLAY, *others):
+        raise SystemExit(f"{folder} is a run of {name}; allowed are {', '.join((*PLAY, *others))}")
     state = records.load_checkpoint(str(folder), name, importlib.import_module(f"algos.{name}").Args, flag="run")
     if state["args"].env_id not in allowed:
         raise SystemExit(f"{folder} is a run on {state['args'].env_id}; allowed are {', '.join(allowed)}")
-    return name, state["args"], state["theta"]
+    return name, state["args"], state
 
 
 def test_tasks(envs, options: Options) -> Tensor:
@@ -107,10 +117,10 @@ def regret(p_BK: Tensor, arm_BS: Tensor) -> Tensor:
 
 def bandits(options: Options) -> None:
     for folder in options.runs:
-        name, args, theta = load(folder, BERNOULLI)
+        name, args, state = load(folder, BERNOULLI)
         n, every = args.episodes_per_trial * args.horizon, {}
         for label, greedy in ((f"{name.upper()}, drawn", False), (f"{name.upper()}, greedy", True)):
-            p_BK, return_NE, arm_BS = played(name, args, theta, options, greedy)
+            p_BK, return_NE, arm_BS = played(name, args, state["theta"], options, greedy)
             every[label] = arm_BS, return_NE.sum(1)
         every |= classic_arms(p_BK, n, options.seed + 2)
         axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
@@ -144,34 +154,63 @@ def source_returns(args, options: Options) -> Tensor:
     return lived.reward.unflatten(1, (-1, args.horizon)).sum(2)
 
 
+def remembered(name: str, args, state: dict, options: Options) -> Tensor:
+    """The returns [N, E] of the same trials by a network with a memory, which draws its actions."""
+    envs = Trials(make(args.env_id, options.tasks, args.horizon, discrete=True), args.episodes_per_trial)
+    weights = [state["phi"], state["theta"]] if name == "varibad_ppo" else [state["theta"]]
+    module, generator = MEMORIES[name], Generator().manual_seed(options.seed + 1)
+    play = module.play_with_beliefs if name == "varibad_ppo" else module.play_trials
+    return play(envs, test_tasks(envs, options), *weights, args, generator)[-1]
+
+
+def over_seeds(means_RE: Tensor) -> dict:
+    """The mean over runs of their episodes' mean returns [R, E], and half its 95 % interval: Student's t."""
+    R = len(means_RE)
+    half_E = T975[R] * means_RE.std(0) / R**0.5 if R > 1 else torch.full_like(means_RE[0], torch.nan)
+    rounded = [[round(float(x), 2) for x in numbers] for numbers in (means_RE.mean(0), half_E)]
+    return {"runs": R, "episodes": rounded[0]} | ({"half_widths": rounded[1]} if R > 1 else {})
+
+
 def rooms(options: Options) -> None:
-    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    kinds = set()
-    for folder in options.runs:
-        name, args, theta = load(folder, ROOMS)
-        kinds.add((args.env_id, args.horizon))
-        if len(kinds) > 1:
-            raise SystemExit(f"{folder}: another room or horizon than the runs before")
-        for label, greedy in (("drawn", False), ("greedy", True)):
-            tasks_NP, return_NE, _ = played(name, args, theta, options, greedy)
+    """A line for each run and manner to act, the mean over seeds of each, AD's source, the optimum; a picture."""
+    loaded = [(folder, *load(folder, ROOMS, tuple(MEMORIES))) for folder in options.runs]
+    kinds = {(args.env_id, args.horizon) for _, _, args, _ in loaded}
+    if len(kinds) != 1:
+        raise SystemExit(f"runs in one room and of one horizon are needed; these have {sorted(kinds)}")
+    (env_id, horizon), every, source = kinds.pop(), {}, None
+    envs = make(env_id, options.tasks, horizon, discrete=True, tabular=True)
+    tasks_NP = test_tasks(envs, options)
+    for folder, name, args, state in loaded:
+        for label in ("drawn", "greedy") if name in PLAY else ("drawn",):
+            if name in PLAY:
+                _, return_NE, _ = played(name, args, state["theta"], options, greedy=label == "greedy")
+            else:
+                return_NE = remembered(name, args, state, options)
             ends = {"first": summary(return_NE[:, 0]), "last": summary(return_NE[:, -1])}
             line = {"run": folder.name, "actions": label, "goals": len(tasks_NP.unique(dim=0)), **ends}
             print(json.dumps(line | {"episodes": [round(float(x), 2) for x in return_NE.mean(0)]}), flush=True)
-            episodes = range(1, return_NE.shape[1] + 1)
-            axis.plot(episodes, return_NE.mean(0), label=f"{name.upper()}, {label}", ls="--" if greedy else "-")
-        if name == "ad":
-            source_NE = source_returns(args, options)
-            means = [round(float(x), 2) for x in source_NE.mean(0)]
+            every.setdefault((name, label, return_NE.shape[1]), []).append(return_NE.mean(0))
+        if name == "ad" and source is None:
+            source = source_returns(args, options).mean(0)
+            means = [round(float(x), 2) for x in source]
             print(json.dumps({"run": folder.name, "source": True, "episodes": means}), flush=True)
-            shown = source_NE[:, : return_NE.shape[1]].mean(0)
-            axis.plot(range(1, len(shown) + 1), shown, label="source of AD, from its start", color="grey")
-    envs = make(args.env_id, options.tasks, args.horizon, discrete=True, tabular=True)
     best = optimum(envs, tasks_NP)
+    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    colors = {name: f"C{number}" for number, name in enumerate(NAMES)}
+    for (name, label, count), means in every.items():
+        means_RE = torch.stack(means)
+        print(json.dumps({"algorithm": name, "actions": label} | over_seeds(means_RE)), flush=True)
+        episodes, style = range(1, count + 1), {"color": colors[name], "ls": "--" if label == "greedy" else "-"}
+        axis.plot(episodes, means_RE.mean(0), label=f"{NAMES[name]}{', greedy' if label == 'greedy' else ''}", **style)
+        axis.fill_between(episodes, means_RE.amin(0), means_RE.amax(0), color=colors[name], alpha=0.15, lw=0)
+    if source is not None:
+        shown = source[: max(count for _, _, count in every)]
+        axis.plot(range(1, len(shown) + 1), shown, label="source of AD, from its start", color="grey")
     print(json.dumps({"optimum": summary(best)}), flush=True)
     axis.axhline(float(best.mean()), color="black", lw=0.8, label="goal known")
-    axis.set(xlabel="episode of a trial", ylabel="return", title=f"{args.env_id}, held-out goals")
+    axis.set(xlabel="episode of a trial", ylabel="return", title=f"{env_id}, held-out goals")
     axis.legend()
-    figure.savefig(IMAGES / f"in_context_{args.env_id.removesuffix('-v0')}.png", dpi=110)
+    figure.savefig(IMAGES / f"in_context_{env_id.removesuffix('-v0')}.png", dpi=110)
 
 
 class SixBandits(Bandit):

@@ -4,10 +4,11 @@ functions; benchmark/speed.py measures both files."""
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from algos import ad, dpt
+from algos import ad, dpt, rl2_ppo, varibad_ppo
 from benchmark import in_context, speed
 from envs.hidden_goals import DarkRoomSmall
 from tests.test_dpt_math import best_returns
@@ -26,6 +27,7 @@ def finished(tmp_path, monkeypatch):
         module.main([*SMALL, *(SOURCE if module is ad else []), *flags])
         return max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
 
+    run.home = tmp_path
     return run
 
 
@@ -44,19 +46,44 @@ def test_bandits_are_played_beside_the_classic_algorithms(finished, capsys):
 
 def test_rooms_are_played_beside_the_source_and_the_optimum(finished, capsys):
     flags = ["--env-id", "DarkRoomSmall-v0", "--horizon", "6", "--episodes-per-trial", "4", "--context", "2"]
-    folders = finished(dpt, *flags), finished(ad, *flags)
+    sizes = ["--env-id", "DarkRoomSmall-v0", "--horizon", "6", "--episodes-per-trial", "3", "--meta-batch-size", "8"]
+    for module in (rl2_ppo, varibad_ppo):
+        module.main([*sizes, "--iterations", "2", "--minibatches", "2"])
+    memories = sorted((finished.home / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+    folders = finished(dpt, *flags), finished(ad, *flags), *memories, finished(dpt, *flags, "--seed", "2")
     capsys.readouterr()
     options = in_context.Options("rooms", folders, tasks=100)
     in_context.rooms(options)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line.get("actions") for line in lines] == ["drawn", "greedy", "drawn", "greedy", None, None]
-    assert all(len(line["episodes"]) == 4 and line["goals"] == 17 for line in lines[:4])
-    assert len(lines[4]["episodes"]) == 8
+    runs, means = [line for line in lines if "goals" in line], {}
+    manners = ["drawn", "greedy", "drawn", "greedy", "drawn", "drawn", "drawn", "greedy"]
+    assert [line["actions"] for line in runs] == manners
+    assert [len(line["episodes"]) for line in runs] == [4, 4, 4, 4, 3, 3, 4, 4]
+    assert all(line["goals"] == 17 for line in runs)
+    (source,) = (line for line in lines if "source" in line)
+    assert len(source["episodes"]) == 8
+    means = {(line["algorithm"], line["actions"]): line for line in lines if "algorithm" in line}
+    assert set(means) == {
+        ("dpt", "drawn"), ("dpt", "greedy"), ("ad", "drawn"), ("ad", "greedy"), ("rl2_ppo", "drawn"),
+        ("varibad_ppo", "drawn"),
+    }  # fmt: skip
+    both = np.array([runs[0]["episodes"], runs[6]["episodes"]])
+    assert means["dpt", "drawn"]["episodes"] == pytest.approx(both.mean(0), abs=0.011)
+    half = 12.706 * both.std(0, ddof=1) / 2**0.5
+    assert means["dpt", "drawn"]["half_widths"] == pytest.approx(
+        half, abs=0.1
+    )  # two runs: one degree of freedom; rounded
+    assert "half_widths" not in means["ad", "drawn"]
     tasks = in_context.test_tasks(DarkRoomSmall(1), options)
     best = sum(max(0, x) for x in best_returns(DarkRoomSmall, tasks, 6)) / 100
-    assert lines[5]["optimum"][0] == pytest.approx(best, abs=1e-3)
+    assert lines[-1]["optimum"][0] == pytest.approx(best, abs=1e-3)
     with pytest.raises(SystemExit, match="allowed are Bandit5-v0"):
         in_context.bandits(in_context.Options("bandits", folders))
+    with pytest.raises(SystemExit, match=r"is a run of (rl2|varibad)_ppo; allowed are dpt, ad"):
+        in_context.bandits(in_context.Options("bandits", tuple(memories)))
+    longer = finished(dpt, *flags, "--horizon", "7")
+    with pytest.raises(SystemExit, match="runs in one room and of one horizon are needed"):
+        in_context.rooms(in_context.Options("rooms", (folders[0], longer), tasks=10))
 
 
 @pytest.mark.parametrize("name", ["dpt", "ad"])
