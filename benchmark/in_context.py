@@ -1,7 +1,8 @@
 """The tables and pictures of docs/dpt.md and docs/ad.md, from finished runs.
 
-    python benchmark/in_context.py bandits runs/A ..            runs of dpt.py or ad.py on Bernoulli bandits: reward and
-                                                                regret, drawn and greedy, beside classic algorithms
+    python benchmark/in_context.py bandits runs/A ..            runs of dpt.py or ad.py on bandits of one kind: reward
+                                                                and regret, drawn and greedy, seeds together, beside
+                                                                classic algorithms
     python benchmark/in_context.py rooms runs/A runs/B ..       runs of both files, of rl2_ppo, rl2_transformer_ppo and
                                                                 varibad_ppo on one dark room: return over the episodes,
                                                                 seeds together, beside AD's source and the optimum
@@ -9,12 +10,12 @@
                                                                 known: how far M is from it, and both as policies
 
 A JSON line each; pictures go to docs/images. Trials are with test tasks, which no run was trained on, in `posterior`
-with the six tasks themselves. The Gaussian bandits of DPT's paper (means uniform in [0, 1], noise of 0.3) are not among
-the families; those of `GaussianBandit5-v0` have means N(0, 1) and noise of 1.
+with the six tasks themselves. Thompson sampling knows the prior and the noise, and draws from the exact posterior.
 """
 
 import importlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +34,9 @@ from benchmark import classic_bandits  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
 from benchmark.seeds import T975  # noqa: E402
 from envs import Trials, make, records  # noqa: E402
-from envs.bandit import Bandit  # noqa: E402
+from envs.bandit import Bandit, UniformGaussianBandit5  # noqa: E402
 
-BERNOULLI = ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0")
+BERNOULLI, NORMAL = ("Bandit5-v0", "Bandit10-v0", "Bandit50-v0"), ("UniformGaussianBandit5-v0",)
 ROOMS = ("DarkRoom-v0", "DarkRoomSmall-v0", "GridNavi-v0", "GridNaviUnseen-v0")
 PLAY = {"dpt": dpt.play_by_episodes, "ad": ad.play_by_steps}
 MEMORIES = {"rl2_ppo": rl2_ppo, "rl2_transformer_ppo": rl2_transformer_ppo, "varibad_ppo": varibad_ppo}  # in `rooms`
@@ -110,29 +111,85 @@ def classic_arms(p_BK: Tensor, n: int, seed: int) -> dict[str, tuple[Tensor, Ten
     return chosen
 
 
+def truncated_normal(mean: Tensor, std: Tensor, generator: Generator) -> Tensor:
+    """Draws from N(mean, std^2) given that it lies in [0, 1], by the inverse of its distribution function; float64."""
+    low, high = ((edge - mean) / std for edge in (0.0, 1.0))
+    below, above = torch.special.ndtr(low), torch.special.ndtr(high)
+    uniform = torch.rand(mean.shape, generator=generator, dtype=mean.dtype)
+    return (mean + std * torch.special.ndtri(below + uniform * (above - below))).clamp(0, 1)
+
+
+def play_normal(scores, mean_BK: Tensor, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Arms [B, n] and total rewards [B] where each pull goes to the highest score of sums, pulls and time."""
+    sum_BK, pulls_BK, arms = torch.zeros_like(mean_BK), torch.zeros_like(mean_BK), []
+    for t in range(n):
+        arm_B1 = scores(sum_BK, pulls_BK, t, generator).argmax(1, keepdim=True)
+        noise_B1 = torch.randn(arm_B1.shape, generator=generator, dtype=mean_BK.dtype)
+        sum_BK.scatter_add_(1, arm_B1, mean_BK.gather(1, arm_B1) + UniformGaussianBandit5.noise * noise_B1)
+        pulls_BK.scatter_add_(1, arm_B1, torch.ones_like(noise_B1))
+        arms.append(arm_B1)
+    return torch.cat(arms, 1), sum_BK.sum(1)
+
+
+def normal_thompson(sum_BK, pulls_BK, t, generator):
+    """A draw from the posterior of each arm's mean: uniform before, then the likelihood's normal within [0, 1]."""
+    mean_BK, std_BK = sum_BK / pulls_BK.clamp(min=1), UniformGaussianBandit5.noise / pulls_BK.clamp(min=1).sqrt()
+    uniform_BK = torch.rand(sum_BK.shape, generator=generator, dtype=sum_BK.dtype)
+    return torch.where(pulls_BK > 0, truncated_normal(mean_BK, std_BK, generator), uniform_BK)
+
+
+def normal_ucb(sum_BK, pulls_BK, t, generator, *, strength):
+    """Mean + c sqrt(2 log t / pulls), after one pull of each arm (Auer et al. 2002, with c in place of 1)."""
+    bound_BK = strength * (2 * math.log(t + 1) / pulls_BK.clamp(min=1)).sqrt()
+    return torch.where(pulls_BK > 0, sum_BK / pulls_BK.clamp(min=1) + bound_BK, torch.inf)
+
+
+def normal_arms(mean_BK: Tensor, n: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """As `classic_arms`, for rewards with normal noise; no index of Gittins."""
+    generator, mean_BK = Generator().manual_seed(seed), mean_BK.double()
+    other_BK = torch.rand(1000, mean_BK.shape[1], generator=generator, dtype=mean_BK.dtype)
+    choices = [partial(normal_ucb, strength=strength) for strength in classic_bandits.GRIDS["ucb1"]]
+    ucb = max(choices, key=lambda choice: play_normal(choice, other_BK, n, generator)[1].mean())
+    return {
+        "Thompson": play_normal(normal_thompson, mean_BK, n, generator),
+        "UCB1": play_normal(ucb, mean_BK, n, generator),
+    }
+
+
 def regret(p_BK: Tensor, arm_BS: Tensor) -> Tensor:
     """What always pulling the best arm would have paid more, expected of the arms pulled, after each pull [B, S]."""
     return (p_BK.amax(1, keepdim=True) - p_BK.gather(1, arm_BS)).cumsum(1)
 
 
 def bandits(options: Options) -> None:
-    for folder in options.runs:
-        name, args, state = load(folder, BERNOULLI)
-        n, every = args.episodes_per_trial * args.horizon, {}
+    """A line for each run and one of the yardsticks; a picture of the regrets, runs of one file together."""
+    loaded = [(folder, *load(folder, BERNOULLI + NORMAL)) for folder in options.runs]
+    kinds = {(args.env_id, args.episodes_per_trial * args.horizon) for _, _, args, _ in loaded}
+    if len(kinds) != 1:
+        raise SystemExit(f"runs on one kind of bandits and as many pulls are needed; these have {sorted(kinds)}")
+    (env_id, n), regrets = kinds.pop(), {}
+    for folder, name, args, state in loaded:
+        result = {"run": folder.name, "env_id": env_id, "pulls": n, "tasks": options.tasks}
         for label, greedy in ((f"{name.upper()}, drawn", False), (f"{name.upper()}, greedy", True)):
             p_BK, return_NE, arm_BS = played(name, args, state["theta"], options, greedy)
-            every[label] = arm_BS, return_NE.sum(1)
-        every |= classic_arms(p_BK, n, options.seed + 2)
-        axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-        result = {"run": folder.name, "env_id": args.env_id, "pulls": n, "tasks": len(p_BK)}
-        for label, (arm_BS, total_B) in every.items():
             regret_BS = regret(p_BK, arm_BS)
-            result[label] = {"reward": summary(total_B), "regret": summary(regret_BS[:, -1])}
-            axis.plot(range(1, n + 1), regret_BS.mean(0), label=label, ls="-" if name.upper() in label else "--")
+            result[label] = {"reward": summary(return_NE.sum(1)), "regret": summary(regret_BS[:, -1])}
+            regrets.setdefault(label, []).append(regret_BS.mean(0))
         print(json.dumps(result), flush=True)
-        axis.set(xlabel="pulls", ylabel="regret", title=f"{p_BK.shape[1]} arms, {len(p_BK)} test tasks")
-        axis.legend()
-        figure.savefig(IMAGES / f"in_context_regret_{p_BK.shape[1]}_{n}.png", dpi=110)
+    result = {"env_id": env_id, "pulls": n, "tasks": options.tasks}
+    yardsticks = normal_arms if env_id in NORMAL else classic_arms
+    for label, (arm_BS, total_B) in yardsticks(p_BK, n, options.seed + 2).items():
+        regret_BS = regret(p_BK, arm_BS)
+        result[label] = {"reward": summary(total_B), "regret": summary(regret_BS[:, -1])}
+        regrets[label] = [regret_BS.mean(0)]
+    print(json.dumps(result), flush=True)
+    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    for label, means in regrets.items():
+        style = "-" if len(means) > 1 or label.split(",")[0].lower() in PLAY else "--"
+        axis.plot(range(1, n + 1), torch.stack(means).mean(0), label=label, ls=style)
+    axis.set(xlabel="pulls", ylabel="regret", title=f"{env_id}, {options.tasks} test tasks")
+    axis.legend()
+    figure.savefig(IMAGES / f"in_context_regret_{env_id.removesuffix('-v0')}_{n}.png", dpi=110)
 
 
 def optimum(envs, tasks_NP: Tensor) -> Tensor:
