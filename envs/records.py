@@ -184,7 +184,7 @@ def flag(name: str) -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resume") -> dict:
+def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "run") -> dict:
     """The state saved in a run's folder; SystemExit with one line that says what is wrong with it."""
     path = Path(folder) / "checkpoint.pt"
     try:

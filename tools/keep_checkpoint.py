@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from envs import records  # noqa: E402
 from envs.files import replace_file  # noqa: E402
+from envs.render import steps_of  # noqa: E402
 
 CHECKPOINTS = ROOT / "checkpoints"
 # What an evaluation needs, beside counts and flags: what each file names to `records.first_state`.
@@ -77,8 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     run, name, *flags = words
     folder = CHECKPOINTS / name
     metrics = keep(Path(run), folder, flags)
+    names = steps_of(metrics)
+    told = [f"{key} {metrics[key]:.4g}" for key in (names[0], names[-1])]
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {size / 1000:.0f} kB; {', '.join(f'{key} {x:.4g}' for key, x in metrics.items() if '_k' in key)}")
+    print(f"{folder}: {size / 1000:.0f} kB; {', '.join(told)}")
 
 
 if __name__ == "__main__":
