@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from statistics import fmean
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_a_checkpoint_says_what_it_said(name, tmp_path, capsys):
     assert now == pytest.approx(then, abs=0.2 * gain)
     if name != "multitask_ppo":  # the oracle, which is told the task
         better = -1 if any(key.startswith("test/loss") for key in metrics) else 1
-        assert better * (now[-1] - now[0]) > 0.5 * gain
+        part = max(1, len(now) // 4)  # single pulls of bandits are noisy
+        assert better * (fmean(now[-part:]) - fmean(now[:part])) > 0.3 * gain
     assert f"iteration {json.loads((CHECKPOINTS / name / 'metrics.jsonl').read_text())['iteration']:}" in told
 
 
