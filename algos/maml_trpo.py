@@ -3,7 +3,7 @@
 Paper: Finn, Abbeel, Levine 2017, arXiv:1703.03400, Algorithm 3. TRPO: 1502.05477. Inner estimators: LVC
     1810.06784, DiCE 1802.05098, Loaded DiCE 1909.10549, E-MAML 1803.01118. Learned step sizes: 1707.09835.
 Run: python algos/maml_trpo.py --env-id HalfCheetahDir-v0     (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -4, 703, 693 (paper: -51,
+Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -3, 669, 664 (paper: -51,
     293, 316 in episodes a fifth as long, 0.01 s a step, here 0.05 s); Navigation2D: docs/maml_trpo.md
 Algorithm:
     [1] repeat: draw N tasks

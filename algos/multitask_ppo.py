@@ -5,7 +5,7 @@ Paper: Schulman et al. 2017, arXiv:1707.06347 (PPO). The yardsticks are those of
 Run: python algos/multitask_ppo.py --env-id HalfCheetahDir-v0      (domain randomisation: the task is hidden)
     python algos/multitask_ppo.py --env-id HalfCheetahDir-v0 --task-given                         (the oracle)
 Result: HalfCheetahVel after 0, 1, 3 steps of fine-tuning: -57, -43, -29 (maml_trpo.py: -58, -45, -39), oracle
-    -16; HalfCheetahDir: 0, 0, 0, for it learns to stand still, the oracle 672 (MAML: -4, 703, 693) with
+    -16; HalfCheetahDir: 0, 0, 0, for it learns to stand still, the oracle 672 (MAML: -3, 669, 664) with
     `--horizon 200 --iterations 200 --lr 0.003`
 Algorithm:
     [1] repeat: draw N tasks

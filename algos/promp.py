@@ -3,7 +3,7 @@
 Paper: Rothfuss, Lee, Clavera, Asfour, Abbeel 2019, arXiv:1810.06784, Algorithm 1. PPO: 1707.06347.
 Run: python algos/promp.py --env-id HalfCheetahDir-v0     (--help explains every flag; --cuda: on the GPU)
 Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -11, 657, 658
-    (MAML-TRPO in as many steps: -4, 703, 693; the paper has curves only)
+    (MAML-TRPO in as many steps: -3, 669, 664; the paper has curves only)
 Algorithm:
     [1] repeat: draw N tasks
     [2]     per task: sample E episodes with pi_theta_o, theta_o = theta, the support D_i
