@@ -40,6 +40,8 @@ def test_all_on_the_page_is_run():
         "figure.py",
         "known.py",
         "by_hand.py",
+        "slow.py",
+        "workers.py",
     ]
     assert {kind for kind, _, _ in BLOCKS} == {"python", "bash"}
     assert PAGE.count("```") == 2 * len(BLOCKS)
@@ -67,6 +69,8 @@ def test_the_page_from_nothing_to_the_figure(tmp_path):
             told[command] = done.stdout
     assert next(text for command, text in told.items() if "envs.check" in command).endswith("all hold\n")
     assert told["python by_hand.py"] == "torch.Size([6, 3]) torch.Size([6]) True\n"
+    one, four = map(int, re.findall(r"(\d+) steps a second", told["python workers.py"]))
+    assert four > 1.5 * one
     names = sorted(path.name.rpartition("__")[0] for path in (tmp_path / "runs").iterdir())
     assert [name.split("__")[:3] for name in names] == [
         ["KnownPendulum", "mbmpo", "1"],
