@@ -25,12 +25,14 @@ For `mbmpo`, which practises in models, two more, both static, on tensors with a
 * Tasks are kept as float64: whole numbers, such as seeds, up to 2^53 stay what they are, and larger ones are refused.
 * A resumed run plays the episodes at hand again, from their seeds, by the actions taken; Unsuitable if an environment
   is not the same then. (Only lifetime_rewards, lirpg and meta_critic save their worlds.)
+* An environment with a class attribute `workers = 4` is stepped in four processes, each with a part of the worlds. This
+  pays where a step takes long; the numbers are the same.
 * For pictures make the environments with render_mode="rgb_array"; `--env-id` does.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import gymnasium as gym
 import numpy as np
@@ -40,6 +42,7 @@ from gymnasium.wrappers import ClipAction, NormalizeObservation, NormalizeReward
 from torch import Generator, Tensor
 
 from .core import TaskVectorEnv, Unsuitable, refuse_unbounded
+from .workers import Workers, Worlds, layers, method
 
 LARGEST = 2**53  # float64 holds every whole number up to here
 DRAWN = 1000  # tasks of each split that are compared
@@ -59,19 +62,6 @@ EXAMPLE = '''
 '''
 
 _compared: set[type] = set()  # environments whose training and test tasks have been compared
-
-
-def layers(env: gym.Env) -> Iterator[gym.Env]:
-    """An environment's wrappers, from outside to inside, and the environment itself."""
-    while isinstance(env, gym.Wrapper):
-        yield env
-        env = env.env
-    yield env
-
-
-def method(env: gym.Env, name: str) -> Callable | None:
-    """The outermost method of this name, of a wrapper or of the environment; None if there is none."""
-    return next((x for x in (getattr(layer, name, None) for layer in layers(env)) if callable(x)), None)
 
 
 def pure(env: gym.Env, name: str) -> Callable | None:
@@ -120,6 +110,15 @@ def refuse_unsuitable(env: gym.Env, horizon: int) -> None:
             )
 
 
+def workers_of(env: gym.Env, workers: int | None, num_envs: int) -> int:
+    """Processes to step worlds in: as asked, else as the outermost attribute `workers` says, else 1."""
+    if workers is None:
+        workers = next((layer.workers for layer in layers(env) if hasattr(layer, "workers")), 1)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise Unsuitable(f"{type(env.unwrapped).__name__}.workers must be a whole number from 1 on, got {workers!r}")
+    return min(workers, num_envs)
+
+
 def to_float64(tasks: np.ndarray, source: str) -> Tensor:
     """Tasks [N, P] as float64; Unsuitable for what is no number and for whole numbers that it may not hold."""
     numbers = tasks.flatten().tolist()
@@ -136,7 +135,7 @@ def to_float64(tasks: np.ndarray, source: str) -> Tensor:
 
 
 class AdaptedVectorEnv(TaskVectorEnv):
-    """`TaskVectorEnv` over single environments, stepped one after the other in the calling process.
+    """`TaskVectorEnv` over single environments, stepped one after the other, in the calling process or in workers.
 
     * A world that terminates is not stepped again, and not reset before it is told to.
     * The horizon is this class's. An environment that truncates before it is an error: make it without a time limit.
@@ -147,6 +146,8 @@ class AdaptedVectorEnv(TaskVectorEnv):
     Args:
         make_env: returns a new environment; called num_envs times.
         num_envs, max_episode_steps, device, dtype: see `TaskVectorEnv`. Tasks are float64 in any case.
+        workers: processes that share the worlds; None: what the environment's attribute `workers` says, else 1, the
+            calling process. Workers end with `close` or with the calling process.
     Raises:
         Unsuitable: a TypeError and ValueError: an environment lacks a method of the protocol, has other spaces, actions
             without bounds or a wrapper that cannot work, or draws tasks of a wrong shape or with numbers too large.
@@ -162,6 +163,7 @@ class AdaptedVectorEnv(TaskVectorEnv):
         max_episode_steps: int = 200,
         device="cpu",
         dtype=torch.float32,
+        workers: int | None = None,
     ):
         self._make_env = make_env
         first = make_env()
@@ -172,9 +174,9 @@ class AdaptedVectorEnv(TaskVectorEnv):
         super().__init__(num_envs, first.observation_space, actions, max_episode_steps, device, dtype)
         self.task_dtype = torch.float64
         self.source = type(first.unwrapped).__name__
-        self.envs = [first, *(make_env() for _ in range(num_envs - 1))]
-        if len({id(env.unwrapped) for env in self.envs}) < num_envs:
-            raise Unsuitable(f"make_env must make a new {self.source} in each call, and returns one that it has made")
+        workers = workers_of(first, workers, num_envs)
+        self._worlds = Workers(make_env, num_envs, workers) if workers > 1 else Worlds(make_env, num_envs, first)
+        self.envs = self._worlds.envs if workers == 1 else [first]  # those in this process
         self._sample_tasks = method(first, "sample_tasks")
         self.task_dim = self._draw_tasks(1, 0, "train").shape[1]
         self._warn_of_shared_tasks()
@@ -259,14 +261,12 @@ class AdaptedVectorEnv(TaskVectorEnv):
         self._played = torch.zeros(
             self.num_envs, self.horizon, *self.single_action_space.shape, dtype=self._action_dtype
         )
-        task = task.cpu()
         begin = np.ones(self.num_envs, dtype=bool)
         if self.starting is None:
             self._make_records()
         else:
             begin = self.starting.cpu().numpy()
-        for world in np.flatnonzero(begin):
-            self._begin(world, task[world], int(self._seeds[world]))
+        self._begin(np.flatnonzero(begin), task.cpu())
         return self._to_device(self._observations)
 
     @property
@@ -274,16 +274,17 @@ class AdaptedVectorEnv(TaskVectorEnv):
         return torch.int64 if self.is_discrete else self.dtype
 
     def _make_records(self) -> None:
-        self._infos = [{} for _ in self.envs]
+        self._infos = [{} for _ in range(self.num_envs)]
         self._alive = np.ones(self.num_envs, dtype=bool)
         self._observations = np.zeros(self.observation_space.shape)
 
-    def _begin(self, world: int, task: Tensor, seed: int) -> None:
-        env = self.envs[world]
-        method(env, "set_task")(task.numpy().copy())
-        obs, self._infos[world] = env.reset(seed=seed)
-        self._observations[world] = self._of_space(obs)
-        self._alive[world] = True
+    def _begin(self, worlds: np.ndarray, tasks: Tensor) -> None:
+        """Reset these worlds, of all worlds' tasks each to its own."""
+        seeds = [int(self._seeds[world]) for world in worlds]
+        for world, (obs, info) in zip(worlds, self._worlds.begin(worlds, tasks.numpy()[worlds], seeds), strict=True):
+            self._observations[world] = self._of_space(obs)
+            self._infos[world] = info
+            self._alive[world] = True
 
     def _of_space(self, obs) -> np.ndarray:
         shape = self.single_observation_space.shape
@@ -294,29 +295,37 @@ class AdaptedVectorEnv(TaskVectorEnv):
     def _to_device(self, array: np.ndarray):
         return torch.tensor(array, dtype=self.dtype, device=self.device)  # always a copy
 
-    def _move(self, world: int, action: Tensor, step: int) -> float:
-        """Move one world, which is not over, from this step (from 0) on; its reward."""
+    def _move(self, worlds: np.ndarray, actions: Tensor, steps: Tensor) -> np.ndarray:
+        """Move these worlds, which are not over, of all worlds' actions and steps (from 0) each by its own: rewards."""
+        given = [self._of_actions(actions[world]) for world in worlds]
+        rewards = []
+        for world, result in zip(worlds, self._worlds.step(worlds, given), strict=True):
+            obs, reward, terminated, truncated, self._infos[world] = result
+            self._observations[world] = self._of_space(obs)
+            step = int(steps[world]) + 1
+            if truncated and not terminated and step < self.horizon:
+                raise RuntimeError(
+                    f"environment {world} truncated its episode after {step} of {self.horizon} steps: "
+                    "make it without a time limit, or lower max_episode_steps"
+                )
+            self._alive[world] = not terminated
+            if np.size(reward) != 1:
+                raise Unsuitable(f"{self.source}.step must return one number as the reward, got {np.shape(reward)}")
+            rewards.append(float(np.asarray(reward).reshape(())))
+        return np.array(rewards)
+
+    def _of_actions(self, action: Tensor) -> np.ndarray:
+        """An action as the environment takes it."""
         given = action.numpy().astype(self.single_action_space.dtype)
-        given = given[()] + self._least if self.is_discrete else given
-        obs, reward, terminated, truncated, self._infos[world] = self.envs[world].step(given)
-        self._observations[world] = self._of_space(obs)
-        if truncated and not terminated and step + 1 < self.horizon:
-            raise RuntimeError(
-                f"environment {world} truncated its episode after {step + 1} of {self.horizon} steps: "
-                "make it without a time limit, or lower max_episode_steps"
-            )
-        self._alive[world] = not terminated
-        if np.size(reward) != 1:
-            raise Unsuitable(f"{self.source}.step must return one number as the reward, got {np.shape(reward)}")
-        return float(np.asarray(reward).reshape(()))
+        return given[()] + self._least if self.is_discrete else given
 
     def _advance(self, action):
         action = action.cpu()
         steps = torch.as_tensor(self._steps).expand(self.num_envs).cpu()
         self._played[torch.arange(self.num_envs), steps] = action
         rewards = np.zeros(self.num_envs)
-        for world in np.flatnonzero(self._alive):
-            rewards[world] = self._move(world, action[world], int(steps[world]))
+        playing = np.flatnonzero(self._alive)
+        rewards[playing] = self._move(playing, action, steps)
         self._rewards = self._to_device(rewards)
         info = {
             name: self._to_device(np.array([float(single[name]) for single in self._infos]))
@@ -339,13 +348,11 @@ class AdaptedVectorEnv(TaskVectorEnv):
         Unsuitable if an environment with the same task, seed and actions is not where it was then."""
         super().load_worlds(saved)
         self._make_records()
-        tasks = self.tasks.cpu()
-        steps = torch.as_tensor(self._steps).expand(self.num_envs).tolist()
-        for world in range(self.num_envs):
-            self._begin(world, tasks[world], int(self._seeds[world]))
-            for step in range(steps[world]):
-                if self._alive[world]:
-                    self._move(world, self._played[world, step], step)
+        steps = torch.as_tensor(self._steps).expand(self.num_envs).cpu()
+        self._begin(np.arange(self.num_envs), self.tasks.cpu())
+        for step in range(int(steps.max())):
+            playing = np.flatnonzero(self._alive & (step < steps.numpy()))
+            self._move(playing, self._played[:, step], torch.full_like(steps, step))
         wrong = (self._to_device(self._observations) != self._obs).any(1)
         if wrong.any():
             raise Unsuitable(
@@ -358,7 +365,7 @@ class AdaptedVectorEnv(TaskVectorEnv):
     def render_frame(self, index=0):
         """What the user's environment draws; RuntimeError if that is no picture."""
         try:
-            frame = self.envs[index].render()
+            frame = self._worlds.render(index)
         except NotImplementedError as error:  # Gymnasium's own, of an environment without the method
             raise RuntimeError(f"{self.source} has no method render") from error
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
@@ -370,8 +377,9 @@ class AdaptedVectorEnv(TaskVectorEnv):
 
     def another(self, num_envs: int) -> "AdaptedVectorEnv":
         """Another batch of the same kind, horizon and device; to close it closes no other."""
-        return AdaptedVectorEnv(self._make_env, num_envs, self.horizon, self.device, self.dtype)
+        return AdaptedVectorEnv(self._make_env, num_envs, self.horizon, self.device, self.dtype, workers=1)
 
     def close_extras(self, **kwargs):
-        for env in self.envs:
-            env.close()
+        self._worlds.close()
+        if self.envs is not getattr(self._worlds, "envs", None):
+            self.envs[0].close()

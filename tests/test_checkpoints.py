@@ -42,7 +42,7 @@ def test_a_checkpoint_says_what_it_said(name, tmp_path, capsys):
     if name != "multitask_ppo":  # the oracle, which is told the task
         better = -1 if any(key.startswith("test/loss") for key in metrics) else 1
         part = max(1, len(now) // 4)  # single pulls of bandits are noisy
-        assert better * (fmean(now[-part:]) - now[0]) > 0.3 * gain
+        assert better * (fmean(now[-part:]) - now[0]) > 0.5 * gain
     assert f"iteration {json.loads((CHECKPOINTS / name / 'metrics.jsonl').read_text())['iteration']:}" in told
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/your_environment.md").read_text()
 BLOCKS = re.findall(r"^```(\w+) ?([\w.]*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+OTHERS = {"maml", "fomaml", "reptile", "protonet", "in_context", "learned_optimizer"}  # supervised
+OTHERS |= {"dpt", "ad"}  # tabular
 TINY = {
     "pearl_sac": "--iterations 1 --horizon 6 --train-tasks 2 --tasks-per-iteration 2 --meta-batch-size 2 --updates 1 "
     "--batch-size 4 --context-size 4 --hidden-size 8 --replay-size 64",
@@ -40,6 +42,8 @@ def test_all_on_the_page_is_run():
         "figure.py",
         "known.py",
         "by_hand.py",
+        "slow.py",
+        "workers.py",
     ]
     assert {kind for kind, _, _ in BLOCKS} == {"python", "bash"}
     assert PAGE.count("```") == 2 * len(BLOCKS)
@@ -67,6 +71,8 @@ def test_the_page_from_nothing_to_the_figure(tmp_path):
             told[command] = done.stdout
     assert next(text for command, text in told.items() if "envs.check" in command).endswith("all hold\n")
     assert told["python by_hand.py"] == "torch.Size([6, 3]) torch.Size([6]) True\n"
+    one, four = map(int, re.findall(r"(\d+) steps a second", told["python workers.py"]))
+    assert four > 1.5 * one
     names = sorted(path.name.rpartition("__")[0] for path in (tmp_path / "runs").iterdir())
     assert [name.split("__")[:3] for name in names] == [
         ["KnownPendulum", "mbmpo", "1"],
@@ -90,4 +96,4 @@ def test_the_numbers_on_the_page_are_those_of_the_kept_run():
 def test_the_table_of_algorithms_is_complete():
     table = PAGE[PAGE.index("| needs |") :].partition("\n\n")[0]
     named = re.findall(r"`(\w+)`", table.replace("`Box`", "").replace("`Discrete`", ""))
-    assert sorted(named) == sorted({x.stem for x in (ROOT / "algos").glob("*.py")} - {"maml", "fomaml", "reptile"})
+    assert sorted(named) == sorted({x.stem for x in (ROOT / "algos").glob("*.py")} - OTHERS)
