@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tools.reader.siblings import changed
 from tools.reader.source import SUFFIX, axis_key, read
 from tools.reader.typeset import GREEK, typeset
 
@@ -288,6 +289,47 @@ def test_the_map_has_every_algorithm_once(site):
     assert sorted(nodes) == sorted(f"algos/{path.stem}.html" for path in FILES)
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "marks"),
+    [
+        ("x = f(a, 1)", "x = f(b, 1)", (["a"], ["b"])),
+        ("return x", "return x + 1", ([], [" + 1"])),
+        ("inner_lr = 2", "inner_lr_2 = 2", (["inner_lr"], ["inner_lr_2"])),
+        ("while True:", "y = 3", ([], [])),
+    ],
+)
+def test_words_that_differ_are_found(here, there, marks):
+    spans = changed(here, there)
+    assert tuple([x[a:b] for a, b in side] for x, side in zip((here, there), spans, strict=True)) == marks
+
+
+def unmarked(element: Element):
+    """The texts of an element outside its marks."""
+    for child in element.children:
+        if isinstance(child, str):
+            yield child
+        elif child.tag != "mark":
+            yield from unmarked(child)
+
+
+@group
+def test_marks_lie_on_what_differs(site):
+    """Two lines that took each other's place are the same without the marked words."""
+    found = 0
+    for here, there in PAIRS:
+        rows = list(page_of(site, here).one(id="compare").one(id=f"diff-{there}").all("span", "d"))
+        kinds = "".join((set(row.classes) & {"minus", "plus"} or {"0"}).pop()[0] for row in rows)
+        for match in re.finditer("(?<!m)mp(?!p)", kinds):  # a single line for a single one
+            old, new = rows[match.start() : match.end()]
+            if old.parent is new.parent:
+                marks = [[x.text for x in row.all("mark")] for row in (old, new)]
+                rest = ["".join(unmarked(row)) for row in (old, new)]
+                if marks[0] or marks[1]:
+                    found += 1
+                    assert rest[0] == rest[1]
+    assert found > 10
+
+
 TYPESET = {
     "theta'_i = theta - alpha grad L(theta; D_i)":
         "<i>θ</i>′<sub><i>i</i></sub> = <i>θ</i> − <i>α</i> ∇<i>L</i>(<i>θ</i>; <i>D</i><sub><i>i</i></sub>)",
@@ -350,10 +392,16 @@ def test_text_can_be_read(theme):
     css = (ROOT / "tools/reader/static/reader.css").read_text()
     start = css.index(":root {" if theme == "light" else ":root[data-theme=dark] {")
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", css[start : css.index("\n}", start)]))
-    code = ("ink", "kw", "fn", "str", "num", "com", "bi", "doc", "axis", "soft")
-    grounds = {"paper": ("ink", "soft", "link", "tag", "axis"), "sheet": ("ink", "soft", "link"), "code": code,
-               "lamp": ("ink",), "lamp-soft": ("ink", "link", "soft"), "tag-sheet": ("tag",), "sunk": ("ink", "soft"),
-               "minus": ("ink", "minus-ink"), "plus": ("ink", "plus-ink")}  # fmt: skip
+    code = ("ink", "kw", "fn", "str", "num", "bi", "doc", "axis")
+    lines = dict.fromkeys(("code", "lamp-soft", "minus", "plus"), (*code, "com"))  # where code stands
+    grounds = {
+        "paper": ("ink", "soft", "link", "tag", "axis"),
+        "sheet": ("ink", "soft", "link", "minus-ink", "plus-ink"),
+        "lamp": (*code, "link"),  # comments are in ink there
+        "tag-sheet": ("tag",),
+        "sunk": ("ink", "soft"),
+    }
+    grounds |= lines
     poor = {
         f"{front} on {back}": round(contrast(colours[front], colours[back]), 2)
         for back, fronts in grounds.items()

@@ -157,9 +157,8 @@ def check(site: Path, page: Page) -> dict[str, list[str]]:
 
 
 def save(page: Page, path: Path):
-    """What the window shows, in 256 colours."""
-    picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """What the window shows."""
+    Image.open(BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
 
 
 def pictures(site: Path, browser):

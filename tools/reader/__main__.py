@@ -22,8 +22,8 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from tools.reader.documents import Document, markdown, plain
-from tools.reader.listing import highlight, listing
-from tools.reader.siblings import closest, compare, likeness
+from tools.reader.listing import highlight, listing, marked
+from tools.reader.siblings import changed, closest, compare, likeness
 from tools.reader.source import Source, read
 from tools.reader.typeset import typeset
 
@@ -198,6 +198,7 @@ class Site:
             outline=[(fold.name, fold.head) for fold in definitions],
             listing=Markup(listing(lines, source.folds)),
             siblings=[self.sibling(source, self.sources[x]) for x in self.siblings(source)],
+            contents=[x for x in document.headings if x[0] in ("h2", "h3")],
             document=Markup(re.sub(r"<h1.*?</h1>", "", document.html, count=1, flags=re.DOTALL)),
         )
         self.index.append((heading[2], "algorithm", page, source.summary + " " + plain(text(source.sections["Paper"]))))
@@ -223,12 +224,17 @@ class Site:
         ours, theirs = ([step.text for step in source.steps] for source in (here, there))
         remarks = {"differs": "", "only here": f"only in {here.name}.py", "only there": f"only in {there.name}.py"}
 
+        spans = {}
+        for a, b in [pair for part in parts for pair in part.pairs()]:
+            spans["-", a], spans["+", b] = changed(here.lines[a - 1], there.lines[b - 1])
+
         def row(mark: str, a: int, b: int) -> str:
             if mark == "…":
                 return '<span class="d gap"></span>'
             kind = {"-": "minus", "+": "plus", " ": "both"}[mark]
             numbers = "".join(f'<i data-no="{k}"></i>' if k else "<i></i>" for k in (a, b))
-            return f'<span class="d {kind}">{numbers}{lines_here[a - 1] if a else lines_there[b - 1]}\n</span>'
+            line = marked(lines_here[a - 1] if a else lines_there[b - 1], spans.get((mark, a or b), []))
+            return f'<span class="d {kind}">{numbers}{line}\n</span>'
 
         return {
             "name": there.name,

@@ -87,3 +87,19 @@ def listing(lines: list[str], folds: list) -> str:
             f'aria-label="Line {number}" tabindex="-1"></a>{button}{line}{newline}</span>'
         )
     return "".join(html)
+
+
+def marked(html: str, spans: list[tuple[int, int]]) -> str:
+    """A line of `highlight` with <mark> around some of its characters (first, behind the last), by their number."""
+    inside = {k for first, last in spans for k in range(first, last)}
+    out, position, is_open = "", 0, False
+    for piece in re.findall(r"<[^>]+>|&\w+;|.", html):
+        is_tag = piece[0] == "<" and len(piece) > 1
+        wanted = not is_tag and position in inside
+        if is_open and not wanted:  # marks never reach over a tag
+            out, is_open = out + "</mark>", False
+        if wanted and not is_open:
+            out, is_open = out + "<mark>", True
+        out += piece
+        position += not is_tag
+    return out + "</mark>" * is_open

@@ -1,5 +1,6 @@
 """Two algorithms' files, definition by definition: what is the same, what differs, what only one of them has."""
 
+import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -20,6 +21,15 @@ class Part:
     name: str
     kind: str  # "differs", "only here", "only there"
     rows: list[tuple[str, int, int]]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(line here, line there) of lines that took each other's place: blocks of as many - as +."""
+        found = []
+        for block in re.finditer(r"(-+)(\++)", "".join(mark for mark, _, _ in self.rows)):
+            if len(block[1]) == len(block[2]):
+                size, start = len(block[1]), block.start()
+                found += [(self.rows[start + k][1], self.rows[start + size + k][2]) for k in range(size)]
+        return found
 
     @property
     def plus(self) -> int:
@@ -57,6 +67,24 @@ def rows(here: list[str], there: list[str], first_here: int, first_there: int) -
                 out += [("-", first_here + i, 0) for i in range(a, b)]
                 out += [("+", 0, first_there + j) for j in range(c, d)]
     return out
+
+
+def changed(here: str, there: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Where two lines that took each other's place differ, as (first, behind the last) character of whole words.
+
+    Nothing is told of lines that have little in common.
+    """
+    a, b = (re.findall(r"\w+|\s+|.", line) for line in (here, there))
+    matcher = SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return [], []
+    spans = [], []
+    for tag, i, j, k, m in matcher.get_opcodes():
+        if tag != "equal":
+            for out, words, first, last in ((spans[0], a, i, j), (spans[1], b, k, m)):
+                start = len("".join(words[:first]))
+                out.append((start, start + len("".join(words[first:last]))))
+    return tuple([span for span in side if span[0] < span[1]] for side in spans)
 
 
 def compare(here: Source, there: Source) -> tuple[list[str], list[Part]]:

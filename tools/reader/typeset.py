@@ -22,7 +22,10 @@ OPERATORS = {
 }  # fmt: skip
 SCRIPT = r"\([^()]*\)|:?-?[A-Za-z0-9]+'*(?:[+-]\d+(?![\w.]))?"
 BASES = "|".join(sorted((*GREEK, *NABLA, *UPRIGHT), key=len, reverse=True))
-SYMBOL = rf"(?<![\w'’`-])(?P<base>{BASES}|[A-Za-z])(?P<primes>'*)(?P<scripts>(?:[_^](?:{SCRIPT}))*)(?![\w`]|'[a-z])"
+SYMBOL = (
+    rf"(?<![\w'’`-])(?P<base>{BASES}|[A-Z]{{2,}}(?=_[a-z])|[A-Za-z])(?P<primes>'*)"
+    rf"(?P<scripts>(?:[_^](?:{SCRIPT}))*)(?![\w`]|'[a-z])"
+)
 TOKENS = re.compile(
     r"(?P<code>`[^`]+`)"
     r"|(?P<url>https?://[^\s,;)]+[^\s,;).])"

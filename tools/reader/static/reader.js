@@ -140,6 +140,7 @@ function pin(number, from) {
   const several = step.places.length > 1 ? `, place ${turn + 1} of ${step.places.length}` : "";
   one("#where").textContent = `[${number}] line ${step.places[turn]}${several}`;
   if (from !== "code") line(step.places[turn]).scrollIntoView({ block: "center", behavior: calm || from === "address" ? "auto" : "smooth" });
+  if (from === "address") one(".paper").scrollTop = 0; // the browser has scrolled it to the step already
   scrollWithin(one(".paper"), step.item);
   history.replaceState(null, "", `#step-${number}`);
 }
