@@ -1,7 +1,8 @@
 """What is the best possible on GridNavi, and what a run of algos/varibad_ppo.py believes there: docs/varibad_ppo.md.
 
     python benchmark/gridnavi.py optimal                 Bayes-optimal returns of trials of 1 to 4 episodes, exact
-    python benchmark/gridnavi.py table runs/A runs/B ..  returns of each episode beside them; also runs of rl2_ppo
+    python benchmark/gridnavi.py table runs/A runs/B ..  returns of each episode beside them; also runs of rl2_ppo; and
+                                                         posterior sampling, which is what PEARL learns to do
     python benchmark/gridnavi.py belief runs/A           a picture: decoded beliefs and the walk along one trial
 
 Until the goal is found, all that is learned is that the cells which were visited are no goal. So a Bayes-optimal policy
@@ -145,6 +146,29 @@ def returns(grid: Grid, walk: list[int]) -> np.ndarray:
     return grid.off * T + (1 - grid.off) * paid.mean(0)
 
 
+def posterior_sampling(grid: Grid, goal: int, generator: np.random.Generator) -> list[float]:
+    """Returns of the episodes of one trial by a policy that is optimal for a goal drawn anew before each episode.
+
+    The draw is from the exact posterior: all goals that no visit has ruled out, or the one that has paid. Within an
+    episode it goes to the drawn goal, by a random one of the shortest ways, and stays there, whatever happens.
+    """
+    possible, totals = set(grid.goals), []
+    for _ in range(grid.episodes):
+        target, cell, total = int(generator.choice(sorted(possible))), grid.start, 0.0
+        visited = set()
+        for _ in range(grid.horizon):
+            ways = [grid.after(cell, action) for action in range(1, len(MOVES))]
+            nearer = [way for way in ways if way != cell and grid.distance(way, target) < grid.distance(cell, target)]
+            # Distances count at least 1, so that the last step is told apart by where it ends.
+            options = [target] if target in (*ways, cell) else nearer
+            cell = int(generator.choice(options))
+            visited.add(cell)
+            total += 1.0 if cell == goal else grid.off
+        possible = {goal} if goal in visited else possible - visited
+        totals.append(total)
+    return totals
+
+
 def optimal(options: Options) -> None:
     """For trials of 1 to 4 episodes a JSON line: mean returns of each episode and of the trial, and the walk."""
     for episodes in range(1, EPISODES + 1):
@@ -178,6 +202,11 @@ def table(options: Options) -> None:
     grid = gridnavi()
     best = returns(grid, best_walk(grid))
     print(json.dumps({"run": "Bayes-optimal", "returns": best.round(3).tolist()}))
+    generator = np.random.default_rng(options.seed)
+    sampled = np.array([posterior_sampling(grid, g, generator) for g in grid.goals * -(-options.trials // 21)])
+    width = 1.96 * sampled.std(0, ddof=1) / len(sampled) ** 0.5
+    line = {"returns": sampled.mean(0).round(3).tolist(), "half_widths": width.round(3).tolist()}
+    print(json.dumps({"run": "posterior sampling"} | line | {"trials": len(sampled)}))
     goals = GridNavi.goals().float()
     for folder in options.runs:
         tasks_NP = goals.repeat(-(-options.trials // len(goals)), 1)

@@ -13,7 +13,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from . import own
 from .adapter import AdaptedVectorEnv
-from .bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5
+from .bandit import Bandit5, Bandit10, Bandit50, DependentBandit, GaussianBandit5, UniformGaussianBandit5
 from .cartpole import CartPoleFixed, CartPoleLength
 from .core import (
     NotFinite,
@@ -90,6 +90,7 @@ HORIZONS = {
     Bandit10: 1,
     Bandit50: 1,
     GaussianBandit5: 1,
+    UniformGaussianBandit5: 1,
     DependentBandit: 1,
     TabularMDP: 10,
     MouseCheese: 30,

@@ -84,11 +84,30 @@ class GaussianBandit5(Bandit):
     Differs: 5 arms; the book has 10.
     """
 
+    noise = 1.0  # standard deviation of what a pull pays
+
     def sample_tasks(self, num_tasks, generator, split="train"):
         return held_out_normal(num_tasks, self.arms, generator, split).to(self.device, self.dtype)
 
     def _pay(self, mean):
-        return mean + self._draw(torch.randn, self._generator).to(mean)
+        return mean + self.noise * self._draw(torch.randn, self._generator).to(mean)
+
+
+class UniformGaussianBandit5(GaussianBandit5):
+    """`GaussianBandit5` with means as those of `Bandit5` and less noise: the bandits of DPT.
+
+    Source: Lee et al. 2023 (DPT, arXiv:2306.14892), section 5.1, and the authors' code.
+    Observation, action: as `Bandit`.
+    Reward: N(mean, 0.3^2), drawn from the environment's generator; the pure function `reward` gives the mean.
+    Tasks: the arms' means [k], uniform in [0, 1]^k; test tasks have means of the first arm that training never sees.
+    Horizon: 1, a pull; the paper's trials have 500.
+    Differs: nothing known. (0.3 is a variance in the paper and a standard deviation in its code, which is followed.)
+    """
+
+    noise = 0.3
+
+    def sample_tasks(self, num_tasks, generator, split="train"):
+        return held_out_uniform(num_tasks, self.arms, generator, split).to(self.device, self.dtype)
 
 
 class DependentBandit(Bandit):

@@ -184,7 +184,7 @@ def flag(name: str) -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resume") -> dict:
+def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "run") -> dict:
     """The state saved in a run's folder; SystemExit with one line that says what is wrong with it."""
     path = Path(folder) / "checkpoint.pt"
     try:
@@ -201,6 +201,8 @@ def load_checkpoint(folder: str, algorithm: str, Args: type, flag: str = "--resu
             raise ValueError(f"it lacks {', '.join(lacking[:5])}{' ..' if len(lacking) > 5 else ''}")
         if state["algorithm"] != algorithm:
             raise ValueError(f"written by {state['algorithm']}, not {algorithm}")
+        if state.get("only_to_evaluate") and flag == "--resume":
+            raise ValueError("it is one to evaluate, without what training goes on with")
         return state | {"args": Args(**state["args"]), "saved": written}
     except Exception as error:
         told = error if isinstance(error, ValueError) else repr(error)

@@ -267,7 +267,7 @@ def test_flags_named_in_the_documentation_exist():
     known = {"--help", "--no-deps", "--cpu"} | set(get_args_parser()._option_string_actions)  # pip, gpu.sh, torchrun
     known |= {"--array", "--cpus-per-task", "--time", "--output", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
     known |= {"--signal"}  # SLURM, like the line above
-    for path in [*FILES, *(ROOT / "benchmark").glob("*.py")]:
+    for path in [*FILES, *(ROOT / "benchmark").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and node.name in ("Args", "Options"):
                 fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
@@ -281,7 +281,9 @@ def test_flags_named_in_the_documentation_exist():
 
 def test_functions_named_in_the_documentation_exist():
     code = "".join(
-        path.read_text() for folder in ("algos", "envs", "benchmark", "tests") for path in (ROOT / folder).glob("*.py")
+        path.read_text()
+        for folder in ("algos", "envs", "benchmark", "tests", "tools")
+        for path in (ROOT / folder).glob("*.py")
     )
     for path in (ROOT / "docs").glob("*.md"):
         for name in re.findall(r"`([a-z_]+_[a-z_]+)`", path.read_text()):

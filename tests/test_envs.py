@@ -28,7 +28,8 @@ SAME_TASKS = {"HalfCheetahDir", "AntDir", "NonstationaryABC", "TwoStep"}  # trai
 FORWARD = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]
 ONE_TASK = {**{name: [1.0] for name in FORWARD}, "CartPoleFixed": [0.5], "FixedABC": [1.0, -0.5, 0.5]}
 # Chance decides rewards and states; tests/test_envs_discrete.py has the oracles.
-RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "DependentBandit", "TabularMDP", "TwoStep", "Harlow"]
+RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "UniformGaussianBandit5", "DependentBandit"]
+RANDOM += ["TabularMDP", "TwoStep", "Harlow"]
 POLES = ["CartPoleLength", "CartPoleFixed"]  # tests/test_gridworlds.py has the oracles of these and of the grid worlds
 SWAPPED = ["RandomABCReversed", "RandomABCDiagonal", "SymABCReversed", "SymABCDiagonal"]
 ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"]

@@ -14,7 +14,7 @@ from envs.tabular_mdp import TabularMDP, optimal_value, tables
 
 FAMILIES = {family.__name__: family for family in envs.HORIZONS}
 BERNOULLI = {"Bandit5": 5, "Bandit10": 10, "Bandit50": 50, "DependentBandit": 2}
-BANDITS = {**BERNOULLI, "GaussianBandit5": 5}
+BANDITS = {**BERNOULLI, "GaussianBandit5": 5, "UniformGaussianBandit5": 5}
 each_split = pytest.mark.parametrize("split", ["train", "test"])
 each_random = pytest.mark.parametrize("name", [*BANDITS, "TabularMDP"])
 
@@ -66,11 +66,12 @@ def test_sure_arms_are_sure(chance):
     assert (play(venv, choices(venv, 5), torch.full((1000, 5), chance))[1] == chance).all()
 
 
-def test_gaussian_arms_pay_their_mean_and_normal_noise_of_variance_one():
-    venv = FAMILIES["GaussianBandit5"](2000, 20, dtype=torch.float64)
+@pytest.mark.parametrize(("name", "std"), [("GaussianBandit5", 1.0), ("UniformGaussianBandit5", 0.3)])
+def test_gaussian_arms_pay_their_mean_and_normal_noise(name, std):
+    venv = FAMILIES[name](2000, 20, dtype=torch.float64)
     tasks, actions = venv.sample_tasks(2000, seeded(0)), choices(venv, 20)
     paid = play(venv, actions, tasks)[1].numpy()
-    noise = paid - tasks.numpy()[np.arange(2000), actions.numpy()]
+    noise = (paid - tasks.numpy()[np.arange(2000), actions.numpy()]) / std
     assert abs(noise.mean()) < 0.02
     assert noise.var() == pytest.approx(1, abs=0.03)
     assert (noise**4).mean() == pytest.approx(3, abs=0.2)

@@ -67,6 +67,37 @@ def test_a_beam_is_no_better_and_nothing_is_lost_by_the_bound():
     assert gridnavi.returns(grid, gridnavi.best_walk(grid)).sum() == pytest.approx(planned(grid))
 
 
+def expected_of_sampling(goals: tuple, goal: int) -> list[float]:
+    """Posterior sampling in a corridor, where there is one way to each goal: by enumeration of what is drawn."""
+    T, off, totals = 4, -0.1, np.zeros(3)
+
+    def go(episode: int, possible: frozenset, weight: float) -> None:
+        if episode == 3:
+            return
+        for target in possible:
+            cells = [min(step + 1, target) for step in range(T)]
+            totals[episode] += weight / len(possible) * sum(1.0 if cell == goal else off for cell in cells)
+            after = frozenset({goal}) if goal in cells else possible - set(cells)
+            go(episode + 1, after, weight / len(possible))
+
+    go(0, frozenset(goals), 1.0)
+    return totals.tolist()
+
+
+@pytest.mark.parametrize("goal", [1, 2, 3])
+def test_posterior_sampling_against_enumeration(goal):
+    grid = gridnavi.Grid(4, 1, 0, (1, 2, 3), -0.1, 4, 3)
+    generator = np.random.default_rng(0)
+    returns = np.array([gridnavi.posterior_sampling(grid, goal, generator) for _ in range(4000)])
+    error = 4 * returns.std(0) / len(returns) ** 0.5 + 1e-9
+    assert (np.abs(returns.mean(0) - expected_of_sampling((1, 2, 3), goal)) <= error).all()
+
+
+def test_posterior_sampling_takes_a_shortest_way_and_stays():
+    grid = gridnavi.gridnavi(1)._replace(goals=(24,))  # the far corner, eight steps from the start
+    assert gridnavi.posterior_sampling(grid, 24, np.random.default_rng(0)) == [pytest.approx(8 - 0.7)]
+
+
 def test_moves_and_returns_are_those_of_the_family():
     grid, envs = gridnavi.gridnavi(), GridNavi(1)
     assert (grid.horizon, grid.episodes) == (envs.horizon, 4)
@@ -100,7 +131,9 @@ def test_runs_stand_beside_the_optimum(module, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     options = gridnavi.Options("table", (folder,), trials=42)
     gridnavi.table(options)
-    best, line = (json.loads(x) for x in capsys.readouterr().out.splitlines())
+    best, sampled, line = (json.loads(x) for x in capsys.readouterr().out.splitlines())
+    assert sampled["trials"] == 42
+    assert all(low <= high for low, high in zip(sampled["returns"], best["returns"], strict=True))
     assert best["returns"] == pytest.approx([4.0, 11.071, 11.071, 11.071])
     tasks = GridNavi.goals().float().repeat(2, 1)
     *_, returns = gridnavi.play(folder, tasks, options.seed)

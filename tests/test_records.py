@@ -317,7 +317,7 @@ def test_every_key_of_a_checkpoint_is_missed_by_name(tmp_path):
             place = place[name]
         del place[last]
         torch.save(state, tmp_path / "checkpoint.pt")
-        with pytest.raises(SystemExit, match=rf"--resume .*: no usable checkpoint.pt there: it lacks {path}\b"):
+        with pytest.raises(SystemExit, match=rf"run .*: no usable checkpoint.pt there: it lacks {path}\b"):
             records.load_checkpoint(str(tmp_path), "toy", Args)
 
 

@@ -17,6 +17,7 @@ import tomllib
 from html import unescape
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
@@ -30,27 +31,16 @@ from tools.reader.typeset import typeset
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
-# The rows of the map. What carries the learning is nowhere else in one word, so that it stands here.
-LANES = {
-    "gradient": ("Gradient", "Weights from which a few gradient steps learn a task.",
-                 ["maml", "fomaml", "reptile", "maml_trpo", "promp", "reptile_ppo"]),
-    "optimiser": ("Optimiser", "A network that turns gradients into updates.", ["learned_optimizer"]),
-    "metric": ("Metric", "An embedding in which comparing is enough.", ["protonet"]),
-    "memory": ("Memory", "No weight changes: activations, or a context, hold what was learned.",
-               ["rl2_ppo", "rl2_transformer_ppo", "in_context", "ad", "dpt"]),
-    "inference": ("Inference", "A belief about the task, and a policy that is told it.", ["pearl_sac", "varibad_ppo"]),
-    "model": ("Model", "Learned worlds to practise in.", ["mbmpo"]),
-    "critic": ("Critic", "A teacher of new actors.", ["meta_critic"]),
-    "reward": ("Reward", "Something to want that makes a learner learn.", ["lirpg", "lifetime_rewards"]),
-    "yardstick": ("Yardstick", "Nothing is meta-learned: what a meta-learner has to beat.", ["multitask_ppo"]),
-}  # fmt: skip
-
-
 SHORT = 30  # lines of a definition that only one of two files has, up to which it is open at first
 
 
-def group_of(name: str) -> str:
-    return next(lane for lane, (_, _, names) in LANES.items() if name in names)
+class Lane(NamedTuple):
+    """A row of the map."""
+
+    id: str  # its class in reader.css, which gives it a colour
+    name: str
+    text: str  # what changes in a new task
+    files: list[str]
 
 
 class Site:
@@ -76,6 +66,7 @@ class Site:
         }
         self.readme = (ROOT / "README.md").read_text()
         self.rows = self.table_of_readme()
+        self.lanes = self.map_of_readme()
         with open(ROOT / "benchmark/headlines.toml", "rb") as file:
             rows = [row for row in tomllib.load(file)["row"] if row["figure"]]
         self.headlines = {row["file"]: row for row in reversed(rows)}  # of each file the first that has been measured
@@ -91,6 +82,21 @@ class Site:
         if missing := set(self.sources) - set(found):
             raise SystemExit(f"README.md: no row of the table for {', '.join(sorted(missing))}")
         return found
+
+    def map_of_readme(self) -> list[Lane]:
+        """The README's map, "How methods learn to learn"."""
+        part = re.search(r"^## How methods learn to learn\n(.*?)^## ", self.readme, re.MULTILINE | re.DOTALL)
+        rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \| (`[^|]*) \|$", part[1] if part else "", re.MULTILINE)
+        lanes = []
+        for name, text, files in rows:
+            name = name.strip("* ")
+            lanes.append(Lane(re.match(r"\w+", name)[0], name.capitalize(), text, re.findall(r"`(\w+)`", files)))
+        if missing := set(self.sources) ^ {name for lane in lanes for name in lane.files}:
+            raise SystemExit(f"README.md: its map and algos/ disagree about {', '.join(sorted(missing))}")
+        return lanes
+
+    def lane_of(self, name: str) -> Lane:
+        return next(lane for lane in self.lanes if name in lane.files)
 
     def page_of(self, path: str) -> str:
         """The page, from the site's root, of a path in the repository; a file that has none gets one."""
@@ -163,8 +169,6 @@ class Site:
         def text(part: str, **options) -> Markup:
             return Markup(typeset(part, source.names, files, **options))
 
-        group = group_of(source.name)
-        name, explanation, _ = LANES[group]
         heading = next((x for x in document.headings if x[0] == "h1"), ("h1", "top", source.name))
         commands = [re.split(r"\s{3,}", line, maxsplit=1) for line in source.sections["Run"].split("\n")]
         definitions = [fold for fold in source.folds[1:] if fold.name in {x.name for x in source.segments}]
@@ -178,7 +182,7 @@ class Site:
             heading=heading[2],
             heading_id=heading[1],
             path=f"algos/{source.name}.py",
-            group={"id": group, "name": name, "text": explanation},
+            group=self.lane_of(source.name),
             year=self.year(source),
             lines=source.text.count("\n"),
             summary=text(source.summary),
@@ -301,13 +305,8 @@ class Site:
             }
 
         lanes = [
-            {
-                "id": lane,
-                "name": name,
-                "text": text,
-                "cells": [[node(x) for x in names if years[x] == year] for year in span],
-            }
-            for lane, (name, text, names) in LANES.items()
+            lane._asdict() | {"cells": [[node(x) for x in lane.files if years[x] == year] for year in span]}
+            for lane in self.lanes
         ]
         studies = []
         for name, document in self.documents.items():
@@ -325,7 +324,7 @@ class Site:
             what=Markup(markdown().renderInline(what)),
             years=list(span),
             lanes=lanes,
-            table=[self.row(name) for _, _, names in LANES.values() for name in names],
+            table=[self.row(name) for lane in self.lanes for name in lane.files],
             studies=studies,
             headlines=self.page_of("benchmark/headlines.toml"),
         )
@@ -340,7 +339,7 @@ class Site:
         return {
             "name": name,
             "heading": self.heading(name),
-            "group": group_of(name),
+            "group": self.lane_of(name).id,
             "learned": self.inline(learned),
             "adapts": self.inline(adapts),
             "run": row.get("name"),
@@ -370,9 +369,6 @@ class Site:
         (folder / "search.js").write_text(f"window.searchIndex = {json.dumps(index, ensure_ascii=False)};\n")
 
     def build(self):
-        missing = set(self.sources) ^ {name for _, _, names in LANES.values() for name in names}
-        if missing:
-            raise SystemExit(f"tools/reader/__main__.py: LANES and algos/ disagree about {', '.join(sorted(missing))}")
         if self.out.exists():
             shutil.rmtree(self.out)
         for source in self.sources.values():
