@@ -156,6 +156,20 @@ def check(site: Path, page: Page) -> dict[str, list[str]]:
     return results
 
 
+def without_scripts(site: Path, browser) -> list[str]:
+    """A browser that runs no script shows all views, and a tag leads to its line."""
+    page = browser.new_page(viewport=WIDE, java_script_enabled=False)
+    page.goto((site / "algos/maml.html").as_uri())
+    wrong = [
+        f"{x} is hidden" for x in ("#code", "#compare", "#results-panel", "#diff-reptile") if not page.is_visible(x)
+    ]
+    page.click("#step-3 > .tag")
+    line = min(read(ROOT / "algos/maml.py").steps[2].places[0])
+    wrong += [] if page.url.endswith(f"#L{line}") else [f"[3] leads to {page.url}"]
+    page.close()
+    return wrong
+
+
 def save(page: Page, path: Path):
     """What the window shows."""
     Image.open(BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
@@ -193,7 +207,10 @@ def main(arguments: list[str]):
         page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("requestfailed", lambda request: said.append(f"not loaded: {request.url}"))
-        results = check(site, page) | {"nothing in the console": said}
+        results = check(site, page) | {
+            "without scripts": without_scripts(site, browser),
+            "nothing in the console": said,
+        }
         if "--pictures" in arguments:
             pictures(site, browser)
         browser.close()
