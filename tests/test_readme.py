@@ -24,7 +24,7 @@ def test_the_structure_is_the_one_on_disk():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {path.split("/")[0] for path in tracked.splitlines()}
     ordinary = {"README.md", "LICENSE", "pyproject.toml", ".gitignore", "requirements-metaworld.txt"}
-    ordinary |= {"requirements-benchmark.txt", "requirements-warp.txt"}
+    ordinary |= {"requirements-benchmark.txt", "requirements-warp.txt", "requirements-docs.txt", "CONTRIBUTING.md"}
     assert named == top - ordinary
 
 
