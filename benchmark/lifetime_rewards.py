@@ -80,13 +80,19 @@ def lifetimes(env_id: str, args, reward: Callable, tasks_NP: Tensor, seed: int, 
         lived_NT = data.mask * alive_N1
         return_NE.scatter_add_(1, data.episode, data.reward * lived_NT)
         if isinstance(envs.unwrapped, RandomABC):
-            in_a_NE.scatter_add_(1, data.episode, data.x[..., OBJECTS[0]] * data.over * lived_NT)
+            in_a_NE.scatter_add_(1, data.episode, led_to(data)[..., OBJECTS[0]] * data.over * lived_NT)
         if watch is not None:
             watch(data, lived_NT, memory)
         reward_NT, memory = reward(data, memory)
-        theta, obs_NO = algorithm.update_policies(theta, data, reward_NT, args), data.obs_after
+        theta, _ = algorithm.update_policies(theta, data, reward_NT, args)
+        obs_NO = data.obs_after
         alive_N1 = alive_N1 * (1 - data.died.sum(1, keepdim=True))
     return return_NE, in_a_NE
+
+
+def led_to(data) -> Tensor:
+    """The observations [N, T, O] that a trajectory's steps led to, before any restart."""
+    return data.x[..., :-2].chunk(2, -1)[1]
 
 
 def extrinsic(data, memory):
@@ -101,7 +107,7 @@ def learned(eta: dict, data, memory):
 
 def counting(bonus: float, data, seen: Tensor | None):
     """r + bonus / sqrt(n): n counts the visits [N, O] of the state in the lifetime, this one included."""
-    obs_NTO, bonuses = data.x[..., :-2], []
+    obs_NTO, bonuses = led_to(data), []
     seen = torch.zeros_like(obs_NTO[:, 0]) if seen is None else seen
     for obs_NO in obs_NTO.unbind(1):
         seen = seen + obs_NO
@@ -262,7 +268,7 @@ def visits(options: Options) -> None:
 
         def watch(data, lived_NT, _, counts=counts):
             seen = (lived_NT > 0) & (data.episode < 3 * BLOCK)
-            cell = data.x[..., : family.num_cells].argmax(-1)[seen]
+            cell = led_to(data)[..., : family.num_cells].argmax(-1)[seen]
             counts.index_put_((data.episode[seen] // BLOCK, cell), torch.ones(len(cell)), accumulate=True)
 
         lifetimes(args.env_id, args, way, task_NP, options.seed, watch)

@@ -509,7 +509,7 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         sizes.pop("B")  # of a batch, or of a context
     elif hasattr(traced.Args, "episodes_per_lifetime"):
         wanted |= {"episodes_per_lifetime": 3, "steps": 7, "unroll": 2, "policy_size": 19}
-        envs, sizes, init = PrimeLives(), {k: SIZES[k] for k in "NEOAP1"} | {"I": 13 + 2}, "init_lifetimes"
+        envs, sizes, init = PrimeLives(), {k: SIZES[k] for k in "NEOAP1"} | {"I": 13 + 13 + 2}, "init_lifetimes"
     elif hasattr(traced.Args, "reward_lr"):
         wanted |= {"num_worlds": 5, "rollout_steps": 7, "minibatches": 3, "epochs": 1}
         envs, sizes, init = PrimeStreams(), {k: SIZES[k] for k in "NTOAP1"}, "first_state"

@@ -39,7 +39,7 @@ def test_lifetimes_are_those_of_the_algorithm(by):
 def test_the_count_based_bonus_counts_each_lifetime():
     cells = torch.tensor([[0, 1, 0], [2, 2, 2]])
     reward = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, -1.0]])
-    x = torch.cat([torch.eye(3)[cells], torch.zeros(2, 3, 2)], -1)
+    x = torch.cat([torch.eye(3)[cells.roll(1, -1)], torch.eye(3)[cells], torch.zeros(2, 3, 2)], -1)
     data = SimpleNamespace(x=x, reward=reward, died=torch.tensor([[0.0, 0, 0], [0, 0, 1]]))
     first, seen = benchmark.counting(0.3, data, None)
     root = [1, 2**-0.5, 3**-0.5]
