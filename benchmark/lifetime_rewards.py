@@ -10,8 +10,11 @@
     python benchmark/lifetime_rewards.py signal                     the share of the meta-gradient that is not noise
 
 All lifetimes are of held-out tasks. The baselines are policies of the same kind that learn from another reward:
-extrinsic: r; count: r + c / sqrt(n), with n the times that the lifetime has seen the state. The step size alpha and c
-are the best of a few, chosen on training tasks. The near-optimal explorer is made by hand and knows map and rules.
+extrinsic: r; count: r + c / sqrt(n), with n the times that the lifetime has seen the state. Two rewards are ceilings
+for a learned one, which is within r +- 1, too, but knows neither objects nor tasks: "hand-made" leads a lifetime to
+each object that is worth trying, once, then to the best; "told the best" leads it to the best from birth on ("told C":
+to C). Step size alpha, c and pull, the part of these two for the steps between objects, are the best of a few, chosen
+on training tasks. The near-optimal explorer is made by hand, knows map and rules, and need not learn.
 """
 
 import json
@@ -39,7 +42,7 @@ from envs import Lifetimes, Trials, make  # noqa: E402
 from envs.gridworlds import OBJECTS, EmptyRooms, GridWorld, RandomABC  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/lifetime_rewards"
-STEP_SIZES, BONUSES = (0.25, 0.5, 1.0, 2.0), (0.1, 0.3, 1.0)
+STEP_SIZES, BONUSES, PULLS = (0.25, 0.5, 1.0, 2.0), (0.03, 0.1, 0.3, 1.0), (0.0, 0.25, 0.5, 1.0)
 EPISODES = 0, 3, 10, 40  # of the picture of rewards
 BLOCK = 10  # episodes at the beginning and at the end of a lifetime that the tables show
 
@@ -115,15 +118,72 @@ def counting(bonus: float, data, seen: Tensor | None):
     return data.reward + torch.stack(bonuses, 1), seen * (1 - data.died.sum(1, keepdim=True))
 
 
+def tries(env_id: str) -> list[int]:
+    """The objects worth trying, in this order: nothing is safe in SymABC, C is in the others."""
+    return [0, 2, 1] if env_id.startswith("Sym") else [0, 2]
+
+
+def best_object(tasks_NP: Tensor) -> Tensor:
+    """The number [N] of each task's best object."""
+    return tasks_NP.argmax(1)
+
+
+def guided(order: list[int], told_N: Tensor | None, steps: Tensor, pull: float, data, known_N3: Tensor | None):
+    """r and a bonus within +-1: 1 for the object that is wanted, -1 for another, `pull` for a step nearer, -pull for
+    one away. Wanted is the one told, or the first in `order` that the lifetime has not tried, or the best that it has.
+
+    steps [cells, cells]: between cells. The memory is what each object has paid, NaN before that.
+    """
+    before_NT, after_NT = (x.argmax(-1) for x in data.x[..., :-2].chunk(2, -1))
+    objects, order = torch.tensor(OBJECTS), torch.tensor(order)
+    known_N3 = torch.full((len(before_NT), 3), torch.nan) if known_N3 is None else known_N3
+    bonuses = []
+    for t in range(before_NT.shape[1]):
+        untried = known_N3[:, order].isnan()
+        best_N = known_N3.nan_to_num(-torch.inf).argmax(1)
+        wanted_N = torch.where(untried.any(1), order[untried.int().argmax(1)], best_N) if told_N is None else told_N
+        there_N3 = after_NT[:, t, None] == objects
+        goal_N = objects[wanted_N]
+        nearer_N = steps[before_NT[:, t], goal_N] - steps[after_NT[:, t], goal_N]
+        right_N = torch.where(after_NT[:, t] == goal_N, 1.0, -1.0)
+        bonuses.append(torch.where(there_N3.any(1), right_N, pull * nearer_N))
+        known_N3 = torch.where(there_N3, data.reward[:, t, None], known_N3)
+    ended_N1 = data.died.any(1, keepdim=True)
+    return data.reward + torch.stack(bonuses, 1), known_N3.masked_fill(ended_N1, torch.nan)
+
+
 def tuned(env_id: str, args, rewards: dict[float, Callable]) -> tuple:
-    """The best step size and the best of the rewards on training tasks, by the mean return of a lifetime."""
+    """The best step size and the best of the rewards on training tasks, by the mean return of a lifetime.
+
+    rewards: functions that make a reward for given tasks.
+    """
     tasks_NP = drawn(env_id, 200, 1, "train")
 
     def value(pair):
-        return lifetimes(env_id, replace(args, inner_lr=pair[0]), rewards[pair[1]], tasks_NP, 1)[0].mean()
+        return lifetimes(env_id, replace(args, inner_lr=pair[0]), rewards[pair[1]](tasks_NP), tasks_NP, 1)[0].mean()
 
     step, best = max(product(STEP_SIZES, rewards), key=value)
     return replace(args, inner_lr=step), best
+
+
+def ceilings(env_id: str, tasks_NP: Tensor, args, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name, what `lifetimes` returns for rewards made by hand, at their best step size and pull; {} in the rooms."""
+    family = make(env_id, 1, 1, discrete=True).unwrapped
+    if not isinstance(family, RandomABC) or family.num_cells < family.single_observation_space.shape[0]:
+        return {}  # rooms, or a key
+    steps, told = shortest(type(family)), {"hand-made": lambda _: None, "told the best": best_object}
+    if not env_id.startswith("Sym"):
+        told["told C"] = lambda tasks_NP: torch.full((len(tasks_NP),), 2)
+    found = {}
+    for name, which in told.items():
+        ways = {
+            pull: lambda tasks_NP, pull=pull, which=which: partial(guided, tries(env_id), which(tasks_NP), steps, pull)
+            for pull in PULLS
+        }
+        best, pull = tuned(env_id, args, ways)
+        label = f"{name}, pull = {pull:g}, alpha = {best.inner_lr:g}"
+        found[label] = lifetimes(env_id, best, ways[pull](tasks_NP), tasks_NP, seed)
+    return found
 
 
 def shortest(family: type[GridWorld]) -> Tensor:
@@ -155,9 +215,9 @@ def explorer(env_id: str, tasks_NP: Tensor, episodes: int, horizon: int) -> Tens
         goals = (tasks_NP[:, 0] * 11 + tasks_NP[:, 1]).long().tolist()
         first = torch.tensor([-(-found_at[goal] // horizon) - 1 for goal in goals])
         return (torch.arange(episodes) >= first[:, None]).float()
-    tries = [0, 2, 1] if env_id.startswith("Sym") else [0, 2]
     returns = tasks_NP.max(1, keepdim=True).values.repeat(1, episodes)
-    returns[:, : len(tries)] = tasks_NP[:, tries]
+    order = tries(env_id)
+    returns[:, : len(order)] = tasks_NP[:, order]
     return returns
 
 
@@ -165,14 +225,15 @@ def arms(folder: Path, tasks_NP: Tensor, seed: int) -> dict[str, tuple[Tensor, T
     """By name, what `lifetimes` returns for a run's reward and for the baselines."""
     _, args, state = load(folder)
     size, bonuses = (tasks_NP, seed), {c: partial(counting, c) for c in BONUSES}
-    best, _ = tuned(args.env_id, args, {0.0: extrinsic})
-    counted, c = tuned(args.env_id, args, bonuses)
+    best, _ = tuned(args.env_id, args, {0.0: lambda _: extrinsic})
+    counted, c = tuned(args.env_id, args, {c: lambda _, reward=reward: reward for c, reward in bonuses.items()})
     near = explorer(args.env_id, tasks_NP, args.episodes_per_lifetime, args.horizon)
     return {
         "learned reward": lifetimes(args.env_id, args, partial(learned, state["eta"]), *size),
         "extrinsic": lifetimes(args.env_id, args, extrinsic, *size),
         f"extrinsic, best alpha = {best.inner_lr:g}": lifetimes(args.env_id, best, extrinsic, *size),
         f"count, c = {c:g}, alpha = {counted.inner_lr:g}": lifetimes(args.env_id, counted, bonuses[c], *size),
+        **ceilings(args.env_id, tasks_NP, args, seed),
         "near-optimal explorer": (near, torch.zeros_like(near)),
     }
 

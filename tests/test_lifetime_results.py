@@ -50,6 +50,71 @@ def test_the_count_based_bonus_counts_each_lifetime():
     torch.testing.assert_close(again, reward + 0.3 * expected)
 
 
+def slow_guided(order, told, pull, rows, known):
+    """Bonuses of one lifetime's steps, (cell before, cell after, reward) each, and what it knows after them."""
+    corners, bonuses = {4: 0, 20: 1, 24: 2}, []
+    for before, after, reward in rows:
+        left = [k for k in order if k not in known]
+        wanted = told if told is not None else left[0] if left else max(known, key=known.get)
+        row, column = divmod({v: k for k, v in corners.items()}[wanted], 5)
+        distance = [abs(cell // 5 - row) + abs(cell % 5 - column) for cell in (before, after)]
+        if after in corners:
+            bonuses.append(1.0 if corners[after] == wanted else -1.0)
+            known = known | {corners[after]: reward}
+        else:
+            bonuses.append(pull * (distance[0] - distance[1]))
+    return bonuses, known
+
+
+@pytest.mark.parametrize("told", [None, 1])
+def test_the_hand_made_rewards_lead_to_one_object_after_another(told):
+    """Walks to random corners, with detours, against a few lines of Python for each; some lifetimes end on the way."""
+    number, pieces, length = 12, 12, 5
+    generator = Generator().manual_seed(0)
+    envs = Lifetimes(make("SymABC-v0", number, 9, discrete=True), 8)
+    tasks = benchmark.drawn("SymABC-v0", number, 3)
+    obs, _ = envs.reset(seed=0, options={"tasks": tasks})
+    given = None if told is None else torch.full((number,), told)
+    steps, memory, known = benchmark.shortest(benchmark.RandomABC), None, [{} for _ in range(number)]
+    order, learned, died = benchmark.tries("SymABC-v0"), 0, 0
+    for _ in range(pieces):
+        records, alive = [], torch.ones(number)
+        wishes = torch.stack([torch.randint(low, low + 2, (number,), generator=generator) for low in (0, 2)])
+        for _ in range(length):
+            wish = wishes.gather(0, torch.randint(2, (1, number), generator=generator))[0]
+            detour = torch.rand(number, generator=generator) < 0.15
+            action = torch.where(detour, torch.randint(4, (number,), generator=generator), wish)
+            after, reward, ended, late, info = envs.step(action)
+            x = torch.cat([obs, info["final_obs"], reward[:, None], (ended | late).float()[:, None]], 1)
+            records.append((x, reward, info["born"] * alive))
+            alive, obs = alive * ~info["born"], after
+        x, reward, dead = (torch.stack(part, 1) for part in zip(*records, strict=True))
+        data = SimpleNamespace(x=x, reward=reward, died=dead)
+        found, memory = benchmark.guided(order, given, steps, 0.25, data, memory)
+        for n in range(number):
+            cells = x[n, :, :25].argmax(-1).tolist(), x[n, :, 25:50].argmax(-1).tolist()
+            rows = list(zip(*cells, reward[n].tolist(), strict=True))
+            bonus, known[n] = slow_guided(order, told, 0.25, rows, known[n])
+            torch.testing.assert_close(found[n] - reward[n], torch.tensor(bonus))
+            learned += len(known[n]) == 3
+            died += int(dead[n].any())
+            known[n] = {} if dead[n].any() else known[n]
+    assert learned > 5
+    assert died > 3
+
+
+def test_ceilings_are_there_for_families_of_objects_alone(monkeypatch):
+    args = algorithm.Args(env_id="RandomABC-v0", **SIZE)
+    monkeypatch.setattr(benchmark, "tuned", lambda env_id, args, rewards: (args, 0.5))
+    tasks = benchmark.drawn("RandomABC-v0", 5, 3)
+    found = benchmark.ceilings("RandomABC-v0", tasks, args, 1)
+    names = [f"{name}, pull = 0.5, alpha = 1" for name in ("hand-made", "told the best", "told C")]
+    assert list(found) == names
+    assert all(returns.shape == in_a.shape == (5, 4) for returns, in_a in found.values())
+    assert list(benchmark.ceilings("SymABC-v0", tasks, args, 1)) == names[:2]
+    assert benchmark.ceilings("KeyBox-v0", None, args, 1) == benchmark.ceilings("EmptyRooms-v0", None, args, 1) == {}
+
+
 def test_shortest_ways_are_those_of_a_breadth_first_search():
     steps = benchmark.shortest(EmptyRooms)
     for start in (0, 24, 60 + 5, 120):
