@@ -235,10 +235,11 @@ def log_prob_of(log_prob_NTA: Tensor, action_NT: Tensor) -> Tensor:
 
 
 def update_policies(theta: Params, data: Trajectory, reward_NT: Tensor, args: Args) -> tuple[Params, Tensor]:
-    """A step of each policy on its trajectory, and log pi(a|s) [N, T] before it: functions of theta and rewards.
+    """The policies after a step on their trajectories, and log pi(a|s) [N, T] of those before it.
 
-    The policy's own gradient takes G and the baseline v for numbers. But both depend on eta, by the rewards
-    and by theta, and the meta-gradient passes through them: nothing here is detached.
+    Both are functions of theta and the rewards. The policy's own gradient takes G and the baseline v for
+    numbers. But they depend on eta, by the rewards and by theta, and the meta-gradient passes through them:
+    nothing here is detached.
     """
     before_NKA, value_NK = policies(theta, torch.cat([data.obs, data.obs_after[:, None]], 1))
     baseline_NT = value_NK[:, :-1]

@@ -66,7 +66,7 @@ class Args:
     latent_size: int = 3
     """dimensions of z; 3 in the authors' code; 0: a shared critic without encoder"""
     least_trace: int = 0
-    """the encoder reads the last steps of a trace in training, a number drawn from here to all; 0: always all"""
+    """the encoder reads the last steps of a trace, in training a number drawn from here to T; 0: always T"""
     actor_lr: float = 1e-2
     """Adam's step size for actors taught by the meta-critic; 1e-2 in the authors' code, 1e-3 for bandits"""
     critic_lr: float = 1e-3
@@ -76,7 +76,7 @@ class Args:
     td_lambda: float = 0.9
     """weight of later rewards in a target, against the critic's own opinion (lambda); authors: 1"""
     max_norm: float = 0.0
-    """gradients of each actor, and of a critic with its encoder, are shortened to this norm; 0: not; authors: 0.5"""
+    """gradients of each actor and of a critic with its encoder have this norm at most; 0: any; authors: 0.5"""
     own_actor_lr: float = 5e-4
     """Adam's step size for actors with critics of their own"""
     own_critic_lr: float = 1e-2
@@ -131,7 +131,7 @@ def sizes_of(envs) -> tuple[int, int]:
 
 
 def trace_size(envs) -> int:
-    """I: state, action and reward where actions are choices; question and right answer, (x, y), in regression."""
+    """I: of state, action and reward where actions are choices; in regression of x and the right answer y."""
     return sum(sizes_of(envs)) + envs.unwrapped.is_discrete
 
 
@@ -219,7 +219,7 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Generator, *, greedy=False) -> tuple:
+def play_window(envs, obs_BO, theta: Params, steps: int, generator: Generator, *, greedy=False) -> tuple:
     """Play some steps of B worlds: the next observation, the Window, and where a new lifetime began [B].
 
     The actors have equally many worlds each: the first B / N are the first actor's, and so on. `greedy`: they
@@ -239,7 +239,7 @@ def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Gene
             action = output_BA
             shown_BA = output_BA
         next_BO, reward_B, ended_B, late_B, info = envs.step(action)  # [1]
-        # Not an actor's error in regression: z would say how bad the actor is, of which no label speaks later.
+        # In regression no error of the actor: z would tell how bad it is, not which curve it should learn.
         seen = (shown_BA, reward_B[:, None]) if is_choice else (info["answer"],)
         step = {
             "obs": obs_BO,

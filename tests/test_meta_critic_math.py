@@ -557,8 +557,8 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
     worlds, state = start(args)
     births, play = [], ours.play_window
 
-    def watched(envs, *rest):
-        result = play(envs, *rest)
+    def watched(envs, *rest, **named):
+        result = play(envs, *rest, **named)
         if envs is worlds[0]:
             births.append(result[2])
         return result
