@@ -76,7 +76,7 @@ class Args:
     td_lambda: float = 0.9
     """weight of later rewards in a target, against the critic's own opinion (lambda); authors: 1"""
     max_norm: float = 0.0
-    """gradients of each actor and of a critic with its encoder have this norm at most; 0: any; authors: 0.5"""
+    """gradients of an actor, or of a critic with its encoder, have this norm at most; 0: any; authors: 0.5"""
     own_actor_lr: float = 5e-4
     """Adam's step size for actors with critics of their own"""
     own_critic_lr: float = 1e-2

@@ -58,7 +58,7 @@ class Options:
     seed: int = 100
     """seed of the tasks and of the lifetimes"""
     task: int = 0
-    """number of the held-out task in the pictures of visits and rewards"""
+    """number of the held-out task in the pictures of visits and rewards; of visits, -1: the mean over many tasks"""
 
 
 def drawn(env_id: str, tasks: int, seed: int, split: str = "test") -> Tensor:
@@ -313,18 +313,21 @@ def curves(options: Options) -> None:
 
 
 def one_task(options: Options):
-    """A run's module, Args, state and family, and one held-out task in 256 lifetimes."""
+    """A run's Args and reward, its family, and 256 lifetimes of one held-out task, or of a task each."""
     _, args, state = load(options.runs[0])
-    task_NP = drawn(args.env_id, options.task + 1, options.seed)[-1:].repeat(256, 1)
+    task_NP = drawn(args.env_id, max(options.task + 1, 256), options.seed)
+    if options.task >= 0:
+        task_NP = task_NP[options.task : options.task + 1].repeat(256, 1)
     return args, partial(learned, state["eta"]), make(args.env_id, 1, args.horizon, discrete=True), task_NP
 
 
 def visits(options: Options) -> None:
-    """Where policies go in episodes 1 to 10, 11 to 20, 21 to 30 of lifetimes of one task."""
+    """Where policies go in episodes 1 to 10, 11 to 20, 21 to 30 of lifetimes of one task, or of one each; one scale."""
     args, reward, family, task_NP = one_task(options)
-    marked, shape = family.reset(options={"tasks": task_NP[:1]}) and family.colours(0), (len(family.map), -1)
-    figure, ways = Figure(figsize=(8, 5.5), layout="constrained"), (("learned", reward), ("extrinsic", extrinsic))
-    for line, (name, way) in zip(figure.subplots(2, 3), ways, strict=True):
+    family.reset(options={"tasks": task_NP[:1]})
+    marked = family.colours(0) if options.task >= 0 else {}
+    ways, shares = (("learned", reward), ("extrinsic", extrinsic)), {}
+    for name, way in ways:
         counts = torch.zeros(3, family.num_cells)
 
         def watch(data, lived_NT, _, counts=counts):
@@ -333,45 +336,66 @@ def visits(options: Options) -> None:
             counts.index_put_((data.episode[seen] // BLOCK, cell), torch.ones(len(cell)), accumulate=True)
 
         lifetimes(args.env_id, args, way, task_NP, options.seed, watch)
-        for k, (axes, count) in enumerate(zip(line, counts, strict=True)):
-            paint(axes, (count / count.sum()).sqrt().view(shape), marked, family, "viridis")
+        shares[name] = (counts / counts.sum(1, keepdim=True)).sqrt().view(3, len(family.map), -1)
+    figure, most = Figure(figsize=(8, 5.5), layout="constrained"), float(max(x.max() for x in shares.values()))
+    for line, (name, share) in zip(figure.subplots(2, 3), shares.items(), strict=True):
+        for k, axes in enumerate(line):
+            image = paint(axes, share[k], marked, family, "viridis", 0, most)
             axes.set_title(f"{name}, episodes {BLOCK * k + 1} to {BLOCK * (k + 1)}", fontsize=9)
-    figure.savefig(IMAGES / f"lifetime_visits_{args.env_id.removesuffix('-v0')}_{options.task}.png", dpi=120)
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="square root of the share of visits")
+    which = "mean" if options.task < 0 else options.task
+    figure.savefig(IMAGES / f"lifetime_visits_{args.env_id.removesuffix('-v0')}_{which}.png", dpi=120)
 
 
-def paint(axes, values, marked: dict, family, colours: str, limit: float | None = None) -> None:
-    """A number for each cell, walls in white, goals or objects framed."""
+def paint(axes, values, marked: dict, family, colours: str, least: float, most: float):
+    """A number for each cell on a scale from least to most, walls in white, goals or objects framed; the image."""
     walls = torch.tensor([letter == "#" for letter in "".join(family.map)]).view(values.shape)
-    axes.imshow(values.masked_fill(walls, torch.nan), cmap=colours, vmin=None if limit is None else -limit, vmax=limit)
+    image = axes.imshow(values.masked_fill(walls, torch.nan).numpy(), cmap=colours, vmin=least, vmax=most)
     for cell, colour in marked.items():
         row, column = divmod(cell, values.shape[1])
         edge = [part / 255 for part in colour]
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=edge, linewidth=3))
     axes.set(xticks=[], yticks=[])
+    return image
+
+
+def ways_in(table: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of a cell and another to which a move leads from it; `ends` [cells]: no move is made from there."""
+    starts = (~ends).nonzero()[:, 0]
+    pairs = {(start, to) for start in starts.tolist() for to in table[start].tolist() if to != start}
+    start, to = torch.tensor(sorted(pairs)).T
+    return start, to
 
 
 def rewards(options: Options) -> None:
-    """r_eta for a step into each cell, after the first trajectories and in later episodes, mean over lifetimes."""
+    """r_eta for a step into each cell, after the first trajectories and in later episodes: the mean over the cells
+    that the step may come from, and over lifetimes."""
+    if options.task < 0:
+        raise SystemExit(f"--task {options.task}: rewards are drawn for one task, 0 or more")
     args, reward, family, task_NP = one_task(options)
     family.reset(options={"tasks": task_NP[:1]})
     cells, told = torch.eye(family.num_cells, family.single_observation_space.shape[0]), {}
     worth = family.reward(cells, None, cells, task_NP[:1].repeat(len(cells), 1))
-    x = torch.cat([cells, worth[:, None], (worth != 0)[:, None]], 1)
+    start, to = ways_in(family._table, worth != 0)
+    ways = torch.bincount(to, minlength=len(cells)).clamp_min(1)
+    x = torch.cat([cells[start], cells[to], worth[to, None], (worth != 0)[to, None]], 1)
 
     def watch(data, _, memory):
         for episode in EPISODES if memory is not None else ():
             for lifetime in ((data.episode[:, 0] >= episode) & (data.mask[:, 0] > 0)).nonzero()[:, 0].tolist():
                 if (episode, lifetime) not in told:  # the first trajectory that begins there
-                    alone = [part[:, [lifetime]].expand(-1, len(cells), -1).contiguous() for part in memory]
-                    next_step = SimpleNamespace(x=x[:, None], reward=worth[:, None], died=torch.zeros(len(cells), 1))
-                    told[episode, lifetime] = reward(next_step, alone)[0][:, 0]
+                    alone = [part[:, [lifetime]].expand(-1, len(x), -1).contiguous() for part in memory]
+                    next_step = SimpleNamespace(x=x[:, None], reward=worth[to, None], died=torch.zeros(len(x), 1))
+                    paid = reward(next_step, alone)[0][:, 0]
+                    told[episode, lifetime] = torch.zeros(len(cells)).index_add(0, to, paid) / ways
 
     lifetimes(args.env_id, args, reward, task_NP, options.seed, watch)
     figure = Figure(figsize=(3 * len(EPISODES), 3.2), layout="constrained")
     for axes, episode in zip(figure.subplots(1, len(EPISODES)), EPISODES, strict=True):
         mean = torch.stack([value for (which, _), value in told.items() if which == episode]).mean(0)
-        paint(axes, mean.view(len(family.map), -1), family.colours(0), family, "RdBu", 1.5)
+        image = paint(axes, mean.view(len(family.map), -1), family.colours(0), family, "RdBu", -1.5, 1.5)
         axes.set_title(f"episode {episode + 1}", fontsize=9)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
     figure.suptitle("worth " + ", ".join(f"{value:.2f}" for value in task_NP[0].tolist()), fontsize=9)
     figure.savefig(IMAGES / f"lifetime_rewards_{args.env_id.removesuffix('-v0')}_{options.task}.png", dpi=120)
 

@@ -132,6 +132,44 @@ def test_shortest_ways_are_those_of_a_breadth_first_search():
             assert steps[start, SIDE * row + column] == expected
 
 
+def test_ways_into_a_cell_come_from_its_neighbours():
+    table, ends = EmptyRooms(1)._table, torch.zeros(SIDE * SIDE, dtype=torch.bool)
+    ends[24] = True
+    start, to = benchmark.ways_in(table, ends)
+    found = set(zip(start.tolist(), to.tolist(), strict=True))
+    assert len(found) == len(start)
+    free = [(r, c) for r in range(SIDE) for c in range(SIDE) if ROOMS[r][c] != "#"]
+    near = {(SIDE * r + c, SIDE * x + y) for r, c in free for x, y in free if abs(r - x) + abs(c - y) == 1}
+    assert {pair for pair in found if ROOMS[pair[0] // SIDE][pair[0] % SIDE] != "#"} == {p for p in near if p[0] != 24}
+    assert 24 not in start.tolist()
+    assert 24 in to.tolist()
+
+
+@pytest.mark.parametrize(("task", "frames"), [(0, 6), (-1, 0)])
+def test_visits_are_drawn_on_one_scale(task, frames, tmp_path, monkeypatch):
+    """Of one goal, which is framed, or of many; each panel's squares are shares of all its visits."""
+    args = algorithm.Args(env_id="EmptyRooms-v0", **SIZE | {"horizon": 9, "episodes_per_lifetime": 30})
+    eta = algorithm.init_history(make(args.env_id, 1, 9, discrete=True), args, Generator().manual_seed(1))
+    monkeypatch.setattr(benchmark, "load", lambda _: (None, args, {"eta": eta}))
+    monkeypatch.setattr(benchmark, "IMAGES", tmp_path)
+    panels, scales, framed, paint = [], set(), [], benchmark.paint
+
+    def painted(axes, values, marked, family, colours, *scale):
+        panels.append(values)
+        scales.add(scale)
+        framed.extend(marked)
+        return paint(axes, values, marked, family, colours, *scale)
+
+    monkeypatch.setattr(benchmark, "paint", painted)
+    benchmark.visits(benchmark.Options("visits", ("run",), task=task))
+    assert [*tmp_path.glob("*.png")]
+    assert scales == {(0, pytest.approx(max(float(x.max()) for x in panels)))}
+    assert [float(x.square().sum()) for x in panels] == pytest.approx([1.0] * 6, abs=1e-5)
+    assert len(framed) == frames
+    with pytest.raises(SystemExit, match="--task -1"):
+        benchmark.rewards(benchmark.Options("rewards", ("run",), task=-1))
+
+
 def test_the_explorer_tries_and_then_takes_the_best():
     tasks = torch.tensor([[0.9, -0.1, 0.3], [-0.5, -0.4, 0.2], [-0.9, 0.8, -0.3]])
     returns = benchmark.explorer("RandomABC-v0", tasks, 5, 10)
