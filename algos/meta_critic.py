@@ -22,7 +22,8 @@ Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B
     of z. Parameters lead with N (a network for each world) or with 1 (one for all), the encoder's do not.
 Differs from the paper: one form for all experiments; for CartPole the authors' code has a V(s, z), and never
     trains the encoder. The trace is the whole window (authors: its last 9 steps), births are spread over time
-    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out where they can be.
+    (authors: all at once), a fall costs nothing (authors: 10), gradients are not shortened (authors: to 0.5),
+    tests are not greedy (authors: they are), test tasks are held out where they can be.
 """
 
 import math
