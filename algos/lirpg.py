@@ -338,7 +338,8 @@ def clipped_loss(theta: Params, critic: Params, batch: Batch, rows_B: Tensor, ad
     clipped_B = ratio_B.clamp(1 - args.clip, 1 + args.clip)
     gain_B = torch.minimum(ratio_B * advantage_B, clipped_B * advantage_B)
     error_B = (value_of(critic, obs_BO) - target_B).square()
-    return 0.5 * error_B.mean() - gain_B.mean() - entropy_coef * policy.entropy().mean()  # [5]
+    loss = 0.5 * error_B.mean() - gain_B.mean()
+    return loss - entropy_coef * policy.entropy().mean() if entropy_coef else loss  # [5]
 
 
 def mixed_loss(theta: Params, eta: Params, batch: Batch, rows_B: Tensor, args: Args) -> Tensor:
@@ -348,8 +349,10 @@ def mixed_loss(theta: Params, eta: Params, batch: Batch, rows_B: Tensor, args: A
     with p the share of steps without a fall. Eta often moves r_in everywhere at once; the level follows, but
     a network, which has to learn it, would take many updates, and A_mix would be its error.
     """
-    reward_NT = args.intrinsic_coef * intrinsic_reward(eta, batch.obs, batch.action)  # [3]
-    delta_NT = batch.mixed_delta + reward_NT - batch.level_weight * reward_NT.mean()
+    delta_NT = batch.mixed_delta
+    if args.intrinsic_coef:  # else PPO: eta has no effect
+        reward_NT = args.intrinsic_coef * intrinsic_reward(eta, batch.obs, batch.action)  # [3]
+        delta_NT = delta_NT + reward_NT - batch.level_weight * reward_NT.mean()
     advantage_NT = (batch.gae_weight @ delta_NT[..., None]).squeeze(-1)  # [4]
     target_NT = advantage_NT + batch.mixed_value  # of the network
     return clipped_loss(theta, theta, batch, rows_B, advantage_NT, target_NT, args.entropy_coef, args)
@@ -373,16 +376,22 @@ def adam_step(params: Params, gradient: tuple, adam: Params, lr: float) -> tuple
     return new_params, {"mean": mean_W, "square": square_W, "steps": steps}
 
 
-def extrinsic_loss(eta: Params, theta: Params, theta_adam: Params, batch: Batch, rows_B: Tensor, args: Args):
-    """L_ex at theta'(eta), the policy after its own update: its gradient in eta is the meta-gradient.
-
-    Also returns theta' and its Adam's moments, which are functions of eta, too.
-    """
+def policy_step(eta: Params, theta: Params, theta_adam: Params, batch: Batch, rows_B: Tensor, args: Args):
+    """theta' and its Adam's moments: functions of eta, unless eta has no effect."""
     theta_leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
     loss = mixed_loss(theta_leaves, eta, batch, rows_B, args)
     # create_graph: as a function of eta. Nested torch.func.grad would give the same numbers, but more slowly.
-    gradient = torch.autograd.grad(loss, list(theta_leaves.values()), create_graph=True)
-    new_theta, new_adam = adam_step(theta, gradient, theta_adam, args.lr)  # [6]
+    create_graph = args.intrinsic_coef > 0
+    gradient = torch.autograd.grad(loss, list(theta_leaves.values()), create_graph=create_graph)
+    return adam_step(theta, gradient, theta_adam, args.lr)  # [6]
+
+
+def extrinsic_loss(eta: Params, theta: Params, theta_adam: Params, batch: Batch, rows_B: Tensor, args: Args):
+    """L_ex at theta'(eta), the policy after its own update: its gradient in eta is the meta-gradient.
+
+    Also returns theta' and its Adam's moments.
+    """
+    new_theta, new_adam = policy_step(eta, theta, theta_adam, batch, rows_B, args)
     advantage_NT, target_NT = batch.extrinsic_advantage, batch.extrinsic_target
     loss = clipped_loss(new_theta, eta, batch, rows_B, advantage_NT, target_NT, 0.0, args)  # [7]: no entropy
     return loss, new_theta, new_adam
@@ -394,12 +403,14 @@ def learn_from(batch: Batch, state: dict, args: Args, generator: Generator) -> N
         order = torch.randperm(batch.log_prob.numel(), generator=generator)
         for rows_B in order.tensor_split(args.minibatches):
             inputs = state["theta"], state["theta_adam"], batch, rows_B.to(batch.obs.device), args
-            eta_leaves = {name: x.detach().requires_grad_() for name, x in state["eta"].items()}
-            loss, theta, theta_adam = extrinsic_loss(eta_leaves, *inputs)
-            if args.intrinsic_coef:  # else PPO: eta has no effect
+            if args.intrinsic_coef:
+                eta_leaves = {name: x.detach().requires_grad_() for name, x in state["eta"].items()}
+                loss, theta, theta_adam = extrinsic_loss(eta_leaves, *inputs)
                 gradient = torch.autograd.grad(loss, list(eta_leaves.values()))  # [8]
                 eta_adam = state["eta_adam"]
                 state["eta"], state["eta_adam"] = adam_step(state["eta"], gradient, eta_adam, args.reward_lr)
+            else:  # PPO: neither r_in nor L_ex is needed
+                theta, theta_adam = policy_step(state["eta"], *inputs)
             state["theta"] = {name: x.detach() for name, x in theta.items()}  # theta <- theta'
             state["theta_adam"] = {name: x.detach() for name, x in theta_adam.items()}
 

@@ -18,11 +18,12 @@ Algorithm:
 Symbols: theta = theta, all actors; phi and omega = phi; lambda = td_lambda.
 Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B worlds of which several may
     have the same actor, T steps, O observation, A action (choices are one-hot), P task vector, C actions to
-    judge, I = O + A + 1 what the encoder sees of a step, H its features, Z dimensions of z. Parameters lead
-    with N (a network for each world) or with 1 (one for all); those of the encoder have no such axis.
+    judge, I = O + A + 1 what the encoder sees of a step (O + A in regression), H its features, Z dimensions
+    of z. Parameters lead with N (a network for each world) or with 1 (one for all), the encoder's do not.
 Differs from the paper: one form for all experiments; for CartPole the authors' code has a V(s, z), and never
     trains the encoder. The trace is the whole window (authors: its last 9 steps), births are spread over time
-    (authors: all at once), a fall costs nothing (authors: 10), test tasks are held out where they can be.
+    (authors: all at once), a fall costs nothing (authors: 10), gradients are not shortened (authors: to 0.5),
+    tests are not greedy (authors: they are), test tasks are held out where they can be.
 """
 
 import math
@@ -64,7 +65,9 @@ class Args:
     critic_size: int = 80
     """units of each of a critic's two ReLU layers; 80 in the authors' code"""
     latent_size: int = 3
-    """dimensions of z; 3 in the authors' code"""
+    """dimensions of z; 3 in the authors' code; 0: a shared critic without encoder"""
+    least_trace: int = 0
+    """the encoder reads the last steps of a trace, in training a number drawn from here to T; 0: always T"""
     actor_lr: float = 1e-2
     """Adam's step size for actors taught by the meta-critic; 1e-2 in the authors' code, 1e-3 for bandits"""
     critic_lr: float = 1e-3
@@ -73,6 +76,8 @@ class Args:
     """discount; 0.99 in the authors' code, 0 where no action matters later (bandits, regression)"""
     td_lambda: float = 0.9
     """weight of later rewards in a target, against the critic's own opinion (lambda); authors: 1"""
+    max_norm: float = 0.0
+    """gradients of an actor, or of a critic with its encoder, have this norm at most; 0: any; authors: 0.5"""
     own_actor_lr: float = 5e-4
     """Adam's step size for actors with critics of their own"""
     own_critic_lr: float = 1e-2
@@ -85,6 +90,8 @@ class Args:
     """windows of such a unit"""
     eval_episodes: int = 10
     """episodes that measure an actor's return (E)"""
+    eval_greedy: bool = False
+    """in these episodes actors take the likeliest choice, as the authors' do, instead of drawing it"""
     cuda: bool = False
     """networks and worlds on the GPU"""
     resume: str = ""
@@ -97,7 +104,8 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = dict.fromkeys(("gamma", "td_lambda"), (0, 1)) | {"seed": (0, 2**31)}
+        ranges = dict.fromkeys(("gamma", "td_lambda"), (0, 1)) | {"seed": (0, 2**31), "max_norm": (0, 1e6)}
+        ranges |= {"latent_size": (0, 10**9), "least_trace": (0, self.window_size)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
@@ -121,6 +129,11 @@ class Window(NamedTuple):
 def sizes_of(envs) -> tuple[int, int]:
     """O and A."""
     return envs.single_observation_space.shape[0], int(envs.single_action_space.n)
+
+
+def trace_size(envs) -> int:
+    """I: of state, action and reward where actions are choices; in regression of x and the right answer y."""
+    return sum(sizes_of(envs)) + envs.unwrapped.is_discrete
 
 
 def on_device(params: Params, envs) -> Params:
@@ -149,7 +162,7 @@ def init_critics(envs, count: int, latent_size: int, args: Args, generator: Gene
     H = args.hidden_size
     inputs = obs_size + action_size + latent_size
     phi = init_layers(count, (inputs, args.critic_size, args.critic_size, 1), generator)
-    shapes = {"w_x": (4 * H, obs_size + action_size + 1), "w_h": (4 * H, H), "b_x": (4 * H,), "b_h": (4 * H,)}
+    shapes = {"w_x": (4 * H, trace_size(envs)), "w_h": (4 * H, H), "b_x": (4 * H,), "b_h": (4 * H,)}
     shapes |= {"w_z": (H, latent_size), "b_z": (latent_size,)}
     uniform = {name: 2 * torch.rand(shape, generator=generator) - 1 for name, shape in shapes.items()}
     omega = {name: x / math.sqrt(H) for name, x in uniform.items()}
@@ -159,7 +172,7 @@ def init_critics(envs, count: int, latent_size: int, args: Args, generator: Gene
 def init_learners(envs, phi: Params, args: Args, generator: Generator) -> dict:
     """What an update changes: newborn actors and their critics phi, before their first window."""
     theta = init_actors(envs, args, generator)
-    trace_NTI = torch.zeros(args.meta_batch_size, args.window_size, sum(sizes_of(envs)) + 1)  # I = O + A + 1
+    trace_NTI = torch.zeros(args.meta_batch_size, args.window_size, trace_size(envs))
     return {
         "theta": theta,
         "phi": phi,  # one meta-critic with its encoder, or N critics of the actors' own
@@ -178,7 +191,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
 
 def encode(phi: Params, trace_NTI: Tensor) -> Tensor:
     """z [N, Z], from the LSTM's last features of each trace."""
-    if "w_x" not in phi:  # an actor's own critic has no encoder: Z is 0
+    if "w_x" not in phi:  # no encoder: Z is 0
         return trace_NTI.new_zeros(len(trace_NTI), 0)
     zero_1NH = trace_NTI.new_zeros(1, len(trace_NTI), len(phi["w_z"]))  # torch's first axis is that of layers
     weights = [phi[name] for name in ("w_x", "w_h", "b_x", "b_h")]
@@ -207,10 +220,11 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Generator) -> tuple:
+def play_window(envs, obs_BO, theta: Params, steps: int, generator: Generator, *, greedy=False) -> tuple:
     """Play some steps of B worlds: the next observation, the Window, and where a new lifetime began [B].
 
-    The actors have equally many worlds each: the first B / N are the first actor's, and so on.
+    The actors have equally many worlds each: the first B / N are the first actor's, and so on. `greedy`: they
+    take their likeliest choices.
     """
     is_choice = envs.unwrapped.is_discrete
     born_B = torch.zeros_like(obs_BO[:, 0], dtype=torch.bool)
@@ -220,13 +234,14 @@ def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Gene
         output_BA = forward(theta, obs_of_actors).flatten(0, 1)
         if is_choice:
             noise_BA = gumbel_noise(*output_BA.shape, generator=generator).to(obs_BO)
-            action = (output_BA + noise_BA).argmax(1)
+            action = (output_BA if greedy else output_BA + noise_BA).argmax(1)
             shown_BA = functional.one_hot(action, output_BA.shape[1]).to(obs_BO)
         else:
             action = output_BA
             shown_BA = output_BA
         next_BO, reward_B, ended_B, late_B, info = envs.step(action)  # [1]
-        right_BA = info.get("answer", shown_BA)  # in regression the encoder sees the right answer
+        # In regression no error of the actor: z would tell how bad it is, not which curve it should learn.
+        seen = (shown_BA, reward_B[:, None]) if is_choice else (info["answer"],)
         step = {
             "obs": obs_BO,
             "action": shown_BA,
@@ -235,7 +250,7 @@ def play_window(envs, obs_BO: Tensor, theta: Params, steps: int, generator: Gene
             "ended": ended_B,
             "over": ended_B | late_B,
             "mask": ~born_B,
-            "trace": torch.cat([obs_BO, right_BA, reward_B[:, None]], 1),
+            "trace": torch.cat([obs_BO, *seen], 1),
         }
         records.append({name: x.to(obs_BO) for name, x in step.items()})
         obs_BO = next_BO
@@ -313,12 +328,29 @@ def adam(params: Params, gradient: Params, moments: Params, lr: float) -> tuple[
     return new_params, new_moments
 
 
+def shortened(gradient: Params, max_norm: float) -> Params:
+    """Gradients of networks, each shortened to this norm, an encoder's as a part of its critic's; 0: not."""
+    if not max_norm:
+        return gradient
+    square_N = sum(g.square().view(len(gradient["w0"]), -1).sum(1) for g in gradient.values())
+    scale_N = (max_norm / (square_N.sqrt() + 1e-6)).clamp_max(1)
+    return {name: g * per_network(scale_N, g) for name, g in gradient.items()}
+
+
+def recent(trace_NTI: Tensor, args: Args, generator: Generator) -> Tensor:
+    """The last steps of a trace, a number drawn, so that the encoder learns to read short ones, too."""
+    if not args.least_trace:
+        return trace_NTI
+    steps = int(torch.randint(args.least_trace, args.window_size + 1, (1,), generator=generator))
+    return trace_NTI[:, -steps:]
+
+
 def teach(state, window: Window, args: Args, *, actor_lr: float, critic_lr: float, is_choice: bool) -> float:
     """Update the actors in `state` and, unless critic_lr is 0, the critics; returns the critics' loss."""
     theta = state["theta"]
     phi = state["phi"]
     z_NZ = encode(phi, state["trace"])  # [2]
-    gradient = grad(actor_loss)(theta, phi, window, z_NZ, is_choice=is_choice)
+    gradient = shortened(grad(actor_loss)(theta, phi, window, z_NZ, is_choice=is_choice), args.max_norm)
     state["theta"], state["theta_adam"] = adam(theta, gradient, state["theta_adam"], actor_lr)  # [4]
     loss = torch.zeros(())
     if critic_lr:  # V is that of the actors that played: of theta, not of the new state["theta"]
@@ -328,6 +360,7 @@ def teach(state, window: Window, args: Args, *, actor_lr: float, critic_lr: floa
         leaves = {name: x.detach().requires_grad_() for name, x in phi.items()}
         loss = critic_loss(leaves, window, state["trace"], target_NT)
         gradient = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        gradient = shortened(gradient, args.max_norm)
         state["phi"], state["phi_adam"] = adam(phi, gradient, state["phi_adam"], critic_lr)  # [6]
     state["trace"] = window.trace
     return float(loss.detach())
@@ -347,7 +380,7 @@ def examine(exam_envs, tasks_NP: Tensor, theta: Params, args: Args, generator: G
     seed = int(torch.randint(2**31, (1,), generator=generator))
     options = {"tasks": tasks_NP.repeat_interleave(args.eval_episodes, 0)}
     obs_BO, _ = exam_envs.reset(seed=seed, options=options)
-    _, window, _ = play_window(exam_envs, obs_BO, theta, args.horizon, generator)
+    _, window, _ = play_window(exam_envs, obs_BO, theta, args.horizon, generator, greedy=args.eval_greedy)
     return (window.reward * window.mask).sum(1).view(len(tasks_NP), -1).mean(1)
 
 
@@ -403,6 +436,7 @@ def train(envs, test_envs, exam_envs, args: Args, run, state: dict) -> None:
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         obs_NO, window, born_N = play_window(envs, obs_NO, state["theta"], args.window_size, generator)
+        state["trace"] = recent(state["trace"], args, generator)
         loss = teach(state, window, args, is_choice=envs.unwrapped.is_discrete, **rates)
         replace_actors(state, born_N, fresh=init_actors(envs, args, generator))  # [7]
         state["env_steps"] += window.mask.numel()

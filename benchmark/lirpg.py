@@ -1,7 +1,8 @@
 """The numbers and pictures of docs/lirpg.md: runs, what is kept of them, a table, curves, and a learned reward drawn.
 
 python benchmark/lirpg.py cartpole --seeds 1 2 3 4 5         delayed CartPole, into runs/, and kept
-python benchmark/lirpg.py mujoco --seeds 1 2 3               delayed HalfCheetah and Hopper: LIRPG, PPO, PPO and bonus
+python benchmark/lirpg.py mujoco --seeds 1 2 3               delayed HalfCheetah and Hopper: LIRPG and PPO, each also
+                                                             with a live bonus; --minibatches 8, --minibatches 32 ..
 python benchmark/lirpg.py grid --seeds 4                     four rooms with one goal; and its learned reward drawn
 python benchmark/lirpg.py ablate --seeds 1 2 3               what each half of V_mix's mend does, on a point mass
 python benchmark/lirpg.py ablate --env-id HopperForward-v0 --iterations 200 --variants both neither    ... on Hopper
@@ -40,9 +41,11 @@ GRID += ["--iterations", "80", "--eval-every", "20"]
 POINT = ["--env-id", "Navigation2D-v0", "--horizon", "20", "--delay", "10", "--rollout-steps", "40", "--lr", "1e-3"]
 POINT += ["--iterations", "40", "--eval-every", "2"]
 VARIANTS = ("both", "level", "ends", "neither")  # what V_mix has: a level; ends at time limits (V_ex, too)
-WAYS = {"lirpg": [], "ppo": PPO, "bonus": [*PPO, "--live-bonus", "0.02"]}  # on MuJoCo
+BONUS = ["--live-bonus", "0.02"]
+WAYS = {"lirpg": [], "lirpg_bonus": BONUS, "ppo": PPO, "bonus": [*PPO, *BONUS]}  # on MuJoCo
 LABELS = {
     "lirpg": "LIRPG: the learned reward alone",
+    "lirpg_bonus": "LIRPG: the learned reward and a live bonus",
     "both": "LIRPG: the learned and the delayed reward",
     "ppo": "PPO on the delayed reward",
     "bonus": "PPO on the delayed reward and a live bonus",
@@ -59,6 +62,10 @@ class Options:
     """of the runs of `cartpole`, `mujoco`, `grid` and `ablate`"""
     env_id: str = ""
     """environment of `curves` (default HalfCheetahForward-v0) and `ablate` (default: a point mass)"""
+    ways: tuple[Literal["lirpg", "lirpg_bonus", "ppo", "bonus"], ...] = ("lirpg", "lirpg_bonus", "ppo", "bonus")
+    """of `mujoco`"""
+    minibatches: int = 4
+    """of the runs of `mujoco`; the paper's 32 are PPO's usual ones"""
     iterations: int = 150
     """of the runs of `mujoco`, and of `ablate` on MuJoCo, 2,048 steps each"""
     variants: tuple[Literal["both", "level", "ends", "neither"], ...] = VARIANTS
@@ -86,7 +93,8 @@ def mujoco(options: Options) -> None:
     for seed in options.seeds:
         for env in ("HalfCheetah", "Hopper"):
             flags = ["--env-id", f"{env}Forward-v0", "--iterations", str(options.iterations), "--eval-every", "30"]
-            folders = [make_run([*flags, "--seed", str(seed), *more]) for more in WAYS.values()]
+            flags += ["--minibatches", str(options.minibatches), "--seed", str(seed)]
+            folders = [make_run([*flags, *WAYS[way]]) for way in options.ways]
             keep(Options("keep", tuple(folders)))
 
 
@@ -141,7 +149,8 @@ def ablate(options: Options) -> None:
 def label(args: dict) -> str:
     """Which of LABELS a run is, and the settings that are not the usual ones."""
     name = "ppo" if args["intrinsic_coef"] == 0 else "both" if args["extrinsic_coef"] else "lirpg"
-    name = "bonus" if args["live_bonus"] else name
+    if args["live_bonus"]:
+        name = "bonus" if name == "ppo" else f"{name}_bonus"
     usual = lirpg.Args() if "Forward" in args["env_id"] else None
     settings = ("delay", "minibatches") if usual else ()
     return name + "".join(f"_{key}{args[key]}" for key in settings if args[key] != getattr(usual, key))

@@ -4,7 +4,7 @@
                                                                  beside own critics, a shared actor-critic and MAML
     python benchmark/meta_critic.py tune                         step sizes of actors and critics of their own
     python benchmark/meta_critic.py bandit runs/C ..             a new actor's pay after K pulls, beside greedy choices
-    python benchmark/meta_critic.py regression --minutes 10      sinusoids and lines: meta-training, then K-shot errors
+    python benchmark/meta_critic.py regression --updates 6000    sinusoids and lines: meta-training, and K-shot errors
     python benchmark/meta_critic.py lengths runs/A               what z says about the length of the pole
     python benchmark/meta_critic.py table                        all of this from the results that are kept
     python benchmark/meta_critic.py curves                       docs/images/meta_critic_curves.png, likewise
@@ -16,7 +16,6 @@ for as many steps of the worlds as `--windows` have.
 import json
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +59,10 @@ class Options:
     """windows after which a new actor that has not reached the return counts as having just reached it"""
     methods: tuple[str, ...] = ("meta", "own", "own V", "shared", "maml")
     """of `cartpole`"""
-    minutes: float = 10.0
-    """of the regression's meta-training"""
+    updates: int = 6000
+    """of the critic in `regression`, whose K-shot errors are kept after every third of them"""
+    latent_size: int = 3
+    """dimensions of z in `regression`"""
 
 
 def worlds(args: ours.Args) -> list:
@@ -388,15 +389,12 @@ class Curves:
         return self.load_worlds(now | {"generator": self.generator.get_state()}), reward, always, ~always, info
 
 
-class Clock(records.Follower):
-    """In place of Run: prints now and then, and stops after some minutes."""
+class Watch(records.Follower):
+    """In place of Run: prints now and then, and measures K-shot errors where a run would save."""
 
-    def __init__(self, args: ours.Args, minutes: float):
+    def __init__(self, args: ours.Args, data):
         super().__init__(args)
-        self.until, self.rows = time.time() + 60 * minutes, []
-
-    def should_stop(self) -> bool:
-        return time.time() > self.until
+        self.data, self.rows = data, []
 
     def log(self, state: dict, stats: dict) -> None:
         self.rows.append((stats["train/loss"], float(stats["train/return_post"])))
@@ -405,14 +403,15 @@ class Clock(records.Follower):
             print(f"{state['iteration']}: critic's loss {loss:.3g}, actors' squared error {-reward:.3g}", flush=True)
 
     def save(self, state: dict) -> None:
-        self.state = state
+        errors(state, self.data, self.args)
 
 
 def regression(options: Options) -> None:
     """Meta-training by the file's `train`, then new actors that see K examples of a curve."""
     args = ours.Args(
-        env_id="SinusoidOrLine-v0", seed=options.seeds[0], iterations=10**9, meta_batch_size=100, window_size=10,
-        horizon=1, lifetime=3000, gamma=0.0, eval_every=10**9, eval_steps=1, eval_windows=1,
+        env_id="SinusoidOrLine-v0", seed=options.seeds[0], iterations=options.updates, meta_batch_size=100,
+        window_size=10, horizon=1, lifetime=3000, gamma=0.0, latent_size=options.latent_size, least_trace=4,
+        eval_every=-(-options.updates // 3), eval_steps=1, eval_windows=1,
     )  # fmt: skip
     data, N, generator = make_supervised(args.env_id, 1, 1), 100, Generator().manual_seed(args.seed)
     envs, fresh_envs, exams = (Curves(data, n, e) for n, e in ((N, args.lifetime), (N, 10**9), (10 * N, 1)))
@@ -422,13 +421,11 @@ def regression(options: Options) -> None:
     births = torch.arange(N) * args.lifetime // N
     envs.reset(seed=1, options={"tasks": data.sample_tasks(N, generator, "train"), "episode": births})
     state |= {"worlds": envs.save_worlds(), "generator": generator.get_state()}
-    clock = Clock(args, options.minutes)
-    with suppress(records.Stopped):
-        ours.train(envs, fresh_envs, exams, args, clock, state)
-    errors(clock.state, data, args, options.minutes)
+    ours.train(envs, fresh_envs, exams, args, Watch(args, data), state)
 
 
-def errors(state: dict, data, args: ours.Args, minutes: float) -> None:
+def errors(state: dict, data, args: ours.Args) -> None:
+    """Squared errors of new actors that see K examples, taught by the critic and fitted to the examples."""
     for shots in (4, 8):
         N, generator = args.meta_batch_size, Generator().manual_seed(7)
         tasks, worlds = data.sample_tasks(N, generator, "test"), Curves(data, N, 10**9)
@@ -436,9 +433,10 @@ def errors(state: dict, data, args: ours.Args, minutes: float) -> None:
         taught = scratch = ours.init_layers(N, (1, args.hidden_size, args.hidden_size, 1), generator)
         moments = own_moments = ours.fresh_moments(taught)
         _, window, _ = ours.play_window(worlds, obs, taught, shots, generator)
-        z_NZ, x, y = ours.encode(state["phi"], window.trace), window.obs, window.trace[..., 1:2]
+        z_NZ, x, y = ours.encode(state["phi"], window.trace), window.obs, window.trace[..., 1:]
         ((test_x, test_y),) = data.sample(tasks, (100,), generator)
-        line = {"shots": shots, "iterations": state["iteration"], "minutes": minutes, "seed": args.seed}
+        line = {"shots": shots, "iterations": state["iteration"], "encoder": "(x, y)", "least_trace": args.least_trace}
+        line |= {"latent_size": args.latent_size, "seed": args.seed}
 
         def loss(theta: dict, x=x, y=y) -> Tensor:
             return (ours.forward(theta, x) - y).square().mean((1, 2)).sum()

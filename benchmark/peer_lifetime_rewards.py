@@ -128,7 +128,7 @@ class Trajectory(NamedTuple):
 
     obs: Tensor  # [T + 1, O] the last one after the steps
     action: Tensor  # [T, 1]
-    x: Tensor  # [T, I] what it led to: observation (before any restart), extrinsic reward, episode's end
+    x: Tensor  # [T, I] observation, what the step led to (before any restart), extrinsic reward, episode's end
     reward: Tensor  # [T]
     over: list[bool]  # the episode ended
     died: list[bool]  # the lifetime ended
@@ -141,10 +141,12 @@ def collect(life: Life, args) -> Trajectory:
     like, alive, all_obs, rows = life.theta["w0"], True, [life.obs], []
     for _ in range(args.steps):
         action = draw(act(life.theta, torch.from_numpy(life.obs).to(like))[:-1])
+        before = life.obs
         life.obs, reward, ended, late, info = life.world.step(action)
         over, died = ended or late, alive and info["born"]
         all_obs.append(life.obs)
-        rows.append((action, np.append(info["final_obs"], (reward, over)), reward, over, died, alive))
+        x = np.concatenate([before, info["final_obs"], (reward, over)])
+        rows.append((action, x, reward, over, died, alive))
         alive = alive and not died
     action, x, reward, over, died, mask = zip(*rows, strict=True)
     obs, x = (torch.from_numpy(np.stack(values)).to(like) for values in (all_obs, x))

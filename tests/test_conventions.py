@@ -26,7 +26,7 @@ LONGEST |= {"in_context": 410}  # three encoders
 LONGEST |= {"maml_trpo": 515}  # five inner estimators, TRPO
 LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 566}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 506, "lirpg": 495}  # three networks and their losses; an update that is differentiated
-LONGEST |= {"varibad_ppo": 494}  # an auto-encoder beside PPO
+LONGEST |= {"varibad_ppo": 494, "meta_critic": 490}  # an auto-encoder beside PPO; a baseline of critics of their own
 COLUMNS = 110  # of a line in algos/
 DOC_COLUMNS = 120  # of a line in docs/ and README.md; tables and addresses may be longer
 PROCESSES = {"share", "gather", "in_any_process", "dist", "shard", "get_rank", "get_world_size"}
@@ -511,7 +511,7 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
         sizes.pop("B")  # of a batch, or of a context
     elif hasattr(traced.Args, "episodes_per_lifetime"):
         wanted |= {"episodes_per_lifetime": 3, "steps": 7, "unroll": 2, "policy_size": 19}
-        envs, sizes, init = PrimeLives(), {k: SIZES[k] for k in "NEOAP1"} | {"I": 13 + 2}, "init_lifetimes"
+        envs, sizes, init = PrimeLives(), {k: SIZES[k] for k in "NEOAP1"} | {"I": 13 + 13 + 2}, "init_lifetimes"
     elif hasattr(traced.Args, "reward_lr"):
         wanted |= {"num_worlds": 5, "rollout_steps": 7, "minibatches": 3, "epochs": 1}
         envs, sizes, init = PrimeStreams(), {k: SIZES[k] for k in "NTOAP1"}, "first_state"

@@ -142,7 +142,7 @@ def test_the_groups_are_those_of_the_headings(name, capsys, monkeypatch):
         ("rl2_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
         ("varibad_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
         ("lifetime_rewards", "task", "env_id episodes_per_lifetime horizon"),
-        ("meta_critic", "evaluation", "eval_steps eval_windows eval_episodes eval_every"),
+        ("meta_critic", "evaluation", "eval_steps eval_windows eval_episodes eval_greedy eval_every"),
         ("reptile_ppo", "algorithm", "meta_batch_size episodes_per_task hidden_size inner_lr inner_steps inner_epochs")
     ],
 )  # fmt: skip

@@ -121,7 +121,12 @@ RUNS = {
         f"--env-id CartPoleFixed-v0 {STREAMS}--no-normalize --no-normalize-advantages --entropy-coef 0.01",
         f"--env-id CartPoleFixed-v0 {STREAMS}--intrinsic-coef 0 --extrinsic-coef 1 --live-bonus 0.1",
     ],
-    "meta_critic": [POLES, f"{POLES}--td-lambda 1"],
+    "meta_critic": [
+        POLES,
+        f"{POLES}--td-lambda 1",
+        f"{POLES}--least-trace 3 --max-norm 0.5 --eval-greedy",
+        f"{POLES}--latent-size 0",
+    ],
     "dpt": [
         f"--env-id Bandit5-v0 {CONTEXTS}",
         f"--env-id TabularMDP-v0 --horizon 4 --policies 3 {CONTEXTS}",

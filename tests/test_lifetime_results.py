@@ -39,7 +39,7 @@ def test_lifetimes_are_those_of_the_algorithm(by):
 def test_the_count_based_bonus_counts_each_lifetime():
     cells = torch.tensor([[0, 1, 0], [2, 2, 2]])
     reward = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, -1.0]])
-    x = torch.cat([torch.eye(3)[cells], torch.zeros(2, 3, 2)], -1)
+    x = torch.cat([torch.eye(3)[cells.roll(1, -1)], torch.eye(3)[cells], torch.zeros(2, 3, 2)], -1)
     data = SimpleNamespace(x=x, reward=reward, died=torch.tensor([[0.0, 0, 0], [0, 0, 1]]))
     first, seen = benchmark.counting(0.3, data, None)
     root = [1, 2**-0.5, 3**-0.5]
@@ -48,6 +48,71 @@ def test_the_count_based_bonus_counts_each_lifetime():
     again, _ = benchmark.counting(0.3, data, seen)  # the first lifetime goes on, the second was another's
     expected = torch.tensor([[root[2], root[1], 4**-0.5], root])
     torch.testing.assert_close(again, reward + 0.3 * expected)
+
+
+def slow_guided(order, told, pull, rows, known):
+    """Bonuses of one lifetime's steps, (cell before, cell after, reward) each, and what it knows after them."""
+    corners, bonuses = {4: 0, 20: 1, 24: 2}, []
+    for before, after, reward in rows:
+        left = [k for k in order if k not in known]
+        wanted = told if told is not None else left[0] if left else max(known, key=known.get)
+        row, column = divmod({v: k for k, v in corners.items()}[wanted], 5)
+        distance = [abs(cell // 5 - row) + abs(cell % 5 - column) for cell in (before, after)]
+        if after in corners:
+            bonuses.append(1.0 if corners[after] == wanted else -1.0)
+            known = known | {corners[after]: reward}
+        else:
+            bonuses.append(pull * (distance[0] - distance[1]))
+    return bonuses, known
+
+
+@pytest.mark.parametrize("told", [None, 1])
+def test_the_hand_made_rewards_lead_to_one_object_after_another(told):
+    """Walks to random corners, with detours, against a few lines of Python for each; some lifetimes end on the way."""
+    number, pieces, length = 12, 12, 5
+    generator = Generator().manual_seed(0)
+    envs = Lifetimes(make("SymABC-v0", number, 9, discrete=True), 8)
+    tasks = benchmark.drawn("SymABC-v0", number, 3)
+    obs, _ = envs.reset(seed=0, options={"tasks": tasks})
+    given = None if told is None else torch.full((number,), told)
+    steps, memory, known = benchmark.shortest(benchmark.RandomABC), None, [{} for _ in range(number)]
+    order, learned, died = benchmark.tries("SymABC-v0"), 0, 0
+    for _ in range(pieces):
+        records, alive = [], torch.ones(number)
+        wishes = torch.stack([torch.randint(low, low + 2, (number,), generator=generator) for low in (0, 2)])
+        for _ in range(length):
+            wish = wishes.gather(0, torch.randint(2, (1, number), generator=generator))[0]
+            detour = torch.rand(number, generator=generator) < 0.15
+            action = torch.where(detour, torch.randint(4, (number,), generator=generator), wish)
+            after, reward, ended, late, info = envs.step(action)
+            x = torch.cat([obs, info["final_obs"], reward[:, None], (ended | late).float()[:, None]], 1)
+            records.append((x, reward, info["born"] * alive))
+            alive, obs = alive * ~info["born"], after
+        x, reward, dead = (torch.stack(part, 1) for part in zip(*records, strict=True))
+        data = SimpleNamespace(x=x, reward=reward, died=dead)
+        found, memory = benchmark.guided(order, given, steps, 0.25, data, memory)
+        for n in range(number):
+            cells = x[n, :, :25].argmax(-1).tolist(), x[n, :, 25:50].argmax(-1).tolist()
+            rows = list(zip(*cells, reward[n].tolist(), strict=True))
+            bonus, known[n] = slow_guided(order, told, 0.25, rows, known[n])
+            torch.testing.assert_close(found[n] - reward[n], torch.tensor(bonus))
+            learned += len(known[n]) == 3
+            died += int(dead[n].any())
+            known[n] = {} if dead[n].any() else known[n]
+    assert learned > 5
+    assert died > 3
+
+
+def test_ceilings_are_there_for_families_of_objects_alone(monkeypatch):
+    args = algorithm.Args(env_id="RandomABC-v0", **SIZE)
+    monkeypatch.setattr(benchmark, "tuned", lambda env_id, args, rewards: (args, 0.5))
+    tasks = benchmark.drawn("RandomABC-v0", 5, 3)
+    found = benchmark.ceilings("RandomABC-v0", tasks, args, 1)
+    names = [f"{name}, pull = 0.5, alpha = 1" for name in ("hand-made", "told the best", "told C")]
+    assert list(found) == names
+    assert all(returns.shape == in_a.shape == (5, 4) for returns, in_a in found.values())
+    assert list(benchmark.ceilings("SymABC-v0", tasks, args, 1)) == names[:2]
+    assert benchmark.ceilings("KeyBox-v0", None, args, 1) == benchmark.ceilings("EmptyRooms-v0", None, args, 1) == {}
 
 
 def test_shortest_ways_are_those_of_a_breadth_first_search():
@@ -65,6 +130,44 @@ def test_shortest_ways_are_those_of_a_breadth_first_search():
                     queue.append(there)
         for (row, column), expected in distance.items():
             assert steps[start, SIDE * row + column] == expected
+
+
+def test_ways_into_a_cell_come_from_its_neighbours():
+    table, ends = EmptyRooms(1)._table, torch.zeros(SIDE * SIDE, dtype=torch.bool)
+    ends[24] = True
+    start, to = benchmark.ways_in(table, ends)
+    found = set(zip(start.tolist(), to.tolist(), strict=True))
+    assert len(found) == len(start)
+    free = [(r, c) for r in range(SIDE) for c in range(SIDE) if ROOMS[r][c] != "#"]
+    near = {(SIDE * r + c, SIDE * x + y) for r, c in free for x, y in free if abs(r - x) + abs(c - y) == 1}
+    assert {pair for pair in found if ROOMS[pair[0] // SIDE][pair[0] % SIDE] != "#"} == {p for p in near if p[0] != 24}
+    assert 24 not in start.tolist()
+    assert 24 in to.tolist()
+
+
+@pytest.mark.parametrize(("task", "frames"), [(0, 6), (-1, 0)])
+def test_visits_are_drawn_on_one_scale(task, frames, tmp_path, monkeypatch):
+    """Of one goal, which is framed, or of many; each panel's squares are shares of all its visits."""
+    args = algorithm.Args(env_id="EmptyRooms-v0", **SIZE | {"horizon": 9, "episodes_per_lifetime": 30})
+    eta = algorithm.init_history(make(args.env_id, 1, 9, discrete=True), args, Generator().manual_seed(1))
+    monkeypatch.setattr(benchmark, "load", lambda _: (None, args, {"eta": eta}))
+    monkeypatch.setattr(benchmark, "IMAGES", tmp_path)
+    panels, scales, framed, paint = [], set(), [], benchmark.paint
+
+    def painted(axes, values, marked, family, colours, *scale):
+        panels.append(values)
+        scales.add(scale)
+        framed.extend(marked)
+        return paint(axes, values, marked, family, colours, *scale)
+
+    monkeypatch.setattr(benchmark, "paint", painted)
+    benchmark.visits(benchmark.Options("visits", ("run",), task=task))
+    assert [*tmp_path.glob("*.png")]
+    assert scales == {(0, max(float(x.max()) for x in panels))}
+    assert [float(x.square().sum()) for x in panels] == pytest.approx([1.0] * 6, abs=1e-5)
+    assert len(framed) == frames
+    with pytest.raises(SystemExit, match="--task -1"):
+        benchmark.rewards(benchmark.Options("rewards", ("run",), task=-1))
 
 
 def test_the_explorer_tries_and_then_takes_the_best():

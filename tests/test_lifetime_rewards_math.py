@@ -66,7 +66,7 @@ def example(seed=0, args=ARGS):
             died[n, t] = max(died[n, t], where == k)
         mask[:, 1:] = 1 - died.cumsum(1)[:, :-1]
         reward, final = scale * draw(N, T), torch.cat([obs[:, 1:], end[:, None]], 1) + over[..., None] * draw(N, T, O)
-        x = torch.cat([final, reward[..., None], over[..., None]], -1)
+        x = torch.cat([obs, final, reward[..., None], over[..., None]], -1)
         newborn = noisy(lives.init_policies(SPACES, args, generator), generator) if died.any() else {}
         action = torch.randint(A, (N, T), generator=generator)
         data = Trajectory(
@@ -422,7 +422,7 @@ def test_the_bootstrap_is_no_target_to_move():
 
 def test_the_memory_is_torchs_lstm():
     eta, _, _, memory, window = example()
-    module = torch.nn.LSTM(O + 2, ARGS.hidden_size, batch_first=True)
+    module = torch.nn.LSTM(2 * O + 2, ARGS.hidden_size, batch_first=True)
     names = {"weight_ih_l0": "w_x", "weight_hh_l0": "w_h", "bias_ih_l0": "b_x", "bias_hh_l0": "b_h"}
     module.load_state_dict({theirs: eta[ours] for theirs, ours in names.items()})
     for data in window:
@@ -480,7 +480,7 @@ def test_the_update_against_one_optimizer_per_policy():
     lengths = []
     for data in window:
         reward = data.reward + 0.1
-        stepped = lives.update_policies(theta, data, reward, ARGS)
+        stepped, _ = lives.update_policies(theta, data, reward, ARGS)
         for n in range(N):
             own, base = ({name: x[n].clone() for name, x in theta.items()} for _ in range(2))
             if data.died[n].any():
@@ -505,7 +505,7 @@ def test_policies_learn_from_their_own_lifetimes_only():
     data, n = window[1], 1
     one = (torch.arange(N) == n).double()
     other = data._replace(obs=data.obs + one[:, None, None], obs_after=data.obs_after + one[:, None])
-    before, after = (lives.update_policies(theta, each, each.reward, ARGS) for each in (data, other))
+    before, after = (lives.update_policies(theta, each, each.reward, ARGS)[0] for each in (data, other))
     for name, x in before.items():
         assert torch.equal(x[one == 0], after[name][one == 0])
         assert not torch.equal(x[n], after[name][n])
@@ -517,7 +517,7 @@ def test_the_return_of_the_learned_reward_stops_with_the_episode():
     data = window[0]
     early = data._replace(mask=(torch.arange(T) < 2).double().expand(N, T))  # judge the first two steps alone
     late = 5.0 * (torch.arange(T) >= 2)
-    before, after = (lives.update_policies(theta, early, data.reward + more, ARGS) for more in (0, late))
+    before, after = (lives.update_policies(theta, early, data.reward + more, ARGS)[0] for more in (0, late))
     assert all(torch.equal(x[1], after[name][1]) for name, x in before.items())
     assert not torch.equal(before["w1"][0], after["w1"][0])
 
@@ -531,7 +531,9 @@ def test_entropy_is_sought_and_good_actions_become_likelier():
         log_prob = lives.policies(theta, data.obs)[0]
         return -(log_prob.exp() * log_prob).sum(-1).mean(1)
 
-    less, more = (lives.update_policies(theta, data, data.reward, replace(args, entropy_coef=c)) for c in (0.0, 10.0))
+    less, more = (
+        lives.update_policies(theta, data, data.reward, replace(args, entropy_coef=c))[0] for c in (0.0, 10.0)
+    )
     assert (entropy(more) > entropy(less)).all()
     assert (entropy(more) > entropy(theta)).all()
     paid = (data.action == 1).double()
@@ -539,7 +541,7 @@ def test_entropy_is_sought_and_good_actions_become_likelier():
     indifferent = {name: x.clone() for name, x in theta.items()}
     indifferent["w1"][..., -1] = 0
     indifferent["b1"][..., -1] = 0.5  # half of them are paid
-    stepped = lives.update_policies(indifferent, data, paid, args)
+    stepped, _ = lives.update_policies(indifferent, data, paid, args)
     likelier = lives.policies(stepped, data.obs)[0][..., 1].mean(1) > lives.policies(indifferent, data.obs)[0][
         ..., 1
     ].mean(1)
@@ -621,7 +623,8 @@ def test_play_against_single_worlds():
                 scores = slow_policy(own, world.obs())[0] - torch.log(-torch.log(uniform[t, n]))
                 assert data.action[n, t] == scores.argmax()
                 next_obs, reward, over, number_now, died = world.step(int(data.action[n, t]))
-                close(data.x[n, t], torch.cat([next_obs, torch.tensor([reward, float(over)])]), 1e-6)
+                outcome = torch.tensor([reward, float(over)])
+                close(data.x[n, t], torch.cat([data.obs[n, t], next_obs, outcome]), 1e-6)
                 close(float(data.reward[n, t]), reward, 1e-6)
                 assert (data.over[n, t], data.mask[n, t]) == (over, alive[n])
                 assert data.died[n, t] == (died and alive[n])
@@ -697,7 +700,7 @@ def test_nobody_sees_the_hidden_task():
     first = [int(row.nonzero()[0]) if row.any() else args.steps for row in differs]
     assert sum(0 < t < args.steps for t in first) > 10
     assert near.obs.shape[-1] == 121
-    assert near.x.shape[-1] == 123
+    assert near.x.shape[-1] == 244
     for n, t in enumerate(first):
         for before in ("obs", "action"):  # of the step itself, too: it is the outcome that differs
             assert torch.equal(getattr(near, before)[n, : t + 1], getattr(far, before)[n, : t + 1])
@@ -742,7 +745,7 @@ def slow_whole_lifetimes(tasks, eta, args, generator):
                 action.append(int((slow_policy(thetas[n], obs[-1])[0] + gumbel[t, n]).argmax()))
                 next_obs, reward, over, episode, died = single[n].step(action[-1])
                 returns[n, episode] += reward
-                x = torch.cat([next_obs, torch.tensor([reward, float(over)])])
+                x = torch.cat([obs[-1], next_obs, torch.tensor([reward, float(over)])])
                 memory[n] = slow_cell(eta, x, *memory[n]) if eta else memory[n]
                 rewards.append(reward + (torch.tanh(slow_number(eta, memory[n][0])) if eta else torch.tensor(0.0)))
                 ends.append(over)
@@ -857,7 +860,7 @@ def test_the_gradient_over_a_whole_lifetime_is_not_truncated():
         for _ in range(args.unroll):
             data = lives.play(envs, obs, theta, args, generator)
             reward, memory = lives.learned_reward(eta, data, memory)
-            theta, obs = lives.update_policies(theta, data, reward, args), data.obs_after
+            theta, obs = lives.update_policies(theta, data, reward, args)[0], data.obs_after
             window.append(data)
     _, advantage, _ = lives.value_loss(phi, window, nothing, args)
     deaths = torch.cat([data.died for data in window], 1)

@@ -2,6 +2,7 @@
 form, central differences through the real update, a plain PPO with torch's Adam, and loops over worlds and steps."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,11 +229,27 @@ def test_the_meta_gradient_against_central_differences(kind, flags, long):
 
 
 @each_kind
-def test_a_reward_that_the_policy_ignores_has_no_gradient(kind):
-    args, state, batch, _ = example(kind, intrinsic_coef=0.0)
-    inputs = state["eta"], state["theta"], state["theta_adam"], batch, ROWS, args
-    gradient, *_ = slope_of(*inputs)
-    assert all((x.abs().max() == 0) == name.startswith("reward") for name, x in gradient.items())
+def test_work_for_a_coefficient_of_0_is_not_done(kind, monkeypatch):
+    """Without the learned reward, neither it nor L_ex nor a second derivative is computed; without an entropy bonus, no
+    entropy. What remains is the step of the formulas with these terms times 0."""
+    args, state, batch, done = example(kind, intrinsic_coef=0.0, entropy_coef=0.0)
+    expected = slow_step(state["eta"], state, batch, done, ROWS, args)[0].detach()
+
+    def unwanted(*_, **__):
+        raise AssertionError("this is not needed")
+
+    for name in ("intrinsic_reward", "extrinsic_loss"):
+        monkeypatch.setattr(lirpg, name, unwanted)
+    for family in (lirpg.Categorical, lirpg.Independent):
+        monkeypatch.setattr(family, "entropy", unwanted)
+    theta, _ = lirpg.policy_step(state["eta"], state["theta"], state["theta_adam"], batch, ROWS, args)
+    close(flat(theta), expected)
+    assert not flat(theta).requires_grad
+    lirpg.learn_from(batch, state, args, seeded(3))
+    with pytest.raises(AssertionError, match="not needed"):  # the spies are where they should be
+        lirpg.learn_from(batch, state, replace(args, entropy_coef=0.1), seeded(3))
+    with pytest.raises(AssertionError, match="not needed"):
+        lirpg.learn_from(batch, state, replace(args, intrinsic_coef=0.1), seeded(3))
 
 
 @each_kind

@@ -50,6 +50,12 @@ def test_settings_that_are_not_the_usual_ones_are_in_the_name():
     assert study.label(args) == "lirpg"
     assert study.label(args | {"delay": 40, "minibatches": 32, "intrinsic_coef": 0.0}) == "ppo_delay40_minibatches32"
     assert study.label(args | {"intrinsic_coef": 0.0, "extrinsic_coef": 1.0, "live_bonus": 0.02}) == "bonus"
+    assert study.label(args | {"live_bonus": 0.02}) == "lirpg_bonus"
+    assert study.label(args | {"live_bonus": 0.02, "minibatches": 8}) == "lirpg_bonus_minibatches8"
+    for name, flags in study.WAYS.items():  # what `mujoco` makes is kept under its own name, and has one in the legend
+        given = study.tyro.cli(lirpg.Args, args=["--env-id", "HopperForward-v0", *flags])
+        assert study.label(vars(given)) == name
+        assert name in study.LABELS
 
 
 def test_the_table_is_the_mean_of_the_last_fifth(monkeypatch, capsys):

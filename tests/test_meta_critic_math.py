@@ -230,7 +230,7 @@ def test_the_actors_gradient_against_central_differences(count, choose):
     check_gradient(gradient, lambda theta: slow_actor_loss(theta, phi, window, z, choose), theta)
 
 
-@pytest.mark.parametrize(("count", "latent"), [(1, Z), (N, 0)])
+@pytest.mark.parametrize(("count", "latent"), [(1, Z), (1, 0), (N, 0)])
 def test_the_critics_gradient_against_central_differences(count, latent):
     """Of phi and omega through z; the targets are given."""
     args, window, trace = make_args(), make_window(), make_window(1).trace
@@ -292,6 +292,52 @@ def test_adam_of_the_meta_critic_against_torch():
     close(phi, theirs, 1e-7)
 
 
+@pytest.mark.parametrize(("count", "latent"), [(1, Z), (1, 0), (N, 0)])
+def test_gradients_are_shortened_as_torch_would_each_networks(count, latent):
+    """A critic's with its encoder's, as one; N critics' one by one, some long and some short."""
+    phi = make_critics(make_args(), count, latent)
+    size = torch.tensor([1.0, 0.01, 2.0, 0.02])[:count]
+    gradient = {
+        name: torch.randn(x.shape, generator=seeded(i)) * (size.view(-1, *[1] * (x.ndim - 1)) if count > 1 else 1)
+        for i, (name, x) in enumerate(phi.items())
+    }
+    found = ours.shortened(gradient, 0.5)
+    clipped = []
+    for i in range(count):
+        leaves = [torch.nn.Parameter(x[i] if count > 1 else x) for x in phi.values()]
+        for leaf, g in zip(leaves, gradient.values(), strict=True):
+            leaf.grad = (g[i] if count > 1 else g).clone()
+        clipped.append(float(torch.nn.utils.clip_grad_norm_(leaves, 0.5)) > 0.5)
+        for leaf, g in zip(leaves, found.values(), strict=True):
+            close(g[i] if count > 1 else g, leaf.grad, 1e-12)
+    assert clipped == ([True, False, True, False] if count > 1 else [True])
+    assert ours.shortened(gradient, 0.0) is gradient
+
+
+def test_an_update_shortens_both_gradients(monkeypatch):
+    args, window = make_args(), make_window()
+    plain, _ = gradients_of(monkeypatch, make_state(args), window, args, **rates(0.5, 0.25))
+    args = make_args(max_norm=0.01)
+    short, _ = gradients_of(monkeypatch, make_state(args), window, args, **rates(0.5, 0.25))
+    for (long, _), (found, _), networks in zip(plain, short, (N, 1), strict=True):
+        close(found, ours.shortened(long, 0.01), 1e-12)
+        norms = sum(x.square().reshape(networks, -1).sum(1) for x in found.values()).sqrt()
+        assert norms.max() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_traces_are_read_from_a_step_drawn():
+    trace = make_window().trace
+    assert ours.recent(trace, make_args(), None) is trace
+    generator, lengths = seeded(0), []
+    for _ in range(600):
+        part = ours.recent(trace, make_args(least_trace=3), generator)
+        lengths.append(part.shape[1])
+        close(part, trace[:, T - lengths[-1] :], 0)
+    count = torch.bincount(torch.tensor(lengths), minlength=T + 1)
+    assert count[:3].sum() == 0
+    assert ((count[3:] - 150) ** 2 / 150.0).sum() < 16.3  # 0.1 % of chi-square, 3 degrees of freedom
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # An update
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +361,7 @@ def gradients_of(monkeypatch, *given, **rates):
     return seen, loss
 
 
-@pytest.mark.parametrize(("count", "latent"), [(1, Z), (N, 0)])
+@pytest.mark.parametrize(("count", "latent"), [(1, Z), (1, 0), (N, 0)])
 def test_an_update_takes_the_gradients_that_it_should(monkeypatch, count, latent):
     """z is of the window before; the actors do not move z or phi, targets do not move anything."""
     args, window = make_args(), make_window()
@@ -363,7 +409,7 @@ def test_a_frozen_meta_critic_stays_as_it_is():
     assert all((state["theta"][name] != theta[name]).any() for name in theta)
 
 
-@pytest.mark.parametrize(("count", "latent"), [(1, Z), (N, 0)])
+@pytest.mark.parametrize(("count", "latent"), [(1, Z), (1, 0), (N, 0)])
 def test_actors_and_own_critics_of_different_worlds_are_independent(count, latent):
     args, window = make_args(), make_window()
     states = [make_state(args, count, latent) for _ in range(2)]
@@ -443,6 +489,28 @@ def test_choices_are_drawn_from_the_softmax():
     assert len(window.action.argmax(-1)[:500].unique(dim=0)) > 400  # each world draws for itself
 
 
+def test_greedy_actors_take_their_likeliest_choice():
+    args = make_args(horizon=30)
+    envs, _, exams = make_worlds(args)
+    theta = make_actors(args)
+    obs, _ = envs.reset(seed=3, options={"tasks": torch.ones(N, 1)})
+    _, window, _ = ours.play_window(envs, obs, theta, 20, seeded(1), greedy=True)
+    likeliest = ours.forward(theta, window.obs).argmax(-1)
+    assert torch.equal(window.action.argmax(-1), likeliest)
+    _, window, _ = ours.play_window(envs, obs, theta, 20, seeded(1))
+    assert not torch.equal(window.action.argmax(-1), ours.forward(theta, window.obs).argmax(-1))
+    tasks, indifferent = torch.ones(N, 1), pushing(args)
+    indifferent["b2"][:] = torch.tensor([0.0, 0.1])  # nearly even: drawn, it pushes to both sides; greedily, to one
+    certain = pushing(args)
+    certain["b2"][:] = torch.tensor([0.0, 1000.0])
+    drawn, greedy, right = (
+        ours.examine(exams, tasks, x, make_args(horizon=30, eval_greedy=how), seeded(5))
+        for x, how in ((indifferent, False), (indifferent, True), (certain, False))
+    )
+    close(greedy, right, 0)
+    assert (drawn > greedy).all()
+
+
 def test_the_mask_ends_with_a_lifetime():
     args = make_args(window_size=20, horizon=6, lifetime=2)
     envs = make_worlds(args)[0]
@@ -489,8 +557,8 @@ def test_births_and_nothing_else_renew_actors(monkeypatch):
     worlds, state = start(args)
     births, play = [], ours.play_window
 
-    def watched(envs, *rest):
-        result = play(envs, *rest)
+    def watched(envs, *rest, **named):
+        result = play(envs, *rest, **named)
         if envs is worlds[0]:
             births.append(result[2])
         return result
@@ -619,9 +687,16 @@ def test_curves_as_worlds():
         close(again[:2], (new_x, reward), 0)
         x = new_x
     _, window, _ = ours.play_window(envs, x, make_actors(make_args(), 1, inputs=1), 4, seeded(0))
-    close(window.trace, torch.cat([window.obs, window.trace[..., 1:2], window.reward[..., None]], -1))
-    close(-((window.action - window.trace[..., 1:2])[..., 0] ** 2), window.reward)
-    assert (window.action != window.trace[..., 1:2]).all()
+    question, answer = window.trace.split(1, -1)  # (x, y) and nothing of the actor, neither answer nor error
+    close(question, window.obs)
+    close(-((window.action - answer)[..., 0] ** 2), window.reward)
+    assert (window.action != answer).all()
+    other = ours.play_window(envs, envs.load_worlds(saved), make_actors(make_args(), 1, seed=9, inputs=1), 4, seeded(0))
+    same = ours.play_window(envs, envs.load_worlds(saved), make_actors(make_args(), 1, inputs=1), 4, seeded(0))
+    close(other[1].trace, same[1].trace, 0)
+    assert (other[1].reward != same[1].reward).all()
+    encoder = ours.init_critics(envs, 1, Z, make_args(), seeded(0))
+    assert ours.encode(encoder, window.trace).shape == (N, Z)
 
 
 def test_first_reach():

@@ -557,7 +557,7 @@ WRONG = {
     ],
     "meta_critic": [
         ("--td-lambda", "1.1"), ("--gamma", "-1"), ("--critic-lr", "0"), ("--own-critic-lr", "nan"),
-        ("--lifetime", "0"), ("--window-size", "0"), ("--latent-size", "0"), ("--eval-windows", "0"),
+        ("--lifetime", "0"), ("--window-size", "0"), ("--latent-size", "-1"), ("--eval-windows", "0"),
         ("--eval-episodes", "-1"),
     ],
 }  # fmt: skip
