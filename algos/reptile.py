@@ -181,6 +181,11 @@ def loss(params: Params, x_BX: Tensor, y_BY: Tensor) -> Tensor:
     return (output_BY - y_BY).square().mean()
 
 
+def no_moments(theta: Params) -> Moments:
+    """Those before the first step."""
+    return Moments(second_moment={name: torch.zeros_like(value) for name, value in theta.items()}, steps=0)
+
+
 def fit(theta: Params, moments: Moments, batches: list[Examples], args: Args) -> tuple[list[Params], Params]:
     """U^k: the weights before and after each step of training on one task, a step on each minibatch; and then v.
 
@@ -295,8 +300,8 @@ def main(argv: list[str] | None = None) -> None:
             raise records.refusal(f"--shots {args.shots} --eval-queries {args.eval_queries}: {hint}")
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
-    moments = Moments(second_moment={name: torch.zeros_like(x) for name, x in theta.items()}, steps=0)
-    fresh = {"theta": theta, "moments": moments._asdict(), "generator": generator.get_state()}
+    moments = no_moments(theta)._asdict()
+    fresh = {"theta": theta, "moments": moments, "generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, tasks.device, evaluates=("theta", "moments"))
 
     def examine() -> dict:
