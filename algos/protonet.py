@@ -55,7 +55,7 @@ class Args:
     """seed of everything but the test set: parameters, tasks, examples"""
     iterations: int = 5000
     """meta-updates"""
-    meta_batch_size: int = 4
+    meta_batch_size: int = 1
     """tasks per meta-update (N); 1 in the paper's code"""
     ways: int = 5
     """classes of a test task (paper: 5 and 20)"""
