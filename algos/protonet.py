@@ -222,7 +222,8 @@ def train(tasks, args: Args, run, state: dict) -> None:
             value.grad = gradient[name]
         optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** ((iteration - 1) // args.halve_every)
         optimizer.step()  # [6]
-        state["env_steps"] += sum(x_NBX.shape[0] * x_NBX.shape[1] for x_NBX, _ in (support, query))  # examples
+        sets = support, query
+        state["env_steps"] += sum(x_NBX.shape[0] * x_NBX.shape[1] for x_NBX, _ in sets)  # examples seen
         state.update(theta=theta, optimizer=optimizer.state_dict(), generator=generator.get_state())
         run.end_iteration(state, stats, evaluate=lambda: evaluate(tasks, state["theta"], args))
 

@@ -187,22 +187,20 @@ def no_moments(theta: Params) -> Moments:
 
 
 def fit(theta: Params, moments: Moments, batches: list[Examples], args: Args) -> tuple[list[Params], Params]:
-    """U^k: the weights before and after each step of training on one task, a step on each minibatch; and then v.
+    """U^k: the weights before and after each step on one task's minibatches, one on each; and the last v.
 
     Adam has beta1 = 0: a step is the gradient over the root of its second moment, a running mean of squares.
-    That starts at 0 and is too small at first; 1 - beta2^step makes up for it, as in Adam's paper. `moments` are
-    those of earlier tasks: the sizes of gradients tell more of the network than of the task.
+    That starts at 0 and is too small at first; 1 - beta2^step makes up for it, as in Adam's paper. It goes on
+    from task to task: the sizes of gradients tell more of the network than of the task.
     """
     beta2 = 0.999
     path = [theta]
-    second_moment, steps_before = moments
-    for step, (x_BX, y_BY) in enumerate(batches, start=steps_before + 1):
+    second_moment = dict(moments.second_moment)
+    for step, (x_BX, y_BY) in enumerate(batches, start=moments.steps + 1):
         direction = grad(loss)(path[-1], x_BX, y_BY)
         if args.inner_optimizer == "adam":
-            second_moment = {
-                name: beta2 * second_moment[name] + 0.001 * gradient.square() for name, gradient in direction.items()
-            }
             for name, gradient in direction.items():
+                second_moment[name] = beta2 * second_moment[name] + 0.001 * gradient.square()
                 direction[name] = gradient / ((second_moment[name] / (1 - beta2**step)).sqrt() + 1e-8)
         path.append({name: x - args.inner_lr * direction[name] for name, x in path[-1].items()})  # [2]
     return path, second_moment
@@ -211,7 +209,7 @@ def fit(theta: Params, moments: Moments, batches: list[Examples], args: Args) ->
 def reptile_gradient(
     theta: Params, moments: Moments, batches: list[Examples], args: Args
 ) -> tuple[Params, Moments, Tensor]:
-    """theta - mean_i phi_i, the moments with which to go on, and the mean loss of the last minibatches at phi_i."""
+    """theta - mean_i phi_i, the moments to go on with, and the mean loss of the last minibatches at phi_i."""
 
     def last(batches: list[Examples]) -> tuple[Params, Params]:
         path, second_moment = fit(theta, moments, batches, args)
