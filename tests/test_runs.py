@@ -158,7 +158,7 @@ def test_folder_and_metrics(name):
     assert start["iteration"] == 0
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
     assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
-    (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
+    (what,) = {key[5:-3] for key in rows(folder)[-1] if re.fullmatch(r"test/\w+_k\d", key)}
     assert {f"test/{what}_k{k}" for k in range(2 if name in ("mbmpo", "lirpg") else 3)} | {
         f"train/{what}_post",
         "test/gain_ci95",
