@@ -5,7 +5,8 @@ Run: python algos/reptile.py                        sinusoids; --help explains e
      python algos/reptile.py --env-id Glyphs-v0     5-way 1-shot characters, drawn on the spot
      python algos/reptile.py --env-id Omniglot-v0 --data DIR    the real ones
 Result: sinusoid, 10 shots: MSE 0.60, 0.14, 0.11 after 1, 10, 50 steps (maml.py: 0.42, 0.14 after 1, 10).
-    Glyphs, 5-way 1-shot: 81.5 % (maml.py: 93.8 %; papers, on Omniglot: Reptile 97.7 %, MAML 98.7 %)
+    Omniglot, 5-way 1-shot: 87.8 % after 750 meta-updates (paper: 97.7 % after 100,000). Glyphs: 81.5 %, with
+    moments new for each task (maml.py: 93.8 %)
 Algorithm:
     [1] repeat: draw N tasks, and k disjoint minibatches of each
     [2]     phi_i = U^k(theta): k steps of SGD, or of Adam with beta1 = 0, one on each minibatch
