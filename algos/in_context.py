@@ -82,6 +82,8 @@ class Args:
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 600
     """test tasks of an evaluation"""
+    eval_split: Literal["test", "valid"] = "test"
+    """classes of an evaluation; valid, of images only: others than the test's, to choose step sizes by"""
     cuda: bool = False
     """everything on the GPU"""
     resume: str = ""
@@ -354,6 +356,7 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
     name = "accuracy" if tasks.is_classification else "loss"
     stats = {f"test/{name}_k{k}": result_N for k, result_N in enumerate(result_NK.unbind(1))}
     # A run logs means, and of names that end in ci95 half the width of a 95 % interval over different tasks.
+    stats |= {f"{key}_ci95": (result_N, test_tasks) for key, result_N in stats.items()}
     stats["test/ci95"] = result_NK[:, -1], test_tasks
     stats["test/gain_ci95"] = result_NK[:, -1] - result_NK[:, 0], test_tasks
     return stats
@@ -388,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm, fixed=("sequential",))
-    tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
+    tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda, args.eval_split)
     generator = Generator().manual_seed(args.seed)
     theta = init_reader(tasks, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}

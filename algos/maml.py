@@ -72,6 +72,8 @@ class Args:
     """iterations from one evaluation and checkpoint to the next"""
     eval_tasks: int = 600
     """test tasks of an evaluation; 600 in MAML's paper"""
+    eval_split: Literal["test", "valid"] = "test"
+    """classes of an evaluation; valid, of images only: others than the test's, to choose step sizes by"""
     eval_steps: int = 10
     """inner steps of an evaluation; 10 for curves, 3 for images in MAML's paper"""
     transductive: bool = True
@@ -202,16 +204,17 @@ def evaluate(tasks, theta: Params, args: Args) -> dict:
 
     def learn_one_task(support: Examples, query: Examples) -> Tensor:
         params = theta
-        results = []
-        for _ in range(args.eval_steps + 1):
-            results.append(accuracy_or_error(params, support, query, args))
+        results = [accuracy_or_error(params, support, query, args)]
+        for _ in range(args.eval_steps):
             params = inner_loop(params, support, 1, args)
+            results.append(accuracy_or_error(params, support, query, args))
         return torch.stack(results)
 
     result_NK = vmap(learn_one_task, chunk_size=50)(support, query)  # [7]
     name = "accuracy" if tasks.is_classification else "loss"
     stats = {f"test/{name}_k{k}": result_N for k, result_N in enumerate(result_NK.unbind(1))}
     # A run logs means, and of names that end in ci95 half the width of a 95 % interval over different tasks.
+    stats |= {f"{key}_ci95": (result_N, test_tasks) for key, result_N in stats.items()}
     stats["test/ci95"] = result_NK[:, -1], test_tasks
     stats["test/gain_ci95"] = result_NK[:, -1] - result_NK[:, 0], test_tasks
     return stats
@@ -247,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
 
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
-    tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda)
+    tasks = make_supervised(args.env_id, args.ways, 2 * args.shots, args.data, args.cuda, args.eval_split)
     generator = Generator().manual_seed(args.seed)
     theta = init_params(tasks, args, generator)
     fresh = {"theta": theta, "generator": generator.get_state()}

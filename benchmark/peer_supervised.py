@@ -86,12 +86,15 @@ def maml(theta: Params, support: Examples, query: Examples, args, first_order=Fa
     return result(theta, torch.autograd.grad(total / tasks, list(theta.values())), total, tasks)
 
 
-def reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tensor]:
+def reptile(theta: Params, moments, batches: list[Examples], args) -> tuple[Params, Tensor]:
     tasks, total, sums = len(batches[0][0]), 0.0, [torch.zeros_like(value) for value in theta.values()]
     for i in range(tasks):
         net = Net(theta)
         if args.inner_optimizer == "adam":
             optimizer = torch.optim.Adam(net.parameters(), args.inner_lr, betas=(0.0, 0.999))
+            for value, squares in zip(net.parameters(), moments.second_moment.values(), strict=True):
+                memory = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": squares.clone()}
+                optimizer.state[value] = {"step": torch.tensor(float(moments.steps)), **memory}
         else:
             optimizer = torch.optim.SGD(net.parameters(), args.inner_lr)
         for x, y in batches:
@@ -224,7 +227,8 @@ def torchopt_fomaml(theta: Params, support: Examples, query: Examples, args) -> 
     return result(theta, torch.autograd.grad(total / tasks, leaves), total, tasks)
 
 
-def torchopt_reptile(theta: Params, batches: list[Examples], args) -> tuple[Params, Tensor]:
+def torchopt_reptile(theta: Params, moments, batches: list[Examples], args) -> tuple[Params, Tensor]:
+    """With torchopt's Adam as it begins, whatever `moments` are: the same work, and the same steps at the start."""
     adam = args.inner_optimizer == "adam"
     optimizer = torchopt.adam(args.inner_lr, betas=(0.0, 0.999)) if adam else torchopt.sgd(args.inner_lr)
     tasks, total, sums = len(batches[0][0]), 0.0, [torch.zeros_like(value) for value in theta.values()]

@@ -60,6 +60,8 @@ def measure(name: str, algorithm, args, watch) -> None:
 
     setattr(algorithm, GRADIENTS[name], in_turn)
     fresh = {"theta": theta, "generator": generator.get_state()}
+    if name == "reptile":
+        fresh["moments"] = algorithm.no_moments(theta)._asdict()
     state = first_state(args, name, fresh, {}, tasks.device)
     algorithm.train(tasks, args, watch, state)
 

@@ -11,6 +11,7 @@ prints what it wrote. Runs on glyphs are made with the files themselves (docs/ma
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ def trained(name: str, **flags):
     record = Record(args)
     tasks, generator, theta = initial(module, args)
     state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "theta": theta, "generator": generator.get_state()}
+    if name == "reptile":
+        state["moments"] = module.no_moments(theta)._asdict()
     module.train(tasks, args, record, state)
     return module, args, tasks, state["theta"], record.rows
 
@@ -85,6 +88,12 @@ def pretrained(args):
     return theta
 
 
+def evaluated(module, tasks, theta, args) -> dict:
+    """The module's evaluation; Reptile's fine-tuning is by SGD here, which takes no moments."""
+    moments = [module.no_moments(theta)] if hasattr(module, "no_moments") else []
+    return module.evaluate(tasks, theta, *moments, args)
+
+
 def write(name: str, result: dict) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = f"python benchmark/supervised.py {' '.join(sys.argv[1:])}"
@@ -93,7 +102,7 @@ def write(name: str, result: dict) -> None:
 
 
 def scores(stats: dict) -> list[float]:
-    return [round(value, 4) for name, value in stats.items() if "loss_k" in name]
+    return [round(value, 4) for name, value in stats.items() if re.search(r"_k\d+$", name)]
 
 
 def sinusoid(options: Options) -> None:
@@ -103,9 +112,9 @@ def sinusoid(options: Options) -> None:
     thetas, curves = {}, {}
 
     def measure(name: str, module, args, **shown) -> None:
-        stats = summarise(module.evaluate(tasks, thetas[name], args))
-        first = summarise(module.evaluate(tasks, thetas[name], replace(args, eval_steps=1)))["test/ci95"]
-        curves[name] = {**shown, "loss": scores(stats), "ci95 after 1": first, "ci95 after all": stats["test/ci95"]}
+        stats = summarise(evaluated(module, tasks, thetas[name], args))
+        widths = {"ci95 after 1": stats["test/loss_k1_ci95"], "ci95 after all": stats["test/ci95"]}
+        curves[name] = {**shown, "loss": scores(stats), **widths}
 
     for name, steps in (("reptile", 50), ("fomaml", 10), ("maml", 10)):
         module, args, tasks, thetas[name], _ = trained(name, **flags)
@@ -114,7 +123,9 @@ def sinusoid(options: Options) -> None:
     thetas["pretrained"], thetas["random"] = pretrained(args), initial(module, args)[2]
     for name in ("pretrained", "random"):  # fine-tuned with the step size that suits them best
         rates = {lr: replace(args, inner_lr=lr) for lr in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)}
-        best = min(rates, key=lambda lr: float(module.evaluate(tasks, thetas[name], rates[lr])["test/loss_k10"].mean()))
+        best = min(
+            rates, key=lambda lr: float(evaluated(module, tasks, thetas[name], rates[lr])["test/loss_k10"].mean())
+        )
         measure(name, module, rates[best], inner_lr=best)
     write(f"sinusoid_{options.shots}shot", curves)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -184,13 +195,16 @@ def mixtures(options: Options) -> None:
         flags = {"eval_tasks": options.tasks // 2, "eval_steps": 10, "seed": options.seed}
         args = reptile.Args(inner_steps=len(weights), outer_lr=0.25, **flags)
         tasks, generator, theta = initial(reptile, args)
+        moments = reptile.no_moments(theta)  # SGD takes none
         losses = []
         for iteration in range(iterations + 1):
             if iteration % (iterations // 10) == 0:
-                losses.append(round(float(reptile.evaluate(tasks, theta, args)["test/loss_k10"].mean()), 4))
+                stats = evaluated(reptile, tasks, theta, args)
+                losses.append(round(float(stats["test/loss_k10"].mean()), 4))
             batch = tasks.sample_tasks(args.meta_batch_size, generator, "train")
             batches = tasks.sample(batch, (args.inner_shots,) * args.inner_steps, generator)
-            path = vmap(lambda batches, theta=theta, args=args: reptile.fit(theta, batches, args))(batches)
+            fit = vmap(reptile.fit, in_dims=(None, None, 0, None), out_dims=(0, None))
+            path, _ = fit(theta, moments, batches, args)
             for weight, before, after in zip(weights, path, path[1:], strict=False):
                 steps = {name: (after[name] - before[name]).mean(0) for name in theta}  # - alpha g_i
                 theta = {name: value + args.outer_lr * weight * steps[name] for name, value in theta.items()}

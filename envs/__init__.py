@@ -282,7 +282,9 @@ def imagine(envs: ScaleActions, num_envs: int) -> Imagined:
         raise refusal(f"--env-id: {error}") from None
 
 
-def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False) -> SupervisedTasks:
+def make_supervised(
+    env_id: str, ways: int, drawings: int, data: str = "", cuda: bool = False, split: str = "test"
+) -> SupervisedTasks:
     """A family of supervised tasks; what cannot be made is one clear line.
 
     Args:
@@ -291,6 +293,7 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
         drawings: pictures of each class that one task takes, support and queries together.
         data: Omniglot's folder.
         cuda: whether tasks and examples live on the GPU.
+        split: what evaluations draw from, "test" or, of images, "valid".
     """
     families = {f"{family.__name__}-v0": family for family in SUPERVISED}
     if env_id not in families:
@@ -300,6 +303,8 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
     shard()  # refuses torchrun's processes, which no supervised algorithm joins
     family, device = families[env_id], _device(cuda)
     if not family.is_classification:
+        if split != "test":
+            raise refusal(f"--eval-split {split}: allowed is test; only images have classes for validation")
         return family(device)
     try:
         tasks = family(data, ways, device) if data else family(ways, device)
@@ -307,6 +312,10 @@ def make_supervised(env_id: str, ways: int, drawings: int, data: str = "", cuda:
         raise refusal(str(error) if str(error).startswith("--ways") else f"--data {error}") from None
     if drawings > (instances := tasks.images.shape[1]):
         raise refusal(f"--shots {drawings // 2}: allowed is 1 to {instances // 2}; a class has {instances} drawings")
+    first, last = tasks.classes[split]
+    if ways > last - first:
+        raise refusal(f"--ways {ways}: allowed is 2 to {last - first}, the {split} classes")
+    tasks.held_out = split
     return tasks
 
 

@@ -157,10 +157,11 @@ def stratified(points: Tensor, count: int, generator: Generator, order: Tensor |
 class TestSet:
     """The fixed test set that task families share, on top of their `sample_tasks`."""
 
+    held_out = "test"  # the split that an evaluation's tasks are of; "valid" where a family has it
     _test_tasks = None
 
     def test_set(self, num_tasks: int) -> tuple[Tensor, Generator]:
-        """Test tasks [num_tasks, ..], and a generator of start states and noise: the same ones in every run.
+        """Tasks [num_tasks, ..] of the split `held_out`, and a generator of start states and noise: always the same.
 
         Neither a run's seed nor its algorithm changes them, and smaller sets are the beginning of larger ones (up to
         1,024). They are spread evenly over what "test" tasks are drawn from (`stratified`), each coordinate in units of
@@ -168,7 +169,7 @@ class TestSet:
         """
         if self._test_tasks is None or len(self._test_tasks) < num_tasks:
             size = max(1024, 2 ** math.ceil(math.log2(num_tasks)))
-            drawn = self.sample_tasks(4 * size, Generator().manual_seed(TEST_SEED), "test")
+            drawn = self.sample_tasks(4 * size, Generator().manual_seed(TEST_SEED), self.held_out)
             points = drawn.cpu().double()
             points = points / points.std(0, correction=0).clamp_min(1e-12)
             chosen = stratified(points, size, Generator().manual_seed(TEST_SEED + 2))
@@ -179,10 +180,10 @@ class TestSet:
         """What test tasks are called: "held-out tasks" only where none of them is a training task."""
         train, test = (
             {tuple(task) for task in self.sample_tasks(1000, Generator().manual_seed(TEST_SEED), split).tolist()}
-            for split in ("train", "test")
+            for split in ("train", self.held_out)
         )
         if not train & test:
-            return "held-out tasks"
+            return {"test": "held-out tasks", "valid": "validation tasks"}[self.held_out]
         if test <= train and len(train) < 100:
             number = {1: "one", 2: "two", 3: "three"}.get(len(train), str(len(train)))
             return f"test tasks (the training tasks: this family has {number})"

@@ -15,7 +15,8 @@ from .core import SupervisedTasks
 from .files import cached
 from .omniglot import CLASSES, SIDE, read_omniglot, stamp
 
-INSTANCES, TRAIN_CLASSES = 20, 1200  # drawings of each of Omniglot's characters, and how many of these train
+INSTANCES = 20  # drawings of each of Omniglot's characters
+TRAIN_CLASSES, VALID_CLASSES = 1100, 100  # of Omniglot's 1,623 characters; the 423 others are the test's
 STROKES, CONTROLS, SAMPLES = 4, 5, 16  # of a glyph at most; points a stroke runs through; curve points between two
 
 
@@ -23,25 +24,31 @@ class FewShot(SupervisedTasks):
     """N-way K-shot tasks on images [classes, instances, 28, 28] (uint8, ink 255).
 
     Input: a picture [784], ink 1 on 0. Target: its class within the task, one-hot [ways].
-    Tasks: the classes [ways], all different. The first `train_classes` classes are for training, and so are they
-    rotated by 90, 180 and 270 degrees, as classes of their own; the others, unrotated, are held out.
+    Tasks: the classes [ways], all different. The first 1100 / 1623 of the classes are for training, and so are they
+    rotated by 90, 180 and 270 degrees, as classes of their own. Unrotated are the next 100 / 1623, to choose step sizes
+    and the like by ("valid"), and the others ("test"): as many of each as in cbfinn/maml's `data_generator.py`.
+    Differs: its validation and test classes are rotated at random, too (openai/supervised-reptile: not).
     """
 
     num_inputs, is_classification = SIDE * SIDE, True
 
-    def __init__(self, images: Tensor, train_classes: int, ways: int = 5, device="cpu", dtype=torch.float32):
+    def __init__(self, images: Tensor, ways: int = 5, device="cpu", dtype=torch.float32):
         super().__init__(device, dtype)
-        if not 2 <= ways <= len(images) - train_classes:
-            raise ValueError(f"--ways {ways}: allowed is 2 to {len(images) - train_classes}, the held-out classes")
+        trained, validated, tested = split_sizes(len(images))
+        if not 2 <= ways <= tested:
+            raise ValueError(f"--ways {ways}: allowed is 2 to {tested}, the test classes")
         self.num_outputs = ways
-        rotated = [torch.rot90(images[:train_classes], turns, (2, 3)) for turns in range(4)]
-        self.images = torch.cat([*rotated, images[train_classes:]]).flatten(2).to(device)  # [classes, instances, 784]
-        self.classes = {"train": (0, 4 * train_classes), "test": (4 * train_classes, len(self.images))}
+        rotated = [torch.rot90(images[:trained], turns, (2, 3)) for turns in range(4)]
+        self.images = torch.cat([*rotated, images[trained:]]).flatten(2).to(device)  # [classes, instances, 784]
+        ends = 4 * trained, 4 * trained + validated, len(self.images)
+        self.classes = {"train": (0, ends[0]), "valid": (ends[0], ends[1]), "test": (ends[1], ends[2])}
 
     def sample_tasks(self, num_tasks, generator, split="train"):
         if split not in self.classes:
-            raise ValueError(f'split must be "train" or "test", got {split!r}')
+            raise ValueError(f'split must be "train", "valid" or "test", got {split!r}')
         first, last = self.classes[split]
+        if self.num_outputs > last - first:
+            raise ValueError(f"--ways {self.num_outputs}: allowed is 2 to {last - first}, the {split} classes")
         drawn = torch.rand(num_tasks, last - first, generator=generator).topk(self.num_outputs).indices
         return (first + drawn).to(self.device)
 
@@ -63,7 +70,8 @@ class Glyphs(FewShot):
 
     Source: ours; it stands in for Omniglot (Lake et al. 2015). A class is a set of 1 to 4 smooth strokes through random
     points; a drawing of it jitters the points, shifts the strokes, and applies a random affine map and pen width.
-    Input, target, tasks: those of `FewShot`; classes 0 to 1,199 are for training, the 423 others are held out.
+    Input, target, tasks: those of `FewShot`, in the order in which they are drawn: training has classes 0 to 1,099,
+    validation the next 100, the test the last 423.
     """
 
     def __init__(self, ways=5, device="cpu", dtype=torch.float32, classes=CLASSES, instances=INSTANCES, seed=0):
@@ -74,7 +82,7 @@ class Glyphs(FewShot):
         code = hashlib.sha256(Path(inspect.getfile(draw_glyphs)).read_bytes()).hexdigest()
         source = f"{classes} {instances} {seed} {code} {torch.__version__} {torch.device(device).type}"
         images = cached("glyphs_28x28.pt", source, draw) if classes == CLASSES else draw()
-        super().__init__(images, round(classes * TRAIN_CLASSES / CLASSES), ways, device, dtype)
+        super().__init__(images, ways, device, dtype)
 
 
 class Omniglot(FewShot):
@@ -84,14 +92,23 @@ class Omniglot(FewShot):
     folder of these zips, or of what they hold, images_background/ALPHABET/characterNN/XXXX_NN.png, or one that has
     either in omniglot-py/, as torchvision and learn2learn leave it. The pictures, 28 x 28, are kept in
     omniglot_28x28.pt beside them, so that the next start is quick.
-    Input, target, tasks: those of `FewShot`; 1,200 characters, drawn once with a fixed seed, are for training (of a
-    part of the data set: the same share), as in openai/supervised-reptile; the others are held out.
+    Input, target, tasks: those of `FewShot`: 1,100 characters for training, 100 for validation, 423 for the test (of a
+    part of the data set: the same shares), in the order of `torch.randperm` with seed 0 of all characters by name.
+    Differs: cbfinn/maml shuffles what os.listdir gives, by Python's random with seed 1; since the order of that depends
+    on the file system, which characters it has is not known. openai/supervised-reptile has 1,200 and 423.
     """
 
     def __init__(self, data: str, ways=5, device="cpu", dtype=torch.float32):
         images = cached("omniglot_28x28.pt", stamp(data), lambda: read_omniglot(data), beside=Path(data))
         images = images[torch.randperm(len(images), generator=Generator().manual_seed(0))]
-        super().__init__(images, round(len(images) * TRAIN_CLASSES / CLASSES), ways, device, dtype)
+        super().__init__(images, ways, device, dtype)
+
+
+def split_sizes(classes: int) -> tuple[int, int, int]:
+    """How many of so many classes are for training, validation and the test: Omniglot's shares, rounded."""
+    trained = round(classes * TRAIN_CLASSES / CLASSES)
+    validated = round(classes * (TRAIN_CLASSES + VALID_CLASSES) / CLASSES) - trained
+    return trained, validated, classes - trained - validated
 
 
 # ---------------------------------------------------------------- drawing

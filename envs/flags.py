@@ -16,8 +16,19 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from . import HORIZONS, OPTIMISEES, SUPERVISED, own
 
-TASK = {"env_id", "data", "ways", "shots", "horizon", "action_scale", "delay", "dense_training", "task_given"}
-TASK |= {"train_ways", "train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
+TASK = {
+    "env_id",
+    "data",
+    "ways",
+    "shots",
+    "queries",
+    "horizon",
+    "action_scale",
+    "delay",
+    "dense_training",
+    "task_given",
+}
+TASK |= {"train_ways", "queries", "train_tasks", "episodes_per_trial", "episodes_per_lifetime", "lifetime"}
 GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those that begin with eval_
     "task": TASK,
     "algorithm": set(),

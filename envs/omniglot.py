@@ -15,6 +15,16 @@ from torch import Tensor
 SIDE = 28  # pixels
 CLASSES = 1623  # characters of the 50 alphabets
 PARTS = ("images_background", "images_evaluation")  # not images_background_small1: the same pictures again
+NAMES = """
+    Alphabet_of_the_Magi Anglo-Saxon_Futhorc Arcadian Armenian Asomtavruli_(Georgian) Balinese Bengali
+    Blackfoot_(Canadian_Aboriginal_Syllabics) Braille Burmese_(Myanmar) Cyrillic Early_Aramaic Futurama Grantha
+    Greek Gujarati Hebrew Inuktitut_(Canadian_Aboriginal_Syllabics) Japanese_(hiragana) Japanese_(katakana) Korean
+    Latin Malay_(Jawi_-_Arabic) Mkhedruli_(Georgian) N_Ko Ojibwe_(Canadian_Aboriginal_Syllabics) Sanskrit
+    Syriac_(Estrangelo) Tagalog Tifinagh Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic
+    Gurmukhi Kannada Keble Malayalam Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti Syriac_(Serto)
+    Tengwar Tibetan ULOG
+"""
+ALPHABETS = NAMES.split()  # of both parts, by their folders' names
 WANTED = "no images_background/ALPHABET/characterNN/ folders there, nor images_background.zip (Omniglot's layout)"
 
 
@@ -55,11 +65,12 @@ def names_in(part: Path) -> list[str]:
 def characters_of(data: str) -> list[Character]:
     """All characters in the order of their names, those of the background's alphabets first.
 
-    ValueError, naming what is wrong and where: no alphabets, an alphabet without characters, a character that is
-    missing from an alphabet's numbering, one with other than the usual number of drawings.
+    ValueError, naming what is wrong and where: no alphabets, one without characters or, where there are ten of the real
+    Omniglot's 50, others of these missing; a character that is missing from an alphabet's numbering, one with other
+    than the usual number of drawings.
     """
     characters = []
-    num_alphabets = 0
+    present: list[str] = []
     for part in parts_of(data):
         alphabets: dict[str, dict[str, list[str]]] = {}
         for name in sorted(names_in(part)):
@@ -72,7 +83,7 @@ def characters_of(data: str) -> list[Character]:
                 drawings = found.setdefault(words[1], [])
                 if not is_folder and name.endswith(".png"):
                     drawings.append(words[2])
-        num_alphabets += len(alphabets)
+        present += alphabets
         for alphabet, found in alphabets.items():
             if not found:
                 raise ValueError(f"{part}/{alphabet}: no characterNN folders there")
@@ -82,7 +93,11 @@ def characters_of(data: str) -> list[Character]:
                 characters.append(Character(part, f"{alphabet}/{name}", found[name]))
     if not characters:
         raise ValueError(f"{data}: {WANTED}")
-    if num_alphabets == 50 and len(characters) != CLASSES:
+    missing = [alphabet for alphabet in ALPHABETS if alphabet not in present]
+    if missing and len(ALPHABETS) - len(missing) >= 10:  # else it is a data set of one's own
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{data}: not the whole Omniglot: {', '.join(missing[:3])}{more} missing")
+    if len(present) == 50 and len(characters) != CLASSES:
         raise ValueError(f"{data}: {len(characters)} characters in 50 alphabets; the whole Omniglot has {CLASSES}")
     usual = mode(len(character.drawings) for character in characters)
     for character in characters:

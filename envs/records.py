@@ -44,6 +44,7 @@ except ImportError:  # Windows
 
 # Flags that a resumed run must leave as they are: its curve would be of two environments, seeds or test sets.
 ENVIRONMENT = ("env_id", "seed", "horizon", "action_scale", "task_given", "delay", "data", "ways", "shots")
+SPLIT = ("eval_split", "eval_queries", "queries")  # what test tasks are of, and their queries
 TESTS = (
     "eval_tasks",
     "tasks_per_iteration",
@@ -168,7 +169,7 @@ def changes(args, before) -> dict[str, list]:
 def refuse_incomparable(args, changed: dict[str, list], fixed: tuple) -> None:
     """SystemExit if a resumed run's curve would be of two environments, seeds or test sets."""
     number_of_tests = next((name for name in TESTS if hasattr(args, name)), "")
-    wrong = [name for name in (*ENVIRONMENT, number_of_tests, *EPISODES, *fixed) if name in changed]
+    wrong = [name for name in (*ENVIRONMENT, number_of_tests, *EPISODES, *SPLIT, *fixed) if name in changed]
     if wrong:
         told = ", ".join(
             f"{flag(name)} ({changed[name][0]} and not {changed[name][1]})" for name in dict.fromkeys(wrong)

@@ -119,6 +119,7 @@ class Progress:
     def end_iteration(self, line: dict[str, float]) -> None:
         """Count an iteration, and show some of its metrics; those of the last evaluation stay until the next."""
         names = [name for name in line if name.endswith(("_pre", "_post", "_trial")) or "_k" in name]
+        names = [name for name in names if not name.endswith("ci95")]
         self.metrics |= {name: f"{line[name]:.3g}" for name in names[:3] + names[-1:]}
         self.activity = ""
         self.done += 1

@@ -37,7 +37,7 @@ TRPO = f"{POINT}--horizon 10 --cg-damping 1 "
 HOPPER = "--env-id HopperRandParams-v0 --horizon 30 --meta-batch-size 2 --eval-steps 1 "  # episodes end early
 CURVES = "--meta-batch-size 3 --shots 4 --hidden-sizes 8 7 --eval-tasks 5 --eval-steps 2 "
 IMAGES = "--env-id Glyphs-v0 --meta-batch-size 2 --ways 3 --hidden-sizes 4 5 --eval-tasks 3 --eval-steps 2 "
-CLASSES = "--meta-batch-size 2 --ways 3 --train-ways 4 --shots 2 --hidden-sizes 4 5 --eval-tasks 3 "
+CLASSES = "--meta-batch-size 2 --ways 3 --train-ways 4 --shots 2 --queries 2 --hidden-sizes 4 5 --eval-tasks 3 "
 EXAMPLES = "--meta-batch-size 3 --hidden-size 16 --layers 2 --eval-tasks 5 "
 DESCENTS = "--meta-batch-size 3 --steps 6 --unroll 3 --hidden-size 5 --eval-tasks 5 --eval-steps 4 "
 TRIALS = "--env-id Bandit5-v0 --meta-batch-size 3 --episodes-per-trial 3 --horizon 5 --hidden-size 16 --minibatches 2 "
@@ -84,9 +84,10 @@ RUNS = {
     ],
     "fomaml": [f"{CURVES}--inner-steps 2", IMAGES],
     "reptile": [
-        f"{CURVES}--inner-steps 2 --inner-shots 5",
-        f"{CURVES}--inner-steps 2 --inner-shots 5 --inner-optimizer adam",
+        f"{CURVES}--inner-steps 2 --inner-shots 5 --eval-queries 4",
+        f"{CURVES}--inner-steps 2 --inner-shots 5 --eval-queries 4 --inner-optimizer adam",
         f"{IMAGES}--inner-steps 2",
+        f"{IMAGES}--inner-steps 2 --eval-split valid",
     ],
     "protonet": [CLASSES, f"{CLASSES}--matching --no-transductive", f"{CLASSES}--mlp"],
     "in_context": [

@@ -261,7 +261,8 @@ def test_evaluation_is_a_loop_over_tasks_and_numbers_of_examples(sequential, dat
             row.append(float(right.double().mean() if ways == 5 else ((output - v[0]) ** 2).mean()))
         table.append(row)
     counts = range(args.shots if sequential else args.shots + 1)
-    assert list(actual) == [*(f"test/{name}_k{k}" for k in counts), "test/ci95", "test/gain_ci95"]
+    names = [f"test/{name}_k{k}" for k in counts]
+    assert list(actual) == [*names, *(f"{name}_ci95" for name in names), "test/ci95", "test/gain_ci95"]
     if not sequential:
         close(torch.stack([actual[f"test/{name}_k{k}"] for k in counts], 1), torch.tensor(table))
     last, first = actual[f"test/{name}_k{counts[-1]}"], actual[f"test/{name}_k0"]

@@ -49,12 +49,16 @@ def test_gradients_agree(other, name, env_id, flags, inner_steps, families):
     theta = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in theta.items()}
     batch = tasks.sample_tasks(args.meta_batch_size, generator)
     if name == "reptile":
-        inputs = (theta, tasks.sample(batch, (2,) * inner_steps, generator), args)
+        moments = algorithm.no_moments(theta)
+        if other == "LOOP":
+            squares = {name: torch.rand(value.shape, generator=generator) for name, value in theta.items()}
+            moments = moments._replace(second_moment=squares, steps=5)
+        inputs = (theta, moments, tasks.sample(batch, (2,) * inner_steps, generator), args)
     else:
         support, query = tasks.sample(batch, (2, 2), generator)
         inputs = (theta, support, query, args)
     before = {name: value.clone() for name, value in theta.items()}
-    gradient, mean_loss = getattr(algorithm, f"{name}_gradient")(*inputs)
+    gradient, *_, mean_loss = getattr(algorithm, f"{name}_gradient")(*inputs)
     peer_gradient, peer_loss = getattr(peer_supervised, other)[name](*inputs)
     assert gradient.keys() == peer_gradient.keys()
     for key, value in gradient.items():

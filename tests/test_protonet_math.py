@@ -14,13 +14,13 @@ from envs import summarise
 from tests.double_precision import Recorder, flat, float64, interval, seeded  # noqa: F401 (float64: by being here)
 from tests.test_supervised_math import Spy, close, glyphs, item, relative_error
 
-N, WAYS, SHOTS = 3, 4, 2
+N, WAYS, SHOTS, QUERIES = 3, 4, 2, 1
 each_rule = pytest.mark.parametrize("matching", [False, True], ids=["prototypes", "matching"])
 each_net = pytest.mark.parametrize("mlp", [False, True], ids=["conv", "mlp"])
 
 
 def make_args(**kwargs):
-    usual = {"meta_batch_size": N, "train_ways": WAYS, "shots": SHOTS, "hidden_sizes": (4, 5, 6)}
+    usual = {"meta_batch_size": N, "train_ways": WAYS, "shots": SHOTS, "queries": QUERIES, "hidden_sizes": (4, 5, 6)}
     return protonet.Args(**usual | kwargs)
 
 
@@ -33,7 +33,7 @@ def make_theta(args, seed=0):
 def make_sets(ways=WAYS, shots=SHOTS, num_tasks=N, seed=0):
     tasks, generator = protonet.copy(glyphs()), seeded(seed)
     tasks.num_outputs = ways
-    return tasks.sample(tasks.sample_tasks(num_tasks, generator), (shots, shots), generator)
+    return tasks.sample(tasks.sample_tasks(num_tasks, generator), (shots, QUERIES), generator)
 
 
 def ref_embed(theta, x):
@@ -153,7 +153,7 @@ def test_evaluation_is_a_loop_over_tasks_and_numbers_of_examples(transductive, m
     spy.num_outputs = 5
     actual = protonet.evaluate(spy, theta, args)
     [(num_tasks, drawn, sizes, sets)] = spy.calls
-    assert (num_tasks, sizes) == (7, (SHOTS, SHOTS))
+    assert (num_tasks, sizes) == (7, (SHOTS, QUERIES))
     assert torch.equal(drawn, glyphs().test_set(7)[0])
     table = np.full((7, SHOTS + 1), 0.2)
     for i, k in itertools.product(range(7), range(1, SHOTS + 1)):
@@ -163,7 +163,8 @@ def test_evaluation_is_a_loop_over_tasks_and_numbers_of_examples(transductive, m
         groups = [queries] if transductive else [query[None] for query in queries]
         found = torch.cat([ref_probabilities(theta, shown, group, matching) for group in groups]).argmax(1)
         table[i, k] = float((found == label.int().argmax(1)).double().mean())
-    assert list(actual) == [*(f"test/accuracy_k{k}" for k in range(SHOTS + 1)), "test/ci95", "test/gain_ci95"]
+    names = [f"test/accuracy_k{k}" for k in range(SHOTS + 1)]
+    assert list(actual) == [*names, *(f"{name}_ci95" for name in names), "test/ci95", "test/gain_ci95"]
     for k in range(SHOTS + 1):
         close(actual[f"test/accuracy_k{k}"], torch.from_numpy(table[:, k]))
     assert table[:, 1:].std() > 0
@@ -183,7 +184,7 @@ def test_training_is_the_obvious_loop():
     params = {name: value.clone().requires_grad_() for name, value in theta.items()}
     optimizer = torch.optim.Adam(params.values(), 0.01)
     for iteration in range(4):
-        support, query = tasks.sample(tasks.sample_tasks(N, generator), (SHOTS, SHOTS), generator)
+        support, query = tasks.sample(tasks.sample_tasks(N, generator), (SHOTS, QUERIES), generator)
         optimizer.zero_grad()
         optimizer.param_groups[0]["lr"] = (0.01, 0.01, 0.005, 0.005)[iteration]
         total = 0.0
@@ -198,6 +199,6 @@ def test_training_is_the_obvious_loop():
         losses.append(float(total.detach()))
     close(flat(state["theta"]), flat(params).detach(), 1e-7)
     assert [stats["train/loss_post"] for *_, stats in run.logged] == pytest.approx(losses, rel=1e-8)
-    examples = N * WAYS * SHOTS * 2
+    examples = N * WAYS * (SHOTS + QUERIES)
     assert [entry[:2] for entry in run.logged] == [(i, i * examples) for i in (1, 2, 3, 4)]
     assert run.saved == [3, 4]

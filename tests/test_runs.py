@@ -48,7 +48,7 @@ SETS += ["--eval-tasks", "5"]
 DESCENTS = ["--meta-batch-size", "3", "--steps", "6", "--unroll", "3", "--hidden-size", "5", "--eval-every", "2"]
 DESCENTS += ["--eval-tasks", "5", "--eval-steps", "4"]
 CLASSES = ["--meta-batch-size", "3", "--ways", "3", "--train-ways", "4", "--shots", "2", "--hidden-sizes", "4", "5"]
-CLASSES += ["--eval-every", "2", "--eval-tasks", "5"]
+CLASSES += ["--queries", "3", "--eval-every", "2", "--eval-tasks", "5"]
 TRIALS = ["--env-id", "Bandit5-v0", "--meta-batch-size", "3", "--episodes-per-trial", "3", "--horizon", "5"]
 TRIALS += ["--hidden-size", "16", "--minibatches", "2", "--eval-every", "2"]
 EPISODES = ["--env-id", "Navigation2D-v0", "--train-tasks", "5", "--tasks-per-iteration", "3", "--meta-batch-size", "3"]
@@ -77,7 +77,7 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps wher
     "reptile": ([*CURVES, "--inner-steps", "2", "--inner-shots", "5"], 30),  # 3 tasks x 2 minibatches x 5 examples
     "in_context": (SETS, 24),
     "learned_optimizer": (DESCENTS, 18),  # 3 functions x 6 steps
-    "protonet": (CLASSES, 48),  # 3 tasks x 4 classes x (2 + 2) examples
+    "protonet": (CLASSES, 60),  # 3 tasks x 4 classes x (2 + 3) examples
     "rl2_ppo": (TRIALS, 45),  # 3 tasks x 3 episodes x 5 steps
     "rl2_transformer_ppo": ([*TRIALS, "--layers", "1"], 45),
     "varibad_ppo": (BELIEFS, 45),
@@ -158,7 +158,7 @@ def test_folder_and_metrics(name):
     assert start["iteration"] == 0
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
     assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
-    (what,) = {key[5:-3] for key in rows(folder)[-1] if key.startswith("test/") and "_k" in key}
+    (what,) = {key[5:-3] for key in rows(folder)[-1] if re.fullmatch(r"test/\w+_k\d", key)}
     assert {f"test/{what}_k{k}" for k in range(2 if name in ("mbmpo", "lirpg") else 3)} | {
         f"train/{what}_post",
         "test/gain_ci95",
@@ -301,7 +301,6 @@ def test_the_horizon_follows_the_family(family):
 def test_images(name, flags, monkeypatch):
     draw = fewshot.draw_glyphs
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(40, *rest))
-    monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 30)
     flags = ["--env-id", "Glyphs-v0", "--hidden-sizes", "4", "4", "--shots", "1", "--iterations", "2", *flags]
     folder = run(*flags, name=name)
     assert 0 <= rows(folder)[-1]["test/accuracy_k2"] <= 1
@@ -580,14 +579,16 @@ def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name
     blank = torch.zeros(fewshot.CLASSES, fewshot.INSTANCES, 28, 28, dtype=torch.uint8)  # drawing takes seconds
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, instances, *_: blank[:classes, :instances])
     main = importlib.import_module(f"algos.{name}").main
-    ways = r"--train-ways {}: allowed is 2 to 4800, the training classes"
+    ways = r"--train-ways {}: allowed is 2 to 4400, the training classes"
+    sets = {"protonet": "--shots 16 --queries 5", "reptile": "--shots 16 --eval-queries 5"}
+    too_many = f"{sets.get(name)}: allowed are 20 in all" if name in sets else "--shots 11: allowed is 1 to 10"
     extra = {
         "reptile": [
             (["--env-id", "Glyphs-v0", "--inner-steps", "11"], "--inner-steps 11: allowed is 1 to 10 disjoint minib"),
         ],
         "protonet": [
             (["--env-id", "Sinusoid-v0"], "--env-id Sinusoid-v0: it has no classes; allowed is Glyphs-v0, Omniglot-v0"),
-            *((["--train-ways", number], ways.format(number)) for number in ("1", "4801")),
+            *((["--train-ways", number], ways.format(number)) for number in ("1", "4401")),
         ],
     }
     for flags, message in (
@@ -597,7 +598,9 @@ def test_wrong_flags_of_supervised_files_are_refused_before_anything_starts(name
         (["--env-id", "Omniglot-v0"], r"--data"),
         (["--env-id", "Glyphs-v0", "--data", "nowhere"], r"--data"),
         (["--env-id", "Glyphs-v0", "--ways", "424"], r"--ways 424: allowed is 2 to 423"),
-        (["--env-id", "Glyphs-v0", "--ways", "5", "--shots", "11"], r"--shots 11: allowed is 1 to 10"),
+        (["--env-id", "Glyphs-v0", "--ways", "101", "--eval-split", "valid"], r"--ways 101: allowed is 2 to 100"),
+        (["--env-id", "Glyphs-v0", *sets.get(name, "--shots 11").split()], too_many),
+        *([] if name == "protonet" else [(["--eval-split", "valid"], "--eval-split valid: allowed is test; only")]),
         *([] if torch.cuda.is_available() else [(["--cuda"], "--cuda: torch sees no CUDA device")]),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -697,7 +700,6 @@ def test_prototypes_learn(monkeypatch):
     """Characters never trained on, 5-way 1-shot: 0.69 in two seeds; after one iteration 0.39, by chance 0.2."""
     draw = fewshot.draw_glyphs
     monkeypatch.setattr(fewshot, "draw_glyphs", lambda classes, *rest: draw(150, *rest))
-    monkeypatch.setattr(fewshot, "TRAIN_CLASSES", 110)
     flags = ["--hidden-sizes", "16", "16", "16", "--iterations", "400", "--eval-every", "400", "--eval-tasks", "200"]
     importlib.import_module("algos.protonet").main(flags)
     (folder,) = Path().glob("runs/*")

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import zipfile
+from copy import copy
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import envs
-from envs import fewshot
+from envs import fewshot, omniglot
 from envs.core import SupervisedTasks
 from envs.fewshot import FewShot, Glyphs, Omniglot, catmull_rom, draw_glyphs, render_strokes
 from envs.files import cached
@@ -25,7 +26,8 @@ WAVES = {Sinusoid: math.pi, SinusoidAllPhases: 2 * math.pi}
 STRIPS = {"train": 0.03, "test": 0.07}  # a tenth of the tasks is in each of ten strips: a coarse uniform
 WAYS, DRAWINGS = 5, 6
 ALPHABETS = {"images_background/Greek": 11, "images_background/Latin_(old)": 6, "images_evaluation/Aurek": 13}
-TRAINED = 22  # of ALPHABETS' 30 characters: 30 * 1200 / 1623 = 22.2
+SPLITS = {"Glyphs": (41, 3, 16), "Omniglot": (20, 2, 8)}  # of 60 and of ALPHABETS' 30: 1100, 100, 423 of 1623
+TRAINED, VALIDATED, TESTED = SPLITS["Omniglot"]
 every_family = pytest.mark.parametrize("name", NAMES)
 every_image_family = pytest.mark.parametrize("name", IMAGES)
 
@@ -166,22 +168,25 @@ def test_curves_of_training_and_test_tasks_lie_in_strips_of_their_own(name, fami
 
 @every_image_family
 def test_classes_of_training_and_test_tasks_never_meet(name, families):
-    data, trained = families[name], {"Glyphs": 44, "Omniglot": TRAINED}[name]
-    tasks = {split: data.sample_tasks(1000, seeded(0), split) for split in ("train", "test")}
-    assert set(tasks["train"].flatten().tolist()) == set(range(4 * trained))
-    assert set(tasks["test"].flatten().tolist()) == set(range(4 * trained, len(data.images)))
+    data, (trained, validated, _) = families[name], SPLITS[name]
+    few = copy(data)
+    few.num_outputs = 2  # there are only two or three characters for validation
+    tasks = {split: few.sample_tasks(1000, seeded(0), split) for split in ("train", "valid", "test")}
+    ends = 0, 4 * trained, 4 * trained + validated, len(data.images)
+    for split, first, last in zip(tasks, ends, ends[1:], strict=False):
+        assert set(tasks[split].flatten().tolist()) == set(range(first, last))
     seen = {
         split: set(pictures((255 * data.sample(drawn, (1, 1), seeded(1))[0][0]).round().to(torch.uint8)))
         for split, drawn in tasks.items()
     }
-    assert len(seen["train"]) > len(seen["test"]) > WAYS
-    assert not seen["train"] & seen["test"]
+    assert len(seen["train"]) > len(seen["test"]) > len(seen["valid"]) > 1
+    assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_split_is_a_value_error(name, families):
-    with pytest.raises(ValueError, match="valid"):
-        families[name].sample_tasks(2, seeded(0), "valid")
+    with pytest.raises(ValueError, match="'held out'"):
+        families[name].sample_tasks(2, seeded(0), "held out")
 
 
 # ---------------------------------------------------------------- curves
@@ -256,7 +261,7 @@ def test_sets_hold_the_right_pictures_under_the_right_labels(name, split, famili
 
 @every_image_family
 def test_too_many_drawings_or_ways_are_value_errors(name, families, folder):
-    data, held_out = families[name], {"Glyphs": 16, "Omniglot": 30 - TRAINED}[name]
+    data, held_out = families[name], SPLITS[name][2]
     with pytest.raises(ValueError, match="7 drawings of each class are asked for, there are 6"):
         data.sample(data.sample_tasks(2, seeded(0)), (3, 4), seeded(0))
     make = {"Glyphs": lambda ways: Glyphs(ways, classes=60, instances=1), "Omniglot": lambda w: Omniglot(folder, w)}[
@@ -270,12 +275,35 @@ def test_too_many_drawings_or_ways_are_value_errors(name, families, folder):
     )
 
 
-@pytest.mark.parametrize(("classes", "trained"), [(30, 22), (60, 44), (100, 74), (203, 150)])
-def test_the_share_of_training_classes(classes, trained):
-    assert trained == round(classes * 0.739371534)
+@pytest.mark.parametrize(("classes", "trained", "held_out"), [(30, 20, 8), (60, 41, 16), (100, 68, 26), (203, 138, 53)])
+def test_the_shares_of_the_splits(classes, trained, held_out):
+    assert trained == round(classes * 0.677757240)
+    assert held_out == classes - round(classes * 0.739371534)  # the same as when nothing was for validation
     data = Glyphs(2, classes=classes, instances=1)
-    assert data.classes == {"train": (0, 4 * trained), "test": (4 * trained, 3 * trained + classes)}
-    assert data.images.shape == (3 * trained + classes, 1, 784)
+    last = 3 * trained + classes
+    ends = 4 * trained, last - held_out, last
+    assert data.classes == {"train": (0, ends[0]), "valid": (ends[0], ends[1]), "test": (ends[1], last)}
+    assert data.images.shape == (last, 1, 784)
+
+
+@every_image_family
+def test_more_ways_than_a_split_has_classes_are_a_value_error(name, families):
+    data, validated = families[name], SPLITS[name][1]
+    with pytest.raises(ValueError, match=f"--ways {WAYS}: allowed is 2 to {validated}, the valid classes"):
+        data.sample_tasks(2, seeded(0), "valid")
+
+
+def test_an_evaluation_is_on_the_split_that_is_asked_for(families):
+    tasks = copy(families["Glyphs"])
+    tasks.num_outputs, tasks._test_tasks = 2, None
+    drawn = {"test": tasks.test_set(50)[0].flatten().tolist()}
+    assert tasks.test_set_name() == "held-out tasks"
+    tasks.held_out, tasks._test_tasks = "valid", None
+    drawn["valid"] = tasks.test_set(50)[0].flatten().tolist()
+    assert tasks.test_set_name() == "validation tasks"
+    for split, classes in drawn.items():
+        assert set(classes) <= set(range(*tasks.classes[split]))
+        assert len(set(classes)) > 2
 
 
 def assert_rotated(images, trained):
@@ -287,19 +315,20 @@ def assert_rotated(images, trained):
 
 @every_image_family
 def test_rotated_classes(name, families):
-    trained = {"Glyphs": 44, "Omniglot": TRAINED}[name]
+    trained = SPLITS[name][0]
     assert_rotated(families[name].images, trained)
     with pytest.raises(AssertionError):
         assert_rotated(families[name].images.view(-1, DRAWINGS, 28, 28).mT.flatten(2), trained)  # turns the other way
 
 
 def test_the_default_has_omniglots_numbers(full):
-    assert (fewshot.CLASSES, fewshot.INSTANCES, fewshot.TRAIN_CLASSES, fewshot.SIDE) == (1623, 20, 1200, 28)
-    assert full.images.shape == (4 * 1200 + 423, 20, 784)
+    assert (fewshot.CLASSES, fewshot.INSTANCES, fewshot.SIDE) == (1623, 20, 28)
+    assert fewshot.split_sizes(1623) == (1100, 100, 423)
+    assert full.images.shape == (4 * 1100 + 100 + 423, 20, 784)
     assert full.images.dtype == torch.uint8
-    assert full.classes == {"train": (0, 4800), "test": (4800, 5223)}
-    assert_rotated(full.images[:, :1], 1200)
-    assert len(set(pictures(full.images))) == 5223 * 20  # no held-out picture is a training picture
+    assert full.classes == {"train": (0, 4400), "valid": (4400, 4500), "test": (4500, 4923)}
+    assert_rotated(full.images[:, :1], 1100)
+    assert len(set(pictures(full.images))) == 4923 * 20  # no held-out picture is a training picture
 
 
 # ---------------------------------------------------------------- drawing
@@ -420,12 +449,12 @@ def test_the_seed_decides_the_pictures():
     assert not set(pictures(first)) & set(pictures(other))
     drawn = draw_glyphs(30, 3, seeded(0))
     assert drawn.shape == (30, 3, 28, 28)
-    assert pictures(first[:22]) == pictures(drawn[:22])
-    assert pictures(first[-8:]) == pictures(drawn[22:])
+    assert pictures(first[:20]) == pictures(drawn[:20])
+    assert pictures(first[-10:]) == pictures(drawn[20:])
 
 
 def test_drawings_of_a_class_are_alike_but_not_the_same(full):
-    x = full.images[4800:, :10].float() / 255
+    x = full.images[4500:, :10].float() / 255
     blurred = torch.nn.functional.avg_pool2d(x.view(-1, 1, 28, 28), 5, 1).flatten(1)
     distance = torch.cdist(blurred, blurred).view(423, 10, 423, 10).transpose(1, 2)
     own = distance.diagonal().sum((0, 1)) / 90
@@ -594,6 +623,24 @@ def test_a_broken_folder_is_a_value_error_that_names_the_place(breaks, tmp_path)
     assert message == f"--data {error.value}"
 
 
+def test_an_alphabet_that_is_missing_from_the_real_omniglot_is_named(tmp_path):
+    """Whole parts, too; a data set of one's own, with a few alphabets of the same names, is nobody's mistake."""
+    one_each = {f"images_background/{name}": 1 for name in omniglot.ALPHABETS[:30]}
+    one_each |= {f"images_evaluation/{name}": 1 for name in omniglot.ALPHABETS[30:]}
+    root = write_omniglot(tmp_path, one_each, 1)
+    shutil.rmtree(root / "images_background/Greek")
+    words = "not the whole Omniglot: Greek missing"
+    with pytest.raises(ValueError, match=words) as error:
+        read_omniglot(str(root))
+    assert str(error.value) == f"{root}: {words}"
+    shutil.rmtree(root / "images_background")
+    words = "not the whole Omniglot: Alphabet_of_the_Magi, Anglo-Saxon_Futhorc, Arcadian and 27 more missing"
+    assert refusal("Omniglot-v0", 2, 2, str(root)) == f"--data {root}: {words}"
+    for name in omniglot.ALPHABETS[39:]:
+        shutil.rmtree(root / "images_evaluation" / name)
+    assert len(read_omniglot(str(root))) == 9
+
+
 def test_fifty_alphabets_must_have_all_characters(tmp_path):
     root = write_omniglot(tmp_path, {f"images_background/A{i:02d}": 1 for i in range(50)}, 1)
     with pytest.raises(ValueError, match="50 characters in 50 alphabets; the whole Omniglot has 1623") as error:
@@ -627,9 +674,20 @@ def test_make_supervised_makes_curves(name):
 def test_make_supervised_makes_image_tasks_up_to_the_limits(folder):
     glyphs = envs.make_supervised("Glyphs-v0", 423, 20)
     assert (type(glyphs), glyphs.num_outputs) == (Glyphs, 423)
-    omniglot = envs.make_supervised("Omniglot-v0", 30 - TRAINED, DRAWINGS, str(folder))
-    assert (type(omniglot), omniglot.num_outputs) == (Omniglot, 30 - TRAINED)
-    assert isinstance(omniglot, FewShot)
+    real = envs.make_supervised("Omniglot-v0", TESTED, DRAWINGS, str(folder))
+    assert (type(real), real.num_outputs) == (Omniglot, TESTED)
+    assert isinstance(real, FewShot)
+    assert (glyphs.held_out, real.held_out) == ("test", "test")
+    assert envs.make_supervised("Glyphs-v0", 100, 20, split="valid").held_out == "valid"
+
+
+@pytest.mark.usefixtures("blank_glyphs")
+def test_only_images_have_classes_for_validation(folder):
+    message = "--eval-split valid: allowed is test; only images have classes for validation"
+    assert refusal("Sinusoid-v0", 5, 2, split="valid") == message
+    assert refusal("Glyphs-v0", 101, 2, split="valid") == "--ways 101: allowed is 2 to 100, the valid classes"
+    message = f"--ways 3: allowed is 2 to {VALIDATED}, the valid classes"
+    assert refusal("Omniglot-v0", 3, 2, str(folder), split="valid") == message
 
 
 @pytest.mark.parametrize("env_id", ["Nope-v0", "Sinusoid", "HalfCheetahDir-v0", ""])
@@ -649,10 +707,10 @@ def test_a_folder_goes_with_omniglot_only(env_id, data):
 @pytest.mark.parametrize("ways", [-1, 0, 1])
 def test_too_few_or_too_many_ways_are_refused(ways, folder):
     for value in (ways, 425 + ways):
-        assert refusal("Glyphs-v0", value, 2) == f"--ways {value}: allowed is 2 to 423, the held-out classes"
+        assert refusal("Glyphs-v0", value, 2) == f"--ways {value}: allowed is 2 to 423, the test classes"
     for value in (ways, 10 + ways):
         message = refusal("Omniglot-v0", value, 2, str(folder))
-        assert message == f"--ways {value}: allowed is 2 to 8, the held-out classes"
+        assert message == f"--ways {value}: allowed is 2 to 8, the test classes"
 
 
 @pytest.mark.usefixtures("blank_glyphs")

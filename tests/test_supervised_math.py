@@ -88,12 +88,23 @@ def as_used(ours, sets):
     return sets if ours is reptile else [sets[0]] * (len(sets) - 1) + [sets[-1]]
 
 
+def some_moments(theta, steps=7):
+    squares = {name: torch.rand(value.shape, generator=seeded(1)) for name, value in theta.items()}
+    return reptile.Moments(second_moment=squares, steps=steps)
+
+
 def gradient_of(ours, theta, sets, args):
     """The file's meta-gradient and loss, from sets `as_used`."""
     if ours is reptile:
-        return reptile.reptile_gradient(theta, sets, args)
+        gradient, _, loss = reptile.reptile_gradient(theta, reptile.no_moments(theta), sets, args)
+        return gradient, loss
     function = maml.maml_gradient if ours is maml else fomaml.fomaml_gradient
     return function(theta, sets[0], sets[-1], replace(args, inner_steps=len(sets) - 1))
+
+
+def evaluate_of(ours, tasks, theta, args):
+    """The file's evaluation; of Reptile with the moments of a first step."""
+    return ours.evaluate(tasks, theta, *([reptile.no_moments(theta)] if ours is reptile else []), args)
 
 
 @pytest.fixture
@@ -229,7 +240,7 @@ def test_reptile_gradient_of_linear_regression(inner_steps, linear):
         optimum = np.linalg.solve(H[i], b[i])
         phis.append(optimum + np.linalg.matrix_power(np.eye(X + 1) - alpha * H[i], inner_steps) @ (W - optimum))
     args = make_args(reptile, "curves", inner_lr=alpha)
-    actual, loss = reptile.reptile_gradient(theta, sets * inner_steps, args)
+    actual, loss = gradient_of(reptile, theta, sets * inner_steps, args)
     close(stacked(actual), torch.tensor(W - np.mean(phis, 0)), 1e-12)
     x, y = (tensor.numpy() for tensor in sets[0])
     expected = np.mean([(x[i] @ phi[:X] + phi[X] - y[i]) ** 2 for i, phi in enumerate(phis)])
@@ -285,7 +296,7 @@ def test_the_library_batch_norm_would_be_wrong(net, inner_steps, smooth, monkeyp
     monkeypatch.setattr(maml, "batch_norm", library)
     wrong, same_loss = maml.maml_gradient(theta, sets[0], sets[-1], args)
     close(same_loss, loss)
-    assert 5e-3 < relative_error(flat(wrong), flat(right)) < 3e-2
+    assert 5e-3 < relative_error(flat(wrong), flat(right)) < 6e-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +373,7 @@ def test_adaptation_is_a_loop_of_gradient_steps(ours, net):
     args = make_args(ours, net)
     theta, sets = make_theta(ours, net, args), make_sets(net, sizes_of(net, 3))
     if ours is reptile:
-        path = vmap(lambda batches: reptile.fit(theta, batches, args))(sets)
+        path = vmap(lambda batches: reptile.fit(theta, reptile.no_moments(theta), batches, args)[0])(sets)
     else:
         sets = [sets[0]] * 3
         path = [
@@ -387,34 +398,105 @@ def test_one_step_of_reptile_is_joint_training(net):
     start = leaves(theta)
     joint = sum(ref_loss(start, *examples) for i in range(N) for examples in item(sets, i)) / N
     expected = args.inner_lr * torch.cat([x.flatten() for x in torch.autograd.grad(joint, list(start.values()))])
-    close(flat(reptile.reptile_gradient(theta, sets, args)[0]), expected, 1e-12)
+    close(flat(gradient_of(reptile, theta, sets, args)[0]), expected, 1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 7])
 @each_net
-def test_inner_adam_is_torch_adam_without_momentum(net):
+def test_inner_adam_is_torch_adam_without_momentum(net, steps):
     args = make_args(reptile, net, **ADAM)
     theta, sets = make_theta(reptile, net, args), make_sets(net, sizes_of(net, 4))
-    path = vmap(lambda batches: reptile.fit(theta, batches, args))(sets)
+    moments = some_moments(theta, steps) if steps else reptile.no_moments(theta)
+    path, second_moment = vmap(lambda batches: reptile.fit(theta, moments, batches, args), out_dims=(0, 0))(sets)
     assert len(path) == 5
     for i in range(N):
-        expected = ref_steps(theta, item(sets, i), args)
-        for params, reference in zip(path, expected, strict=True):
-            close(torch.cat([value[i].flatten() for value in params.values()]), flat(reference))
+        params, optimizer = adam_with(theta, args, *moments)
+        for step, ours in enumerate(path):
+            if step:
+                take_step(params, optimizer, *item(sets, i)[step - 1])
+            close(torch.cat([value[i].flatten() for value in ours.values()]), flat(params).detach())
+        close(torch.cat([value[i].flatten() for value in second_moment.values()]), flat(squares_in(params, optimizer)))
 
 
-def test_moments_are_new_for_every_task_and_call(smooth):
+def adam_with(theta, args, second_moment, steps):
+    """Weights of one's own, and torch's Adam with the memory of earlier steps."""
+    params = leaves(theta)
+    optimizer = torch.optim.Adam(params.values(), args.inner_lr, betas=(0.0, 0.999))
+    for name, value in params.items() if steps else ():
+        told = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": second_moment[name].clone()}
+        optimizer.state[value] = {"step": torch.tensor(float(steps)), **told}
+    return params, optimizer
+
+
+def take_step(params, optimizer, x, y):
+    optimizer.zero_grad()
+    ref_loss(params, x, y).backward()
+    optimizer.step()
+
+
+def squares_in(params, optimizer):
+    return {name: optimizer.state[value]["exp_avg_sq"] for name, value in params.items()}
+
+
+@pytest.mark.parametrize("num_tasks", [1, N])
+@pytest.mark.parametrize("net", ["curves", "conv"])
+def test_moments_are_kept_as_the_authors_describe(net, num_tasks):
+    """One optimiser for the whole run, whose memory only the weights' return leaves alone (their issue 28). With one
+    task an update nothing differs from theirs; of several, each begins with the same memory, and the mean is kept."""
+    args = make_args(reptile, net, inner_steps=2, iterations=4, outer_lr=0.4, meta_batch_size=num_tasks, **ADAM)
+    args.eval_tasks, args.eval_steps = 3, 2
+    tasks, theta, run = make_tasks(net), make_theta(reptile, net, args), Recorder(args)
+    state = start_state(theta)
+    reptile.train(tasks, args, run, state)
+
+    generator, params = seeded(5), leaves(theta)
+    size = 3 if net == "curves" else 2
+    memory, steps = reptile.no_moments(theta)
+    for iteration in range(4):
+        sets = tasks.sample(tasks.sample_tasks(num_tasks, generator, "train"), (size, size), generator)
+        ends, memories = [], []
+        for i in range(num_tasks):
+            phi, optimizer = adam_with(params, args, memory, steps)
+            for examples in item(sets, i):
+                take_step(phi, optimizer, *examples)
+            ends.append(flat(phi).detach())
+            memories.append(squares_in(phi, optimizer))
+        memory = {name: sum(x[name] for x in memories) / num_tasks for name in theta}
+        steps += 2
+        epsilon = 0.4 * (1.0, 0.75, 0.5, 0.25)[iteration]
+        moved = flat(params).detach() + epsilon * (sum(ends) / num_tasks - flat(params).detach())
+        parts = moved.split([value.numel() for value in params.values()])
+        params = {name: part.view_as(x) for (name, x), part in zip(params.items(), parts, strict=True)}
+    close(flat(state["theta"]), moved, 1e-8)
+    close(flat(state["moments"]["second_moment"]), flat(memory), 1e-8)
+    assert state["moments"]["steps"] == steps == 8
+
+    # A test task begins with this memory, and leaves it as it is.
+    before = flat(state["moments"]["second_moment"]).clone()
+    actual = reptile.evaluate_state(tasks, state, args)
+    assert torch.equal(flat(state["moments"]["second_moment"]), before)
+    name = "loss" if net == "curves" else "accuracy"
+    support, query = tasks.sample(*tasks.test_set(3)[:1], (args.shots, args.eval_queries), tasks.test_set(3)[1])
+    for i in range(3):
+        phi, optimizer = adam_with(params, args, memory, steps)
+        for k in range(3):
+            if k:
+                take_step(phi, optimizer, *item([support], i)[0])
+            output, (_, y) = ref_network(phi, query[0][i]).detach(), item([query], i)[0]
+            hits = (output.argmax(1) == y.to(torch.int).argmax(1)).double()
+            expected = float(((output - y.to(output)) ** 2).mean() if net == "curves" else hits.mean())
+            assert float(actual[f"test/{name}_k{k}"][i]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_earlier_tasks_left_matters():
+    """The test above could not pass with moments that are new for each task."""
     args = make_args(reptile, "curves", **ADAM)
     theta, sets = make_theta(reptile, "curves", args), make_sets("curves", (4, 4))
-    huge = [(x, 100 * y) for x, y in sets]
-    expected = flat(reptile.reptile_gradient(theta, one(sets, 0), args)[0])
-    reptile.reptile_gradient(theta, huge, args)
-    assert torch.equal(flat(reptile.reptile_gradient(theta, one(sets, 0), args)[0]), expected)
-    beside = [(torch.cat([x[:1], u]), torch.cat([y[:1], v])) for (x, y), (u, v) in zip(sets, huge, strict=True)]
-    params = vmap(lambda batches: reptile.fit(theta, batches, args)[-1])(beside)
-    close(flat(theta) - torch.cat([value[0].flatten() for value in params.values()]), expected)
-    # The first step of Adam with new moments has length inner_lr in every parameter.
-    first = flat(reptile.fit(theta, item(sets, 0)[:1], args)[1]) - flat(theta)
-    close(first.abs(), torch.full_like(first, 0.02), 1e-6)
+    new, kept = (
+        flat(reptile.reptile_gradient(theta, moments, sets, args)[0])
+        for moments in (reptile.no_moments(theta), some_moments(theta))
+    )
+    assert relative_error(kept, new) > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +506,8 @@ def test_moments_are_new_for_every_task_and_call(smooth):
 
 def start_state(theta, seed=5):
     theta = {name: value.clone() for name, value in theta.items()}
-    return {"iteration": 0, "env_steps": 0, "theta": theta, "generator": seeded(seed).get_state()}
+    moments = reptile.no_moments(theta)._asdict()  # of Reptile alone
+    return {"iteration": 0, "env_steps": 0, "theta": theta, "moments": moments, "generator": seeded(seed).get_state()}
 
 
 def train_args(ours, net, **kwargs):
@@ -436,7 +519,7 @@ def train_args(ours, net, **kwargs):
 @pytest.mark.parametrize("net", ["curves", "conv"])
 @each_file
 def test_training_is_the_obvious_loop(ours, net):
-    args = train_args(ours, net, **(ADAM if ours is reptile and net == "conv" else {}))
+    args = train_args(ours, net)
     tasks, theta, run = make_tasks(net), make_theta(ours, net, make_args(ours, net)), Recorder(args)
     state = start_state(theta)
     ours.train(tasks, args, run, state)
@@ -473,7 +556,7 @@ def test_training_is_the_obvious_loop(ours, net):
 
 @each_file
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ours):
-    args, tasks = train_args(ours, "curves"), make_tasks("curves")
+    args, tasks = train_args(ours, "curves", **(ADAM if ours is reptile else {})), make_tasks("curves")
     theta, whole, part, rest = make_theta(ours, "curves", args), *(Recorder(args) for _ in range(3))
     expected, state = start_state(theta), start_state(theta)
     ours.train(tasks, args, whole, expected)
@@ -672,10 +755,10 @@ def test_evaluation_is_a_loop_over_tasks_and_steps(ours, net, transductive):
     args = make_args(ours, net, eval_tasks=count, eval_steps=3, transductive=transductive, **kwargs)
     spy, theta = Spy(make_tasks(net)), make_theta(ours, net, args)
     before = flat(theta).clone()
-    actual = ours.evaluate(spy, theta, args)
+    actual = evaluate_of(ours, spy, theta, args)
     assert torch.equal(flat(theta), before)
     [(num_tasks, drawn, sizes, (support, query))] = spy.calls
-    assert (num_tasks, sizes) == (count, (args.shots, args.shots))
+    assert (num_tasks, sizes) == (count, (args.shots, getattr(args, "eval_queries", args.shots)))
     expected, generator = make_tasks(net).test_set(count)
     assert torch.equal(drawn, expected)
     examples = make_tasks(net).sample(drawn, sizes, generator)
@@ -693,7 +776,7 @@ def test_evaluation_is_a_loop_over_tasks_and_steps(ours, net, transductive):
     name, last, gain = "loss" if net == "curves" else "accuracy", table[:, -1], table[:, -1] - table[:, 0]
     assert gain.std() > 0
     results = {f"test/{name}_k{k}": table[:, k] for k in range(4)}
-    intervals = {"test/ci95": last, "test/gain_ci95": gain}
+    intervals = {f"{key}_ci95": x for key, x in results.items()} | {"test/ci95": last, "test/gain_ci95": gain}
     assert list(actual) == [*results, *intervals]
     for name, x in results.items():
         close(actual[name], torch.from_numpy(x))
@@ -706,13 +789,13 @@ def test_evaluation_is_a_loop_over_tasks_and_steps(ours, net, transductive):
     assert summary == pytest.approx(expected, rel=1e-9)
 
     args.meta_batch_size, args.eval_every, args.seed = 2, 7, 9  # the test set is that of every run
-    assert summarise(ours.evaluate(spy, theta, args)) == summary
+    assert summarise(evaluate_of(ours, spy, theta, args)) == summary
 
 
 @each_file
 def test_evaluation_leaves_random_numbers_alone(ours):
     args, tasks = train_args(ours, "curves"), make_tasks("curves")
     state = torch.get_rng_state()
-    ours.evaluate(tasks, make_theta(ours, "curves", args), args)
+    stats = evaluate_of(ours, tasks, make_theta(ours, "curves", args), args)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.isfinite(ours.evaluate(tasks, make_theta(ours, "curves", args), args)["test/loss_k0"]).all()
+    assert torch.isfinite(stats["test/loss_k0"]).all()
