@@ -110,7 +110,7 @@ class Args:
     """networks and buffers on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
-    bfloat16: bool = False
+    low_precision: bool = False
     """updates multiply matrices in bfloat16: faster where they are large and the processor has it"""
     compile: bool = False
     """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); takes a minute at first"""
@@ -249,7 +249,7 @@ def draw(buffer: Buffer, index_N: Tensor, uniform: Tensor) -> Transitions:
 
 
 def posterior(theta: Params, context: Transitions, args: Args) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N, Z] of q(z|c), the product of a Gaussian for each transition; of none, the prior."""
+    """Mean and variance [N, Z] of q(z|c), a product of one Gaussian per transition; of none, the prior."""
     seen = [context.obs, context.action, context.reward[..., None], context.next_obs]
     x_NSI = torch.cat(seen if args.next_obs else seen[:3], -1)
     mean_NSZ, raw_NSZ = mlp(theta, "encoder", x_NSI).chunk(2, -1)
@@ -311,7 +311,7 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
 
     `noise` holds standard normal numbers: z [N, Z], next_action for a' and action for a [N, B, A].
     """
-    if args.bfloat16:  # all layers but the last ones, so that outputs have all digits
+    if args.low_precision:  # all layers but the last ones, so that outputs have all digits
         theta = {name: x.bfloat16() if name[-1] in "012" else x for name, x in theta.items()}
         target = {name: x.bfloat16() if name[-1] in "012" else x for name, x in target.items()}
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
@@ -363,12 +363,12 @@ def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause)
         for weight, slope in zip(theta.values(), average(*gradient.values()), strict=True):
             weight.grad = slope
         optimizer.step()  # [8]
-        torch._foreach_lerp_([*target.values()], [theta[name] for name in target], args.tau)  # [9] all at once
+        torch._foreach_lerp_([*target.values()], [theta[name] for name in target], args.tau)  # [9] at once
     return dict(zip(stats, average(*stats.values()), strict=True))
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict:
-    """Returns of the policy's means in the test tasks, the same in every run, after 0, 1, .. episodes with noise.
+    """Returns of the policy's means in the test tasks, the same in all runs, after 0, 1, .. noisy episodes.
 
     return_authors is how the paper's code tests: after two episodes with z from the prior, all by the means.
     """
@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
     from envs import join, make, multiply_by_onednn, records
 
-    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
+    multiply_by_onednn(tf32=True)  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     sizes = {"tasks_per_iteration": args.tasks_per_iteration, "meta_batch_size": args.meta_batch_size}

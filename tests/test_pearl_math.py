@@ -608,7 +608,7 @@ def test_the_temperature_moves_by_the_entropys_distance_from_its_goal_and_moves_
 @each
 def test_products_in_bfloat16_are_those_of_rounded_factors(case):
     """All but the last layers': networks by hand whose factors are rounded; the gradient is nearly the usual one."""
-    args = Args(**{**vars(case.args), "bfloat16": True})
+    args = Args(**{**vars(case.args), "low_precision": True})
     single = {name: value.float() for name, value in case.theta.items()}
     low = {name: x.bfloat16() if name[-1] in "012" else x for name, x in single.items()}
     x = torch.randn(9, OBS + A + Z, generator=seeded(2)).float()
