@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import tyro
 
 from algos import maml_trpo, pearl_sac
 from benchmark import pearl
@@ -160,3 +161,42 @@ def test_crossings_are_sustained(tmp_path):
     assert len(found) == 3
     with pytest.raises(SystemExit, match="crossings: give runs of pearl_sac, and others beside them"):
         pearl.crossings((ours,))
+
+
+def test_the_papers_settings_are_one_command():
+    """That of the page, beside configs/default.py and configs/cheetah-vel.json of the authors' code, oyster."""
+    page = (pearl.ROOT / "docs/pearl_sac.md").read_text()
+    block = page.split("The paper's settings for HalfCheetahVel", 1)[1].split("```")[1]
+    args = tyro.cli(pearl_sac.Args, args=block.replace("\\\n", " ").split()[2:])
+    horizon = 200  # max_path_length
+    assert vars(args) == vars(pearl_sac.Args()) | {
+        "horizon": horizon,
+        "train_tasks": 100,
+        "meta_batch_size": 16,
+        "iterations": 500,
+        "initial_episodes": 2000 // horizon,
+        "tasks_per_iteration": 5,
+        "prior_episodes": 400 // horizon,
+        "posterior_episodes": 600 // horizon,
+        "context": "prior",  # num_steps_posterior 0: the 600 are "extra_rl_steps", not in the encoder's buffer
+        "updates": 2000,
+        "batch_size": 256,
+        "context_size": 100,
+        "hidden_size": 300,
+        "latent_size": 5,
+        "lr": 3e-4,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "reward_scale": 5.0,
+        "kl_weight": 0.1,
+        "next_obs": False,
+        "eval_episodes": 600 // horizon,
+        "eval_prior_episodes": 2,
+        "replay_size": 50_000,  # a million there: no task collects so many
+    }
+    most = 2000 + args.iterations * 1000 * args.tasks_per_iteration / args.train_tasks  # of a task, on average
+    assert most + 4 * 1000 * (args.iterations * 0.05 * 0.95) ** 0.5 < args.replay_size
+    default = pearl_sac.Args()
+    words = block.replace("\\\n", " ").split()[2:]
+    given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    assert given == {name for name, value in vars(args).items() if value != getattr(default, name)}
