@@ -8,7 +8,7 @@
     python benchmark/pearl.py crossings runs/A ..      from how many steps on PEARL stays at what the others end with
 
 `table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` and `crossings` take runs of other
-files, too, and what `keep` wrote: benchmark/results/pearl/HalfCheetahVel3_*.metrics.jsonl.gz.
+files, too, and what `keep` wrote: benchmark/results/pearl/by_means/HalfCheetahVel3_*.metrics.jsonl.gz.
 """
 
 import gzip
