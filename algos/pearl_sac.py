@@ -2,8 +2,8 @@
 
 Paper: Rakelly et al. 2019, arXiv:1903.08254, Algorithms 1 and 2. SAC: 1801.01290, 1812.05905.
 Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0   (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahVel3, held-out targets, after 0, 1, 2 episodes: -189, -95, -98 (78 k steps); with contexts by
-    the means -193, -55, -63 (294 k; paper's curve: about -50 at 1 M), SparseNavigation2D, 0 and 19: 1.8, 8.6
+Result: HalfCheetahVel3, held-out targets, after 0, 1, 2 episodes: -189, -95, -98 (78 k steps); contexts
+    by the means: -193, -55, -63 (294 k; paper's curve: about -50 at 1 M), SparseNavigation2D 1.8 to 8.6
 Algorithm:
     [1] draw M training tasks, with two buffers each, replay and context; play episodes into both, z ~ N(0, 1)
     [2] repeat: empty the contexts of N tasks; play episodes of each, which go into replay and context, too,
