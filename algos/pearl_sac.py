@@ -2,8 +2,8 @@
 
 Paper: Rakelly et al. 2019, arXiv:1903.08254, Algorithms 1 and 2. SAC: 1801.01290, 1812.05905.
 Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0   (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahVel3, held-out targets, episodes 1, 2, 3: -193, -55, -63 after 21 iterations, 294 k steps
-    (paper's curve: about -50 at 1 M); SparseNavigation2D (docs/pearl_sac.md), episodes 1 and 20: 1.8, 8.6
+Result: HalfCheetahVel3, held-out targets, after 0, 1, 2 episodes: -189, -95, -98 (78 k steps); contexts
+    by the means: -193, -55, -63 (294 k; paper's curve: about -50 at 1 M), SparseNavigation2D 1.8 to 8.6
 Algorithm:
     [1] draw M training tasks, with two buffers each, replay and context; play episodes into both, z ~ N(0, 1)
     [2] repeat: empty the contexts of N tasks; play episodes of each, which go into replay and context, too,
@@ -14,22 +14,23 @@ Algorithm:
     [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi
     [8]         one step of Adam on L_Q + L_pi + beta (sum over the N tasks of KL(q(z|c) || N(0, 1)))
     [9]         the target critics Q' follow the critics Q slowly
-    [10]    now and then: returns of episodes 1, 2, .. of the test tasks, z ~ q(z|all transitions before)
+    [10]    now and then: returns of the means in test tasks, z ~ q(z|0, 1, .. episodes played with noise)
     L_Q moves Q and, through the z of Q(s, a, z), the encoder; L_pi only the policy; the KL the encoder.
 Symbols: theta = encoder, policy, critics q1 and q2 (min: the smaller Q); Q' = target; the contexts = recent;
     alpha = entropy_coef, or learned; beta = kl_weight; r of [6] = reward_scale * training_reward
 Shapes: a suffix names a tensor's axes (obs_NBO): N tasks at once (those played, or those of an update), M
     training tasks, R transitions stored of each, B those of a batch, S of a context, T steps, O observation,
     A action, P task vector, Z latent, I what the encoder sees of a transition, C the two critics.
-Differs from the paper: many tasks collect at once, an episode each; all recent episodes are context (its code
-    leaves out those of the posterior in some environments). Differs from its code: SAC without a value
-    network, one step on the sum of all losses, one size of layers, no penalty on the policy's outputs.
+Differs from the paper: many tasks collect at once, an episode each. Differs from its code: SAC without a
+    value network, one step on the sum of all losses, one size of layers, no penalty on the policy's outputs;
+    tests with contexts made as in training, by noise (its own protocol, by means only, is logged beside it).
 """
 
 import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,6 +72,8 @@ class Args:
     """tasks of an update (N); 16 in the paper"""
     batch_size: int = 64
     """transitions of each task in an update (B); 256 in the paper"""
+    context: Literal["posterior", "prior"] = "posterior"
+    """prior: only episodes with z from the prior are context, as in the paper's code for HalfCheetahVel"""
     context_size: int = 64
     """transitions in a training context (S); the paper's code: 64 to 1024, 100 for HalfCheetahVel"""
     latent_size: int = 5
@@ -98,7 +101,7 @@ class Args:
     dense_training: bool = False
     """the critic learns info["dense_reward"]; encoder and returns see the sparse reward"""
     eval_episodes: int = 3
-    """episodes of an evaluation"""
+    """scored episodes of an evaluation, by the policy's means: after 0, 1, .. episodes of context"""
     eval_prior_episodes: int = 1
     """the first of them, with z from the prior; the paper's code: 2, 5 for SparseNavigation2D"""
     eval_every: int = 1
@@ -107,6 +110,8 @@ class Args:
     """networks and buffers on the GPU; the physics of MuJoCo, too, where --physics says so"""
     physics: Literal["auto", "mujoco", "warp"] = "auto"
     """mujoco: on the CPU; warp: mujoco_warp, on the device; auto: warp with --cuda where it is installed"""
+    low_precision: bool = False
+    """updates multiply matrices in bfloat16: faster where they are large and the processor has it"""
     compile: bool = False
     """loss and gradient as one graph, by torch.compile (CUDA graphs on a GPU); takes a minute at first"""
     resume: str = ""
@@ -138,7 +143,7 @@ class Transitions(NamedTuple):
     next_obs: Tensor  # [N, T, O]
     training_reward: Tensor  # [N, T] that the critics learn: the reward, or the dense one (--dense-training)
     ended: Tensor  # [N, T] 1 from the step on with which the episode ended early; the horizon is no end
-    mask: Tensor  # [N, T] 1 while the episode runs, 0 after an early end
+    mask: Tensor  # [N, T] 1 while the episode runs, 0 after an early end and where the physics diverged
 
 
 def init_networks(envs, args: Args, generator: Generator) -> Params:
@@ -167,16 +172,15 @@ def mlp(theta: Params, part: str, x: Tensor) -> Tensor:
     x = x.flatten(0, -2)  # a matrix is faster
     for i in range(4):
         x = x.relu_() if i > 0 else x  # in place, which spares a copy
-        x = functional.linear(x, theta[f"{part}_w{i}"], theta[f"{part}_b{i}"])
+        x = functional.linear(x.to(theta[f"{part}_w{i}"].dtype), theta[f"{part}_w{i}"], theta[f"{part}_b{i}"])
     return x.view(*shape, x.shape[-1])
 
 
 def act(theta: Params, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Actions a [.., A] from -1 to 1 and log pi(a|s, z) [..], for obs [.., O], z [.., Z], noise [.., A].
 
-    a = tanh(u), u = mean + std noise: gradients flow through both to mean and std. The density of a is that
-    of u divided by the slope of tanh, so that log pi(a|s, z) is the sum, over the A numbers of an action, of
-    log N(u; mean, std) - log(1 - tanh(u)^2).
+    a = tanh(u), u = mean + std noise: gradients flow through both. The density of a is that of u divided by
+    the slope of tanh: log pi(a|s, z) is the sum over A of log N(u; mean, std) - log(1 - tanh(u)^2).
     """
     mean, log_std = mlp(theta, "policy", torch.cat([obs, z], -1)).chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
@@ -207,10 +211,11 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
     with envs.unwrapped.one_thread():
         for noise_NA in noise_TNA:
             action_NA, _ = act(theta, obs_NO, z_NZ, noise_NA)
-            step = {"obs": obs_NO, "action": action_NA, "mask": playing_N}
+            step = {"obs": obs_NO, "action": action_NA}
             obs_NO, reward_N, terminated_N, _, info = envs.step(action_NA)
             ended_N = terminated_N.to(reward_N)
             step |= {"reward": reward_N, "next_obs": obs_NO, "ended": ended_N}
+            step["mask"] = playing_N * ~info.get("diverged", torch.zeros_like(terminated_N))  # it led nowhere
             step["training_reward"] = info["dense_reward"] if args.dense_training else reward_N
             steps.append(step)
             playing_N = 1 - ended_N  # once a world has ended, it says so in every step, and pays 0
@@ -220,15 +225,13 @@ def play_episodes(envs, tasks_NP, theta, z_NZ, args: Args, generator, noise_scal
 def init_buffer(envs, tasks: int, size: int) -> Buffer:
     """Room for the last `size` transitions (R) of each of M tasks; count [M]: all that were ever stored."""
     obs = envs.single_observation_space.shape
-    action = envs.single_action_space.shape
-    shapes = {"obs": obs, "action": action, "reward": (), "next_obs": obs, "training_reward": ()}
-    shapes |= {"ended": (), "mask": ()}
-    buffer = {name: torch.zeros(tasks, size, *shape) for name, shape in shapes.items()}
+    shapes = {"obs": obs, "action": envs.single_action_space.shape, "next_obs": obs}
+    buffer = {name: torch.zeros(tasks, size, *shapes.get(name, ())) for name in Transitions._fields}
     return buffer | {"count": torch.zeros(tasks, dtype=torch.int64)}
 
 
 def store(buffer: Buffer, index_N: Tensor, episodes: Transitions) -> None:
-    """Add an episode of each of N different tasks, without the steps after an early end, where mask is 0."""
+    """Add an episode of each of N different tasks, without the steps where mask is 0."""
     k_NT = buffer["count"][index_N, None] + episodes.mask.cumsum(1).long() - 1  # steps numbered from 0
     place_NT = k_NT % buffer["mask"].shape[1]  # a ring: step k replaces the oldest one, step k - R
     n, t = episodes.mask.nonzero(as_tuple=True)
@@ -246,14 +249,12 @@ def draw(buffer: Buffer, index_N: Tensor, uniform: Tensor) -> Transitions:
 
 
 def posterior(theta: Params, context: Transitions, args: Args) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N, Z] of q(z|c): the product of a Gaussian for each transition of c; no prior."""
-    seen = [context.obs, context.action, context.reward[..., None]]
-    if args.next_obs:
-        seen.append(context.next_obs)
-    x_NSI = torch.cat(seen, -1)
+    """Mean and variance [N, Z] of q(z|c), a product of one Gaussian per transition; of none, the prior."""
+    seen = [context.obs, context.action, context.reward[..., None], context.next_obs]
+    x_NSI = torch.cat(seen if args.next_obs else seen[:3], -1)
     mean_NSZ, raw_NSZ = mlp(theta, "encoder", x_NSI).chunk(2, -1)
     precision_NSZ = context.mask[..., None] / functional.softplus(raw_NSZ).clamp_min(1e-7)  # 1 / variance
-    variance_NZ = 1 / precision_NSZ.sum(1)  # in a product of Gaussians the precisions add up ..
+    variance_NZ = 1 / (precision_NSZ.sum(1) + ~context.mask.any(1, keepdim=True))  # precisions add up ..
     mean_NZ = variance_NZ * (precision_NSZ * mean_NSZ).sum(1)  # .. and weigh the means
     return mean_NZ, variance_NZ
 
@@ -281,7 +282,8 @@ def collect_episodes(envs, index_N, state: dict, args: Args, generator, from_pri
         z_NZ = sample_posterior(state["theta"], context, args, generator)  # [3]
     episodes = play_episodes(envs, tasks_NP, state["theta"], z_NZ, args, generator, noise_scale=1.0)
     store(state["replay"], index_N, episodes)
-    store(state["recent"], index_N, episodes)
+    if from_prior or args.context == "posterior":
+        store(state["recent"], index_N, episodes)
     state["env_steps"] += int(episodes.mask.sum())
     return sum(episodes.reward.unbind(1))  # over the steps
 
@@ -290,8 +292,7 @@ def critics_loss(theta, target, batch: Transitions, z_NBZ, noise: dict, alpha, a
     """L_Q, summed over both critics. z is no constant in Q(s, a, z): so the encoder learns from it."""
     with torch.no_grad():
         next_action_NBA, log_prob_NB = act(theta, batch.next_obs, z_NBZ, noise["next_action"])
-        next_q_CNB = critics(target, batch.next_obs, next_action_NBA, z_NBZ)
-        next_value_NB = next_q_CNB.amin(0) - alpha * log_prob_NB
+        next_value_NB = critics(target, batch.next_obs, next_action_NBA, z_NBZ).amin(0) - alpha * log_prob_NB
         aim_NB = args.reward_scale * batch.training_reward + args.gamma * (1 - batch.ended) * next_value_NB
     q_CNB = critics(theta, batch.obs, batch.action, z_NBZ)
     return (q_CNB - aim_NB).square().mean((1, 2)).sum()  # [6]
@@ -310,6 +311,9 @@ def pearl_loss(theta, target, batch: Transitions, context: Transitions, noise: d
 
     `noise` holds standard normal numbers: z [N, Z], next_action for a' and action for a [N, B, A].
     """
+    if args.low_precision:  # all layers but the last ones, so that outputs have all digits
+        theta = {name: x.bfloat16() if name[-1] in "012" else x for name, x in theta.items()}
+        target = {name: x.bfloat16() if name[-1] in "012" else x for name, x in target.items()}
     alpha = theta["log_alpha"].detach().exp() if args.auto_entropy else args.entropy_coef
     mean_NZ, variance_NZ = posterior(theta, context, args)  # [5]
     kl = 0.5 * (mean_NZ.square() + variance_NZ - 1 - variance_NZ.log()).sum(1).mean()
@@ -347,38 +351,47 @@ def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause)
     take_gradient = loss_gradient
     if args.compile:
         take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
-    done = min(state["updates"], args.updates - 1)  # at least one is left, also where --updates was lowered
-    for k in range(done, args.updates):
+    for k in range(min(state["updates"], args.updates - 1), args.updates):  # one, also where --updates fell
         pause(k)
         # N different tasks, below random numbers for them; under torchrun this process's part of both.
         index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
         batch = draw(state["replay"], index_N, numbers(generator, N, args.batch_size, uniform=True))
         context = draw(state["recent"], index_N, numbers(generator, N, args.context_size, uniform=True))
         noise = {"z": numbers(generator, N, args.latent_size)}
-        noise["next_action"] = numbers(generator, *action_shape)
-        noise["action"] = numbers(generator, *action_shape)
+        noise |= {name: numbers(generator, *action_shape) for name in ("next_action", "action")}
         gradient, stats = take_gradient(theta, target, batch, context, noise, args)
         for weight, slope in zip(theta.values(), average(*gradient.values()), strict=True):
             weight.grad = slope
         optimizer.step()  # [8]
-        online = [theta[name] for name in target]
-        torch._foreach_lerp_(list(target.values()), online, args.tau)  # [9] Q' += tau (Q - Q'), all at once
+        torch._foreach_lerp_([*target.values()], [theta[name] for name in target], args.tau)  # [9] at once
     return dict(zip(stats, average(*stats.values()), strict=True))
 
 
 def evaluate(envs, theta: Params, args: Args) -> dict:
-    """Returns of successive episodes of the test tasks, the same in every run, with the policy's means."""
+    """Returns of the policy's means in the test tasks, the same in all runs, after 0, 1, .. noisy episodes.
+
+    return_authors is how the paper's code tests: after two episodes with z from the prior, all by the means.
+    """
     tasks_NP, generator = envs.unwrapped.test_set(args.tasks_per_iteration)
-    seen = []
-    for k in range(args.eval_episodes):
-        if k < args.eval_prior_episodes:
-            z_NZ = sample_prior(tasks_NP, args, generator)
-        else:
-            context = Transitions(*(torch.cat(x, 1) for x in zip(*seen, strict=True)))  # all so far
-            z_NZ = sample_posterior(theta, context, args, generator)
-        seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0))
-    returns = [sum(episodes.reward.unbind(1)) for episodes in seen]
+
+    def successive(episodes: int, prior_episodes: int, noise_scale: float) -> list[Tensor]:
+        returns = []
+        seen = []
+        for k in range(episodes):
+            if k < prior_episodes:
+                z_NZ = sample_prior(tasks_NP, args, generator)
+            else:
+                context = Transitions(*(torch.cat(x, 1) for x in zip(*seen, strict=True)))  # all so far
+                z_NZ = sample_posterior(theta, context, args, generator)
+            scored = play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale=0.0)
+            returns.append(sum(scored.reward.unbind(1)))
+            if k + 1 < episodes and (k < prior_episodes or args.context == "posterior"):
+                seen.append(play_episodes(envs, tasks_NP, theta, z_NZ, args, generator, noise_scale))
+        return returns
+
+    returns = successive(args.eval_episodes, args.eval_prior_episodes, noise_scale=1.0)
     stats = {f"test/return_k{k}": return_N for k, return_N in enumerate(returns)}  # [10]
+    stats["test/return_authors"] = successive(episodes=3, prior_episodes=2, noise_scale=0.0)[-1]
     return stats | {"test/gain_ci95": (returns[-1] - returns[0], tasks_NP)}  # logged: an interval over tasks
 
 
@@ -422,8 +435,7 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
         if state["returns"]:  # not before: a run that goes on from there would draw other tasks
             pause(len(state["returns"]), args.prior_episodes + args.posterior_episodes)
         from_prior = len(state["returns"]) < args.prior_episodes
-        return_N = collect_episodes(envs, state["index"], state, args, generator, from_prior)
-        state["returns"].append(return_N)
+        state["returns"].append(collect_episodes(envs, state["index"], state, args, generator, from_prior))
 
 
 def train(envs, args: Args, run, state: dict) -> None:
@@ -463,7 +475,7 @@ def train(envs, args: Args, run, state: dict) -> None:
         stats |= {"train/return_pre": state["returns"][0], "train/return_post": state["returns"][-1]}
         state.update(optimizer=optimizer.state_dict(), unfinished=0)
         state.update(returns=[], updates=0, updates_generator=None)
-        run.end_iteration(state, stats, evaluate=lambda: evaluate(envs, state["theta"], args))
+        run.end_iteration(state, stats, evaluate=partial(evaluate, envs, state["theta"], args))
 
 
 def average(*values: Tensor) -> list[Tensor]:
@@ -482,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(here if (here / "envs").is_dir() else here.parent))  # where envs/ is
     from envs import join, make, multiply_by_onednn, records
 
-    multiply_by_onednn()  # products of large matrices; on some processors twice as fast
+    multiply_by_onednn(tf32=True)  # products of large matrices; on some processors twice as fast
     algorithm = Path(__file__).stem
     args, saved = records.parse(Args, argv, __doc__, algorithm)
     sizes = {"tasks_per_iteration": args.tasks_per_iteration, "meta_batch_size": args.meta_batch_size}
@@ -493,10 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = Generator().manual_seed(args.seed)
     fresh = init_state(envs, args, generator) | {"generator": generator.get_state()}
     state = records.first_state(args, algorithm, fresh, saved, envs.unwrapped.device)
-
-    def examine() -> dict:
-        return evaluate(envs, state["theta"], args)
-
+    examine = partial(evaluate, envs, state["theta"], args)
     with records.open_run(args, state, envs, unit="episodes", evaluate=examine, leads=leads) as run:
         if not args.evaluate:
             train(envs, args, run, state)

@@ -5,13 +5,15 @@
     python benchmark/pearl.py paths runs/A             SparseNavigation2D: paths with z from the prior and the posterior
     python benchmark/pearl.py latent runs/A            what the encoder makes of held-out tasks, one colour for each
     python benchmark/pearl.py curves runs/A runs/B ..  held-out return after adaptation over environment steps
+    python benchmark/pearl.py crossings runs/A ..      from how many steps on PEARL stays at what the others end with
 
-`table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` takes runs of other files, too, and
-what `keep` wrote: benchmark/results/pearl/HalfCheetahVel3_*.metrics.jsonl.gz.
+`table` and `keep` play as `evaluate()` does, with more tasks and episodes. `curves` and `crossings` take runs of other
+files, too, and what `keep` wrote: benchmark/results/pearl/by_means/HalfCheetahVel3_*.metrics.jsonl.gz.
 """
 
 import gzip
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from algos import pearl_sac  # noqa: E402
 from algos.pearl_sac import Transitions  # noqa: E402
 from benchmark.classic import summary  # noqa: E402
 from benchmark.rl2 import load, refuse_mixed  # noqa: E402
+from benchmark.seeds import sustained  # noqa: E402
 from envs import make, records  # noqa: E402
 
 IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/pearl"
@@ -36,18 +39,18 @@ AFTER = {"pearl_sac": 2, "rl2_ppo": 1, "maml_trpo": 1}  # episodes, or inner ste
 
 @dataclass
 class Options:
-    what: tyro.conf.Positional[Literal["table", "keep", "paths", "latent", "curves"]]
+    what: tyro.conf.Positional[Literal["table", "keep", "paths", "latent", "curves", "crossings"]]
     """what to make"""
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of runs; of `curves` kept metrics, too"""
+    """folders of runs; of `curves` and `crossings` kept metrics, too"""
     tasks: int = 300
     """held-out tasks, a world for each"""
     episodes: int = 3
     """episodes of a task (of the latent picture: after how many)"""
     seed: int = 100
     """seed of tasks and noise"""
-    spread: float = 0.0
-    """of the policy's noise: 0 plays its means, as `evaluate()` does, 1 as in training"""
+    spread: float = 1.0
+    """of the policy's noise in episodes for the context: 1 as in training and in `evaluate()`, 0 plays its means"""
     context: int = 0
     """sample this many transitions of those seen, as in training, for the encoder; 0 takes all, as `evaluate()` does"""
 
@@ -56,7 +59,7 @@ class Explorer:
     """Held-out tasks and the transitions seen of them so far; z always from the posterior, in the first
     `eval_prior_episodes` episodes from the prior."""
 
-    def __init__(self, folder: Path, num_tasks: int, seed: int, spread: float = 0.0, size: int = 0):
+    def __init__(self, folder: Path, num_tasks: int, seed: int, spread: float = 1.0, size: int = 0):
         module, self.args, state = load(folder)
         if module is not pearl_sac:
             raise SystemExit(f"{folder}: a run of {module.__name__}, not of pearl_sac")
@@ -66,6 +69,7 @@ class Explorer:
         self.envs = make(self.args.env_id, num_tasks, self.args.horizon)
         self.tasks = self.envs.unwrapped.sample_tasks(num_tasks, self.generator, "test")
         self.episodes, self.spread, self.size = [], spread, size
+        self.scored, self.z = 0, None
 
     @property
     def context(self) -> Transitions:
@@ -74,7 +78,7 @@ class Explorer:
 
     def infer(self) -> Tensor:
         """z [N, Z] for the next episode."""
-        if len(self.episodes) < self.args.eval_prior_episodes:
+        if self.scored < self.args.eval_prior_episodes:
             return pearl_sac.sample_prior(self.tasks, self.args, self.generator)
         context = self.context
         if self.size:
@@ -83,20 +87,44 @@ class Explorer:
             context = Transitions(*(field[index] for field in context))
         return pearl_sac.sample_posterior(self.theta, context, self.args, self.generator)
 
-    def rehearse(self, z: Tensor, tasks: Tensor | None = None) -> Transitions:
-        """An episode that leaves no trace."""
-        tasks = self.tasks if tasks is None else tasks
-        return pearl_sac.play_episodes(self.envs, tasks, self.theta, z, self.args, self.generator, self.spread)
+    def rehearse(self, z: Tensor, spread: float = 0.0) -> Transitions:
+        """An episode that leaves no trace, by the policy's means or with noise."""
+        return pearl_sac.play_episodes(self.envs, self.tasks, self.theta, z, self.args, self.generator, spread)
 
-    def play(self) -> Tensor:
-        """An episode that is remembered; its returns [N]."""
-        self.episodes.append(self.rehearse(self.infer()))
-        return self.episodes[-1].reward.sum(1)
+    def score(self) -> Tensor:
+        """Returns [N] of an episode by the policy's means, with a new z."""
+        self.z = self.infer()
+        self.scored += 1
+        return self.rehearse(self.z).reward.sum(1)
+
+    def explore(self) -> None:
+        """An episode with the z that was scored last, for the context."""
+        if self.scored <= self.args.eval_prior_episodes or self.args.context == "posterior":
+            self.episodes.append(self.rehearse(self.z, self.spread))
+
+    def play(self) -> None:
+        """Both of them."""
+        self.score()
+        self.explore()
+
+    def authors(self) -> Tensor:
+        """Returns [N] as the authors' code tests: two episodes from the prior, then the one that counts; means only."""
+        seen = []
+        for _ in range(2):
+            z = pearl_sac.sample_prior(self.tasks, self.args, self.generator)
+            self.rehearse(z)  # which `evaluate()` scores
+            seen.append(self.rehearse(z))
+        both = Transitions(*(torch.cat(field, 1) for field in zip(*seen, strict=True)))
+        return self.rehearse(pearl_sac.sample_posterior(self.theta, both, self.args, self.generator)).reward.sum(1)
 
 
 def table(folder: Path, options: Options) -> dict:
     explorer = Explorer(folder, options.tasks, options.seed, options.spread, options.context)
-    returns = torch.stack([explorer.play() for _ in range(options.episodes)], 1)
+    columns = [explorer.score()]
+    for _ in range(options.episodes - 1):
+        explorer.explore()
+        columns.append(explorer.score())
+    returns = torch.stack(columns, 1)
     rows, _ = records.read_metrics(folder)
     if not rows:
         raise SystemExit(f"{folder}: a run that was stopped in its first iteration")
@@ -107,6 +135,8 @@ def table(folder: Path, options: Options) -> dict:
         **{name: rows[-1][name] for name in ("iteration", "env_steps", "seconds")},
         "episodes": [summary(returns[:, k]) for k in range(options.episodes)],
         "gain": summary(returns[:, -1] - returns[:, 0]),
+        "last_minus_one_before": summary(returns[:, -1] - returns[:, max(0, options.episodes - 2)]),
+        "authors": summary(explorer.authors()),
     }
 
 
@@ -147,7 +177,7 @@ def paths(folder: Path, options: Options) -> dict:
         goal = explorer.tasks[0]
         explorer.tasks = goal.expand(worlds, -1)  # from the first world's history all z are inferred
         for axes, seen in zip(row, moments, strict=True):
-            while len(explorer.episodes) < seen:
+            while explorer.scored < seen:
                 explorer.play()
             if seen:
                 own = Transitions(*(field[:1].expand(worlds, *field.shape[1:]) for field in explorer.context))
@@ -212,10 +242,44 @@ def curves(runs: tuple[Path, ...]) -> dict:
     return {"picture": str(picture)}
 
 
+def crossings(runs: tuple[Path, ...]) -> list[str]:
+    """A Markdown table: what each run of another file ends with, and from where on a run of PEARL stays there.
+
+    The first evaluation that has that return would come earlier, by luck: a curve that falls below it again has not
+    crossed it for good.
+    """
+    found = [(path, *of_run(path)) for path in runs]
+    refuse_mixed((rows for *_, rows in found), "crossings")
+    lines = ["| | steps | seconds | return | PEARL | stays there from | fewer steps | its seconds |", "|---" * 8 + "|"]
+    others = [(name, rows) for _, _, name, rows in found if name != "pearl_sac"]
+    ours = [(path, rows) for path, _, name, rows in found if name == "pearl_sac"]
+    if not others or not ours:
+        raise SystemExit("crossings: give runs of pearl_sac, and others beside them")
+    ours_after = f"test/return_k{AFTER['pearl_sac']}"
+    for name, rows in others:
+        after = f"test/return_k{AFTER[name]}"
+        end = [row for row in rows if after in row][-1]
+        for path, own in ours:
+            points = [row for row in own if ours_after in row]
+            steps = sustained([(row["env_steps"], row[ours_after]) for row in points], end[after])
+            seconds = sustained([(row["seconds"], row[ours_after]) for row in points], end[after])
+            cells = [name, f"{end['env_steps']:,}", f"{end['seconds']:,.0f}", f"{end[after]:.1f}"]
+            cells.append(path.name.split(".")[0])
+            if math.isinf(steps):
+                cells += ["never", "", ""]
+            else:
+                cells += [f"{steps:,}", f"{end['env_steps'] / steps:.0f}", f"{seconds:,.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.what == "curves":
         print(json.dumps(curves(options.runs)))
+        return
+    if options.what == "crossings":
+        print("\n".join(crossings(options.runs)))
         return
     for folder in options.runs:
         made = {"table": table, "keep": keep, "paths": paths, "latent": latent}[options.what](folder, options)

@@ -317,8 +317,9 @@ def parse(flags: list[str] | None = None) -> tuple:
     options.iterations = options.iterations or iterations
     algorithm.evaluate = lambda *_, **__: ({}, {}) if options.algorithm in SAMPLING else {}
     processor.keep_memory()  # these two as a run of the file does
-    if "multiply_by_onednn()" in Path(algorithm.__file__).read_text() and not options.mkl:
-        processor.multiply_by_onednn()
+    source = Path(algorithm.__file__).read_text()
+    if "multiply_by_onednn(" in source and not options.mkl:
+        processor.multiply_by_onednn(tf32="tf32=True" in source)
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     return options, algorithm, args, run

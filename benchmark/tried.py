@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python benchmark/tried.py pearl_sac --hidden-size 64 --batch-size 32 --context-size 128
 
 Every flag of the algorithm's file is accepted, too. The first variant of a part is the present code. All variants of a
-part compute the same from the same data, which is checked, and take turns in one process. `ms` is the median time of a
-call, `cpu_ms` that of the processor time of all threads, the measure to trust where other programs run; `first_s` is
-the first call's, compiling included, if nothing lies in torch's cache; `error` is the largest difference from the
-present code, relative to the largest entry of each result; `operations` counts torch's, views left out: on a GPU each
-is at least one launch of a kernel. The table made of it is in docs/speed.md.
+part compute the same from the same data (but for products in lower precision), which is checked, and take turns in
+one process. `ms` is the median time of a call, `cpu_ms` that of the processor time of all threads, the measure to trust
+where other programs run; `first_s` is the first call's, compiling included, if nothing lies in torch's cache; `error`
+is the largest difference from the present code, relative to the largest entry of each result; `operations` counts
+torch's, views left out: on a GPU each is at least one launch of a kernel. The table made of it is in docs/speed.md.
 """
 
 import json
@@ -406,6 +406,10 @@ def pearl_sac_parts(args) -> dict:
         "10 updates": {
             "present": updates_with(envs, state, replace(args, updates=10)),
             "--compile": updates_with(envs, state, replace(args, updates=10, compile=True)),
+        },
+        "10 updates, precision": {
+            "present": updates_with(envs, state, replace(args, updates=10)),
+            "--low-precision": updates_with(envs, state, replace(args, updates=10, low_precision=True)),
         },
         "gradient": {
             "present": partial(eager(), *data),

@@ -33,7 +33,7 @@ GROUPS = {  # "algorithm" has all that are not named here, "evaluation" those th
     "task": TASK,
     "algorithm": set(),
     "evaluation": set(),
-    "device": {"cuda", "physics", "compile"},
+    "device": {"cuda", "physics", "low_precision", "compile"},
     "records": {"seed", "iterations", "resume", "evaluate", "capture_video", "track", "wandb_mode"},
 }
 

@@ -27,14 +27,21 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, never) and mallopt(M_TOP_PAD, grow))
 
 
-def multiply_by_onednn() -> bool:
+def multiply_by_onednn(tf32: bool = False) -> bool:
     """Let oneDNN multiply matrices in place of MKL, where that rounds no more; whether it does.
+
+    Args:
+        tf32: on NVIDIA's GPUs, from Ampere (2020) on, products may round their factors to TensorFloat-32: 10 bits of
+            mantissa in place of 23. Their matrix units multiply no other single precision. Of no effect on a CPU. The
+            variable NVIDIA_TF32_OVERRIDE=0 forbids it.
 
     On AMD's processors MKL takes a third of their speed (docs/speed.md); for matrices below some 10,000 numbers oneDNN
     takes longer to start than MKL to finish, so this is for algorithms with large ones. torch asks oneDNN only where
     products may round their factors to bfloat16. oneDNN does so on processors with matrix units for that type, and
     multiplies in single precision on others, which a product tells.
     """
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     if not torch.backends.mkldnn.is_available():
         return False
     settings = torch.backends.mkldnn.matmul

@@ -139,7 +139,7 @@ def test_the_groups_are_those_of_the_headings(name, capsys, monkeypatch):
         ("lirpg", "task", "env_id horizon delay"),
         ("multitask_ppo", "task", "env_id task_given horizon action_scale"),
         ("pearl_sac", "task", "env_id train_tasks horizon dense_training"),
-        ("pearl_sac", "device", "cuda physics compile"),
+        ("pearl_sac", "device", "cuda physics low_precision compile"),
         ("rl2_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
         ("varibad_ppo", "task", "env_id episodes_per_trial horizon action_scale"),
         ("lifetime_rewards", "task", "env_id episodes_per_lifetime horizon"),

@@ -107,6 +107,7 @@ RUNS = {
     ],
     "pearl_sac": [
         f"--env-id Navigation2D-v0 --horizon 5 {CONTEXT}",
+        f"--env-id Navigation2D-v0 --horizon 5 {CONTEXT}--context prior",
         f"--env-id AntDir-v0 --horizon 25 {CONTEXT}--auto-entropy --next-obs --posterior-episodes 2",
         f"--env-id SparseNavigation2D-v0 --horizon 6 {CONTEXT}--dense-training --prior-episodes 2 --eval-episodes 4 "
         "--eval-prior-episodes 2",

@@ -394,6 +394,22 @@ def test_posterior_of_masked_transitions_is_that_without_them():
     assert {*mask.sum(1).tolist()} == {*range(1, 7)}
 
 
+def test_posterior_of_no_transition_is_the_prior():
+    """Of a task of which nothing is left, beside others; its gradient is no NaN."""
+    _, theta = make_theta()
+    theta = {name: value.requires_grad_() for name, value in theta.items()}
+    context, mask = torch.randn(3, 5, OBS + A + 1, generator=seeded(0)), torch.ones(3, 5)
+    mask[1] = 0
+    mean, variance = infer(theta, context, mask)
+    close((mean[1], variance[1]), (torch.zeros(Z), torch.ones(Z)))
+    for i in (0, 2):
+        close((mean[i], variance[i]), slow_posterior(theta, context[i]))
+    weights = list(part_of(theta, "encoder").values())
+    slopes = torch.autograd.grad(mean.sum() + variance.sum(), weights, retain_graph=True)
+    others = torch.autograd.grad(mean[[0, 2]].sum() + variance[[0, 2]].sum(), weights)
+    close(slopes, others)
+
+
 def test_the_prior_is_a_standard_normal_whatever_the_tasks():
     """With the numbers that a posterior of mean 0 and variance 1 would be drawn with."""
     args, generator, same = Args(latent_size=Z), seeded(4), seeded(4)
@@ -590,6 +606,26 @@ def test_the_temperature_moves_by_the_entropys_distance_from_its_goal_and_moves_
 
 
 @each
+def test_products_in_bfloat16_are_those_of_rounded_factors(case):
+    """All but the last layers': networks by hand whose factors are rounded; the gradient is nearly the usual one."""
+    args = Args(**{**vars(case.args), "low_precision": True})
+    single = {name: value.float() for name, value in case.theta.items()}
+    low = {name: x.bfloat16() if name[-1] in "012" else x for name, x in single.items()}
+    x = torch.randn(9, OBS + A + Z, generator=seeded(2)).float()
+    expected = x
+    for i in range(3):  # sums in double precision, then rounded as a layer's outputs are
+        product = expected.bfloat16().double() @ low[f"q1_w{i}"].double().T + low[f"q1_b{i}"].double()
+        expected = product.relu().bfloat16()
+    expected = expected.double() @ single["q1_w3"].double().T + single["q1_b3"].double()
+    torch.testing.assert_close(pearl_sac.mlp(low, "q1", x).double(), expected, rtol=1e-2, atol=1e-2)
+    exact, rounded = loss_gradient(case), loss_gradient(case, args=args)
+    assert {x.dtype for x in rounded.values()} == {torch.float64}
+    for part in ("encoder", "policy", "q1", "q2"):
+        a, b = flat(part_of(rounded, part)), flat(part_of(exact, part))
+        assert 1e-4 < (a - b).norm() / b.norm() < 0.1, part
+
+
+@each
 def test_targets_get_no_gradient(case):
     theta, target = ({n: x.clone().requires_grad_() for n, x in p.items()} for p in (case.theta, case.target))
     loss, _ = loss_of(theta, target, *case.data, case.args)
@@ -757,6 +793,58 @@ def play_by_hand(task, actions):
     return rows
 
 
+class Breaking(Mortal):
+    """Its physics fail in the step of a world's end, where a task's first number is negative."""
+
+    def _advance(self, action):
+        next_obs, ended, info = super()._advance(action)
+        broke = ended & (self.tasks[:, 0] < 0)
+        return torch.where(broke[:, None], self._obs, next_obs), ended, info | {"diverged": broke}
+
+
+def test_the_step_in_which_a_world_diverges_is_no_transition():
+    """Nor are those after it; a usual end is one. Neither buffer holds it, and it is no step of the count."""
+    lab = make_lab(tasks_per_iteration=5)
+    lab.envs = ScaleActions(Breaking(5, 4, dtype=torch.float64), 1.0)
+    lab.state["tasks"] = torch.tensor([[-0.1, 0.1, n] for n in (1.0, 2, 4)] + [[0.1, 0.1, 2.0], [-0.1, 0.1, 9]])
+    episodes = play_episodes(lab.envs, lab.state["tasks"], lab.theta, torch.zeros(5, Z), lab.args, seeded(2), 1.0)
+    assert episodes.mask.sum(1).tolist() == [0, 1, 3, 2, 4]
+    assert (episodes.mask.diff(dim=1) <= 0).all()
+    collect_episodes(lab.envs, torch.arange(5), lab.state, lab.args, seeded(1), from_prior=True)
+    for name in ("replay", "recent"):
+        held = [stored(lab.state[name], i) for i in range(5)]
+        assert [len(rows) for rows in held] == [0, 1, 3, 2, 4]
+        assert [rows[-1][-1] for rows in held[1:]] == [0, 0, 1, 0]  # only a usual end cuts off what comes after
+        assert all(row[:2] != row[5:7] for rows in held for row in rows)
+    assert lab.state["env_steps"] == 10
+
+
+def test_mujoco_tells_which_worlds_diverged():
+    """A state that no physics can follow, beside a usual one."""
+    from envs import make
+
+    args = Args(env_id="HalfCheetahVel3-v0", horizon=3, hidden_size=6)
+    envs = make(args.env_id, 2, args.horizon, False)
+    start = envs.unwrapped._start
+
+    def broken(task, generator):
+        obs = start(task, generator)
+        envs.unwrapped._state[1, -3:] = 1e9  # m/s and radians/s
+        return obs
+
+    envs.unwrapped._start = broken
+    theta = {name: x.float() for name, x in init_networks(envs, args, seeded(1)).items()}
+    tasks = envs.unwrapped.sample_tasks(2, seeded(0), "train")
+    z = torch.zeros(2, args.latent_size, dtype=torch.float32)
+    try:
+        torch.set_default_dtype(torch.float32)
+        episodes = play_episodes(envs, tasks, theta, z, args, seeded(2), 1.0)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert episodes.ended.tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert episodes.mask.tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_rows_are_what_a_world_alone_shows(dense):
     """Observations, actions, both rewards and ends, for 200 tasks."""
@@ -855,6 +943,8 @@ def seen(monkeypatch):
 
     def spy_play(envs, tasks, theta, z, args, generator, noise_scale):
         episodes = play(envs, tasks, theta, z, args, generator, noise_scale)
+        if hasattr(calls[-1], "z"):  # played with the z of the episode before
+            calls.append(SimpleNamespace(**{name: getattr(calls[-1], name) for name in ("context", "noise", "drawn")}))
         vars(calls[-1]).update(tasks=tasks, z=z, noise_scale=noise_scale, rows=packed(episodes), mask=episodes.mask)
         calls[-1].returns = episodes.reward.sum(1)
         calls[-1].theta = clone(theta)
@@ -883,9 +973,10 @@ def kept(call, i):
     return [tuple(row.tolist()) for row, mark in zip(call.rows[i], call.mask[i], strict=True) if mark]
 
 
-@pytest.mark.parametrize("next_obs", [False, True])
-def test_collecting_fills_both_buffers_and_asks_the_posterior_of_its_own_context(seen, next_obs):
-    lab = make_lab(next_obs=next_obs, dense_training=True)
+@pytest.mark.parametrize(("next_obs", "context"), [(False, "posterior"), (True, "posterior"), (False, "prior")])
+def test_collecting_fills_both_buffers_and_asks_the_posterior_of_its_own_context(seen, next_obs, context):
+    """With --context prior episodes with z from the posterior are only replayed."""
+    lab = make_lab(next_obs=next_obs, dense_training=True, context=context)
     state, width = lab.state, 7 if next_obs else 5
     state["tasks"][:, 2] = torch.tensor([2.0, 3, 1, 9, 2])
     recent, replay, steps = ([[] for _ in range(5)] for _ in range(2)), None, 0
@@ -906,13 +997,13 @@ def test_collecting_fills_both_buffers_and_asks_the_posterior_of_its_own_context
         assert torch.equal(call.tasks, state["tasks"][torch.tensor(index)])
         close(returns, call.returns)
         for k, i in enumerate(index):
-            context = [tuple(x.tolist()) for x in call.context[k]]
-            assert len(context) == size
-            assert {*context} <= {row[:width] for row in recent[i]}
+            drawn = [tuple(x.tolist()) for x in call.context[k]]
+            assert len(drawn) == size
+            assert {*drawn} <= {row[:width] for row in recent[i]}
             m, v = slow_posterior(state["theta"], call.context[k])
             close(call.z[k], m + v.sqrt() * call.noise[k])
             steps += len(kept(call, k))
-            recent[i] += kept(call, k)
+            recent[i] += kept(call, k) if not size or context == "posterior" else []
             replay[i] += kept(call, k)
         assert state["env_steps"] == steps
         for i in range(5):
@@ -1073,42 +1164,55 @@ def test_updates_follow_their_generator(losses):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("context", ["posterior", "prior"])
 @pytest.mark.parametrize(("next_obs", "priors"), [(False, 1), (True, 2), (False, 4)])
-def test_evaluation_infers_from_all_episodes_before(seen, next_obs, priors):
-    """By hand, one task at a time: z of each episode from the list of what the earlier ones have shown."""
+def test_evaluation_scores_the_means_after_episodes_with_noise(seen, next_obs, priors, context):
+    """By hand, one task at a time: z of each episode from the list of what those of the context have shown."""
     lab = make_lab(
         tasks_per_iteration=12, train_tasks=12, next_obs=next_obs, eval_episodes=4, eval_prior_episodes=priors,
-        dense_training=True,
+        dense_training=True, context=context,
     )  # fmt: skip
     before, width = clone(lab.theta), 7 if next_obs else 5
     actual = summarise(evaluate(lab.envs, lab.theta, lab.args))
     calls = seen[:]
-    assert len(calls) == 4
-    tasks, returns = calls[0].tasks, np.zeros((12, 4))
+    explores = [k < priors or context == "posterior" for k in range(3)] + [False]
+    plan = [(k, scale, "own") for k in range(4) for scale in ([0, 1] if explores[k] else [0])]
+    plan += [(k, 0, "authors") for k in range(3) for _ in range(2 if k < 2 else 1)]
+    assert [call.noise_scale for call in calls] == [scale for _, scale, _ in plan]
+    tasks, returns = calls[0].tasks, {"own": np.zeros((12, 4)), "authors": np.zeros((12, 3))}
     assert (tasks[:, 0] < 0).all()  # held out
+    spread = 0.0
     for i, task in enumerate(tasks):
-        shown = []
-        for k, call in enumerate(calls):
+        shown, last = {"own": [], "authors": []}, None
+        for call, (k, scale, whose) in zip(calls, plan, strict=True):
             assert torch.equal(call.tasks[i], task)
-            mean, variance = slow_posterior(lab.theta, shown if k >= priors else [])
-            z = mean + variance.sqrt() * call.noise[i]
+            is_second = last == (k, whose)  # the episode for the context, with the z of the scored one
+            if not is_second:
+                from_prior = k < (priors if whose == "own" else 2)
+                mean, variance = slow_posterior(lab.theta, [] if from_prior else shown[whose])
+                z = mean + variance.sqrt() * call.noise[i]
             close(call.z[i], z)
-            position, actions = torch.zeros(2), []
-            for _ in range(4):
-                actions.append(slow_act(lab.theta, position, z, torch.zeros(2))[0])
-                position = position + STRIDE * actions[-1]
-            rows = play_by_hand(task, actions)
-            close(call.rows[i, : len(rows)], torch.stack(rows))
-            shown += [row[:width] for row in rows]
-            returns[i, k] = sum(float(row[4]) for row in rows)
+            rows = [row for row, mark in zip(call.rows[i], call.mask[i], strict=True) if mark]
+            for row in rows:
+                change = (row[2:4] - slow_act(lab.theta, row[:2], z, torch.zeros(2))[0]).abs().max()
+                assert scale == 1 or change < 1e-10
+                spread = max(spread, float(change))
+            close(torch.stack(rows), torch.stack(play_by_hand(task, [row[2:4] for row in rows])))
+            if is_second:
+                shown[whose] += [row[:width] for row in rows]
+            else:
+                returns[whose][i, k] = sum(float(row[4]) for row in rows)
+            last = k, whose
+    assert spread > 0.1
+    authors, returns = returns["authors"], returns["own"]
     gain = returns[:, -1] - returns[:, 0]
     expected = {f"test/return_k{k}": returns[:, k].mean() for k in range(4)}
-    expected["test/tasks"] = 12
+    expected |= {"test/tasks": 12, "test/return_authors": authors[:, 2].mean()}
     assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert actual.keys() - expected.keys() == {"test/gain_ci95"}
     assert gain.std() > 0
     assert actual["test/gain_ci95"] == pytest.approx(interval(gain, tasks), rel=2e-3)
-    noise = torch.stack([call.noise for call in calls])
+    noise = torch.stack([*{id(call.noise): call.noise for call in calls}.values()])  # two calls may share theirs
     assert len(noise.flatten().unique()) == noise.numel()
     assert torch.equal(flat(lab.theta), flat(before))
     assert summarise(evaluate(lab.envs, lab.theta, lab.args)) == actual
@@ -1183,8 +1287,9 @@ def test_training_against_lists(seen, learned, initial):
         assert stats["train/return_post"] == pytest.approx(results[-1][1])
         assert any(name.startswith("test/") for name in stats) == (iteration in (1, 2, 4, 5))
         if iteration in (1, 2, 4, 5):
-            assert [next(calls).noise_scale for _ in range(2)] == [0, 0]
-            played += 2
+            scales = [0, 1, 0, 0, 0, 0, 0, 0]  # two scored episodes, one for the context between them; the authors'
+            assert [next(calls).noise_scale for _ in scales] == scales
+            played += len(scales)
     assert not [*calls]
     assert initial == 2 or not {0, 1} <= {*choices[0]}  # the context of such a task has lost an episode
     assert run.saved == [2, 4, 5]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import tyro
 
 from algos import maml_trpo, pearl_sac
 from benchmark import pearl
@@ -29,10 +30,10 @@ def finished(tmp_path, monkeypatch):
     return run
 
 
-def test_the_table_plays_as_the_files_own_evaluation(finished):
-    folder = finished(
-        pearl_sac, *(word.replace("SparseNavigation2D", "Navigation2DEndless") for word in SMALL)
-    )  # where no return is 0
+@pytest.mark.parametrize("context", ["posterior", "prior"])
+def test_the_table_plays_as_the_files_own_evaluation(finished, context):
+    words = [word.replace("SparseNavigation2D", "Navigation2DEndless") for word in SMALL]  # where no return is 0
+    folder = finished(pearl_sac, *words, "--context", context)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     policy = {name: 5 * x for name, x in saved["theta"].items() if name.startswith("policy_w")}  # which heeds z
     records.save_checkpoint(folder, saved | {"theta": saved["theta"] | policy})
@@ -46,6 +47,7 @@ def test_the_table_plays_as_the_files_own_evaluation(finished):
     means = [mean for mean, _ in line["episodes"]]
     assert means == pytest.approx([stats[f"test/return_k{k}"] for k in range(4)], abs=1e-3)
     assert len(set(means)) == 4
+    assert line["authors"][0] == pytest.approx(stats["test/return_authors"], abs=1e-3)
     assert max(means) < 0
     assert line["gain"][1] == pytest.approx(stats["test/gain_ci95"] * 1.96 / 2.045, abs=1e-3)  # t of 29 degrees
     assert line["gain"][1] > 0.01
@@ -126,3 +128,75 @@ def test_the_pictures_are_drawn_and_what_cannot_be_is_one_line(finished, tmp_pat
     assert names == {"pearl_paths.png", "pearl_latent_SparseNavigation2D.png", "pearl_curves_Navigation2D.png"}
     with pytest.raises(SystemExit, match=r"a run of algos.maml_trpo, not of pearl_sac"):
         pearl.table(other, pearl.Options("table", (other,)))
+
+
+def written(path, name, points):
+    """A kept curve of these (steps, seconds, return)."""
+    rows = [{"env_steps": x, "seconds": t, f"test/return_k{pearl.AFTER[name]}": y} for x, t, y in points]
+    with pearl.gzip.open(file := path / f"Family_{name}_seed1.metrics.jsonl.gz", "wt") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_crossings_are_sustained(tmp_path):
+    """By brute force, for noisy curves: the first step after which none is below."""
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for end in (-9.0, -5.0, -1.0):
+        other = written(tmp_path, "rl2_ppo", [(1000, 10.0, -20.0), (9000, 90.0, end)])
+        curve = -10 + 8 * torch.linspace(0, 1, 20) + 2 * torch.randn(20, generator=generator)
+        points = [(100 * (k + 1), 7.0 * (k + 1), float(y)) for k, y in enumerate(curve)]
+        ours = written(tmp_path, "pearl_sac", points)
+        since = [x for k, (x, _, _) in enumerate(points) if all(y >= end for *_, y in points[k:])]
+        *_, line = pearl.crossings((ours, other))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:5] == ["rl2_ppo", "9,000", "90", f"{end:.1f}", "Family_pearl_sac_seed1"]
+        if since:
+            assert cells[5:] == [f"{since[0]:,}", f"{9000 / since[0]:.0f}", f"{0.07 * since[0]:,.0f}"]
+        else:
+            assert cells[5:] == ["never", "", ""]
+        found.add(cells[5])
+        early = next((x for x, _, y in points if y >= end), None)
+        assert early is None or not since or early <= since[0]
+    assert len(found) == 3
+    with pytest.raises(SystemExit, match="crossings: give runs of pearl_sac, and others beside them"):
+        pearl.crossings((ours,))
+
+
+def test_the_papers_settings_are_one_command():
+    """That of the page, beside configs/default.py and configs/cheetah-vel.json of the authors' code, oyster."""
+    page = (pearl.ROOT / "docs/pearl_sac.md").read_text()
+    block = page.split("The paper's settings for HalfCheetahVel", 1)[1].split("```")[1]
+    args = tyro.cli(pearl_sac.Args, args=block.replace("\\\n", " ").split()[2:])
+    horizon = 200  # max_path_length
+    assert vars(args) == vars(pearl_sac.Args()) | {
+        "horizon": horizon,
+        "train_tasks": 100,
+        "meta_batch_size": 16,
+        "iterations": 500,
+        "initial_episodes": 2000 // horizon,
+        "tasks_per_iteration": 5,
+        "prior_episodes": 400 // horizon,
+        "posterior_episodes": 600 // horizon,
+        "context": "prior",  # num_steps_posterior 0: the 600 are "extra_rl_steps", not in the encoder's buffer
+        "updates": 2000,
+        "batch_size": 256,
+        "context_size": 100,
+        "hidden_size": 300,
+        "latent_size": 5,
+        "lr": 3e-4,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "reward_scale": 5.0,
+        "kl_weight": 0.1,
+        "next_obs": False,
+        "eval_episodes": 600 // horizon,
+        "eval_prior_episodes": 2,
+        "replay_size": 50_000,  # a million there: no task collects so many
+    }
+    most = 2000 + args.iterations * 1000 * args.tasks_per_iteration / args.train_tasks  # of a task, on average
+    assert most + 4 * 1000 * (args.iterations * 0.05 * 0.95) ** 0.5 < args.replay_size
+    default = pearl_sac.Args()
+    words = block.replace("\\\n", " ").split()[2:]
+    given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    assert given == {name for name, value in vars(args).items() if value != getattr(default, name)}

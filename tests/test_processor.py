@@ -111,6 +111,19 @@ def test_where_it_rounds_no_more_onednn_is_asked(setting, monkeypatch):
     assert setting.fp32_precision == "bf16"
 
 
+def test_gpus_round_to_tf32_only_where_a_file_asks():
+    gpu = torch.backends.cuda.matmul
+    before = gpu.fp32_precision
+    try:
+        gpu.fp32_precision = "ieee"
+        processor.multiply_by_onednn()
+        assert gpu.fp32_precision == "ieee"
+        processor.multiply_by_onednn(tf32=True)
+        assert gpu.fp32_precision == "tf32"
+    finally:
+        gpu.fp32_precision = before
+
+
 def test_without_onednn_nothing_is_set(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert processor.multiply_by_onednn() is False
