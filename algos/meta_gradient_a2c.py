@@ -110,19 +110,18 @@ class Stream(NamedTuple):
     obs: Tensor  # [N, T, O] normalised: what the policy saw
     action: Tensor  # [N, T] numbers of choices, or [N, T, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, T] log pi_old(a|s)
-    reward: Tensor  # [N, T] the environment's, not yet delayed
+    reward: Tensor  # [N, T] as the environment pays it, without a delay
     next_obs: Tensor  # [N, T, O] normalised, after the step; of the same episode even where that ended
     fell: Tensor  # [N, T] the episode ended, and not by its time limit
     done: Tensor  # [N, T] the episode ended
 
 
-class Targets(NamedTuple):
-    """What an update learns from beside the steps: constants in theta, and the returns G_eta a function of eta."""
+class Returns(NamedTuple):
+    """What an update by the returns of one pair (gamma, lambda) learns from; the pair itself as V is told it."""
 
-    value: Tensor  # [N, T] V(s; eta)
-    returns: Tensor  # [N, T] G_eta
-    reference_value: Tensor  # [N, T] V(s; eta')
-    reference_returns: Tensor  # [N, T] G_eta'
+    pair: Tensor  # [K] gamma and lambda
+    value: Tensor  # [N, T] V(s; pair)
+    returns: Tensor  # [N, T] G
 
 
 def init_mlp(name: str, inputs: int, outputs: int, generator: Generator) -> Params:
@@ -185,9 +184,9 @@ def policy_of(theta: Params, obs: Tensor) -> Distribution:
     return Independent(Normal(scores, theta["log_std"].exp(), validate_args=False), 1, validate_args=False)
 
 
-def value_told(theta: Params, obs: Tensor, eta_K: Tensor) -> Tensor:
-    """V(s; eta) [..] for obs [.., O], with eta = (gamma, lambda) as two more inputs: their logits, made small."""
-    told_K = eta_K.logit(1e-4) / 5
+def value_told(theta: Params, obs: Tensor, pair_K: Tensor) -> Tensor:
+    """V(s; eta) [..] for obs [.., O]; the pair (gamma, lambda) is two more inputs: its logits, made small."""
+    told_K = pair_K.logit(1e-4) / 5
     return mlp_output(theta, "value", torch.cat([obs, told_K.expand(*obs.shape[:-1], 2)], -1)).squeeze(-1)
 
 
@@ -205,6 +204,7 @@ def normalized(obs: Tensor, moments: Params) -> Tensor:
     return ((obs - moments["mean"]) / std_O).clamp(-10, 10)
 
 
+@torch.no_grad()
 def play_steps(envs, obs_NO: Tensor, state: dict, steps: int, generator: Generator) -> tuple[Tensor, Stream]:
     """Play so many further steps of all worlds, without learning: the next observation, and the steps."""
     num_scores = len(state["theta"]["policy_b2"])
@@ -255,56 +255,33 @@ def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
     return weight_TT * same_NTT
 
 
-def lambda_returns(stream: Stream, value_NT: Tensor, next_value_NT: Tensor, eta_K: Tensor) -> Tensor:
-    """G [N, T] = r + gamma ((1 - lambda) V(s') + lambda G'), a function of eta = (gamma, lambda).
+def lambda_returns(theta: Params, stream: Stream, pair_K: Tensor) -> Returns:
+    """G = r + gamma ((1 - lambda) V(s') + lambda G'), as a function of the pair (gamma, lambda).
 
     G' is the next step's; V(s') takes its place where an episode or the steps end, and is 0 after a fall. G - V is
-    the sum of the TD errors from the step on, weighted by powers of gamma lambda.
+    the sum of the TD errors from the step on, weighted by powers of gamma lambda. V is told the pair as constants.
     """
-    gamma, gae_lambda = eta_K
-    delta_NT = stream.reward + gamma * next_value_NT * ~stream.fell - value_NT
-    weight_NTT = gae_weights(stream.done, gamma * gae_lambda)
-    return value_NT + (weight_NTT @ delta_NT[..., None]).squeeze(-1)  # [4]
-
-
-def targets_of(stream: Stream, theta: Params, eta_K: Tensor, told_K: Tensor, reference_K: Tensor) -> Targets:
-    """Values and returns by eta and by eta'. V is told `told_K`, which is eta, but not differentiated."""
+    gamma, gae_lambda = pair_K
+    told_K = pair_K.detach()
     value_NT = value_told(theta, stream.obs, told_K)
-    next_value_NT = value_told(theta, stream.next_obs, told_K)
-    reference_NT = value_told(theta, stream.obs, reference_K)
-    next_reference_NT = value_told(theta, stream.next_obs, reference_K)
-    return Targets(
-        value=value_NT,
-        returns=lambda_returns(stream, value_NT, next_value_NT, eta_K),
-        reference_value=reference_NT,
-        reference_returns=lambda_returns(stream, reference_NT, next_reference_NT, reference_K),
-    )
+    next_value_NT = value_told(theta, stream.next_obs, told_K) * ~stream.fell
+    delta_NT = stream.reward + gamma * next_value_NT - value_NT
+    weight_NTT = gae_weights(stream.done, gamma * gae_lambda)
+    return_NT = value_NT + (weight_NTT @ delta_NT[..., None]).squeeze(-1)  # [4]
+    return Returns(pair=told_K, value=value_NT, returns=return_NT)
 
 
-def actor_critic_loss(theta: Params, stream: Stream, targets: Targets, told_K: Tensor, reference_K: Tensor,
-                      args: Args) -> Tensor:  # fmt: skip
-    """L: of the policy by the returns of eta, and of V by those and by the returns of eta'."""
-    policy = policy_of(theta, stream.obs)
-    gain_NT = (targets.returns - targets.value) * policy.log_prob(stream.action)
-    error_NT = value_told(theta, stream.obs, told_K) - targets.returns
-    reference_error_NT = value_told(theta, stream.obs, reference_K) - targets.reference_returns
-    value_loss = 0.5 * (error_NT.square() + reference_error_NT.square()).mean()
-    return args.value_coef * value_loss - gain_NT.mean() - args.entropy_coef * policy.entropy().mean()  # [5]
+def policy_loss(theta: Params, stream: Stream, by: Returns) -> Tensor:
+    """-J: what the steps say about the policy that played them, by some pair's returns."""
+    return -((by.returns - by.value) * policy_of(theta, stream.obs).log_prob(stream.action)).mean()
 
 
-def updated(eta_K: Tensor, stream: Stream, state: dict, reference_K: Tensor, args: Args) -> tuple:
-    """theta' [W] as a function of eta = (gamma, lambda) [K]; and beside it theta' by names and its Adam's moments."""
-    theta, told_K = state["theta"], state["eta"]["logits"].sigmoid()
-    targets = targets_of(stream, theta, eta_K, told_K, reference_K)
-    gradient = grad(actor_critic_loss)(theta, stream, targets, told_K, reference_K, args)
-    new_theta, new_adam = adam_step(theta, tuple(gradient.values()), state["theta_adam"], args.lr)  # [6]
-    return torch.cat([x.flatten() for x in new_theta.values()]), (new_theta, new_adam)
-
-
-def reference_loss(theta: Params, stream: Stream, targets: Targets) -> Tensor:
-    """-J': what the steps say about the policy that played them, by the returns of eta'."""
-    advantage_NT = targets.reference_returns - targets.reference_value
-    return -(advantage_NT * policy_of(theta, stream.obs).log_prob(stream.action)).mean()  # [2]
+def actor_critic_loss(theta: Params, stream: Stream, by_eta: Returns, by_reference: Returns, args: Args) -> Tensor:
+    """L, on returns that are constants in theta."""
+    value_loss = sum((value_told(theta, stream.obs, by.pair) - by.returns).square() for by in (by_eta, by_reference))
+    entropy = policy_of(theta, stream.obs).entropy()
+    rest = 0.5 * args.value_coef * value_loss - args.entropy_coef * entropy
+    return policy_loss(theta, stream, by_eta) + rest.mean()  # [5]
 
 
 def adam_step(params: Params, gradient: tuple, adam: Params, lr: float) -> tuple[Params, Params]:
@@ -325,32 +302,34 @@ def adam_step(params: Params, gradient: tuple, adam: Params, lr: float) -> tuple
     return new_params, {"mean": mean_W, "square": square_W, "steps": steps}
 
 
-def meta_gradient(stream: Stream, state: dict, reference_K: Tensor) -> Tensor:
-    """d(-J')/d(gamma, lambda) [K] of the last update, whose policy theta' played these steps: (d(-J')/dtheta') z."""
-    eta_K = state["eta"]["logits"].sigmoid()
-    targets = targets_of(stream, state["theta"], eta_K, eta_K, reference_K)
-    gradient = grad(reference_loss)(state["theta"], stream, targets)
-    return torch.cat([x.flatten() for x in gradient.values()]) @ state["trace"]["z"]
+def updated(logits_K: Tensor, stream: Stream, by_reference: Returns, state: dict, args: Args) -> tuple:
+    """theta' [W] as a function of eta; and beside it theta' by names, and its Adam's moments."""
+    theta = state["theta"]
+    by_eta = lambda_returns(theta, stream, logits_K.sigmoid())
+    gradient = grad(actor_critic_loss)(theta, stream, by_eta, by_reference, args)
+    new_theta, new_adam = adam_step(theta, tuple(gradient.values()), state["theta_adam"], args.lr)  # [6]
+    return torch.cat([x.flatten() for x in new_theta.values()]), (new_theta, new_adam)
 
 
-def learn_eta(stream: Stream, state: dict, reference_K: Tensor, args: Args) -> None:
-    """A step of Adam on the logits of gamma and lambda, or of one of them."""
-    slope_K = state["eta"]["logits"].sigmoid() * (1 - state["eta"]["logits"].sigmoid())  # of the sigmoid
-    gradient_K = meta_gradient(stream, state, reference_K) * slope_K
-    if args.learn != "both":
-        gradient_K = gradient_K * torch.tensor([args.learn == "gamma", args.learn == "gae_lambda"]).to(gradient_K)
+def learn_eta(stream: Stream, by_reference: Returns, state: dict, args: Args) -> None:
+    """A step of gamma and lambda, or of one of them, by what the last update has led to."""
+    gradient = grad(policy_loss)(state["theta"], stream, by_reference)  # [2]
+    gradient_W = torch.cat([x.flatten() for x in gradient.values()])
+    learned = args.learn != "gae_lambda", args.learn != "gamma"
+    slopes = zip(gradient_W @ state["trace"]["z"], learned, strict=True)
+    gradient_K = torch.stack([slope * is_learned for slope, is_learned in slopes])
     state["eta"], state["eta_adam"] = adam_step(state["eta"], (gradient_K,), state["eta_adam"], args.meta_lr)  # [3]
 
 
-def learn_theta(stream: Stream, state: dict, reference_K: Tensor, args: Args) -> None:
-    """An update of pi and V, and how it depends on gamma and lambda."""
-    eta_K = state["eta"]["logits"].sigmoid()
+def learn_theta(stream: Stream, by_reference: Returns, state: dict, args: Args) -> None:
+    """An update of pi and V; and how it depends on gamma and lambda."""
+    inputs = state["eta"]["logits"], stream, by_reference, state, args
     if args.meta_lr:
-        df_WK, (theta, adam) = jacfwd(updated, has_aux=True)(eta_K, stream, state, reference_K, args)
+        df_WK, (theta, theta_adam) = jacfwd(updated, has_aux=True)(*inputs)
         state["trace"] = {"z": args.trace * state["trace"]["z"] + df_WK}  # [7]
     else:
-        _, (theta, adam) = updated(eta_K, stream, state, reference_K, args)
-    state["theta"], state["theta_adam"] = theta, adam
+        _, (theta, theta_adam) = updated(*inputs)
+    state["theta"], state["theta_adam"] = theta, theta_adam
 
 
 def task_of_run(envs, args: Args) -> Tensor:
@@ -374,7 +353,6 @@ def evaluate(envs, state: dict, args: Args) -> dict[str, Tensor]:
     return stats | {"test/gain_ci95": returns - state["first_returns"]}
 
 
-@torch.no_grad()
 def train(envs, test_envs, args: Args, run, state: dict) -> None:
     """The paper's Algorithm 1, from `state` on; `test_envs` are worlds of their own."""
     for part in CARRIED:
@@ -391,9 +369,10 @@ def train(envs, test_envs, args: Args, run, state: dict) -> None:
         state["iteration"] = iteration
         state["env_steps"] += args.num_worlds * args.rollout_steps
         obs_NO, stream = play_steps(envs, obs_NO, state, args.rollout_steps, generator)  # [1]
+        by_reference = lambda_returns(state["theta"], stream, reference_K)
         if args.meta_lr and iteration > 1:
-            learn_eta(stream, state, reference_K, args)
-        learn_theta(stream, state, reference_K, args)
+            learn_eta(stream, by_reference, state, args)
+        learn_theta(stream, by_reference, state, args)
         gamma, gae_lambda = state["eta"]["logits"].sigmoid()
         stats = {"train/gamma": gamma, "train/lambda": gae_lambda}
         return_B, state["sums"] = ended_returns(stream, state["sums"])

@@ -25,7 +25,7 @@ from .core import (
     held_out_uniform,
     one_thread,
 )
-from .corridor import Corridor
+from .corridor import Corridor, NoisyLights
 from .experiments import Harlow, TwoStep
 from .fewshot import Glyphs, Omniglot
 from .forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
@@ -103,6 +103,7 @@ HORIZONS = {
     CartPoleLength: 200,
     CartPoleFixed: 200,
     Corridor: 40,
+    NoisyLights: 40,
     EmptyRooms: 100,
     RandomABC: 10,
     RandomABCReversed: 10,

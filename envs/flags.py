@@ -43,7 +43,12 @@ ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, wh
     **dict.fromkeys(("lirpg", "meta_gradient_a2c"), (CONTINUOUS, CHOICES, METAWORLD)),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
-SINGLE_STARTS = {"lifetime_rewards", "meta_critic", "lirpg", "meta_gradient_a2c"}  # their worlds begin episodes one by one
+SINGLE_STARTS = {
+    "lifetime_rewards",
+    "meta_critic",
+    "lirpg",
+    "meta_gradient_a2c",
+}  # their worlds begin episodes one by one
 COLUMN = 33  # where the text beside a flag begins
 GLUE = "\N{NO-BREAK SPACE}"
 
