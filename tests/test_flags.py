@@ -136,6 +136,7 @@ def test_the_groups_are_those_of_the_headings(name, capsys, monkeypatch):
         ("maml", "task", "env_id data ways shots"),
         ("maml", "evaluation", "eval_every eval_tasks eval_steps"),
         ("lirpg", "task", "env_id horizon delay"),
+        ("meta_gradient_a2c", "task", "env_id horizon"),
         ("multitask_ppo", "task", "env_id task_given horizon action_scale"),
         ("pearl_sac", "task", "env_id train_tasks horizon dense_training"),
         ("pearl_sac", "device", "cuda physics compile"),
