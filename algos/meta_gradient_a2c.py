@@ -1,14 +1,14 @@
-"""Meta-gradient reinforcement learning: an actor-critic learns its own discount gamma and lambda while it learns.
+"""Meta-gradient reinforcement learning: an actor-critic learns its own discount and lambda while it learns.
 
 Paper: Xu, van Hasselt, Silver 2018, arXiv:1805.09801, Algorithm 1, with an advantage actor-critic (A2C).
-Run: python algos/meta_gradient_a2c.py --env-id Corridor-v0   (--help explains every flag; --cuda uses the GPU)
+Run: python algos/meta_gradient_a2c.py --env-id Corridor-v0   (--help explains every flag; --cuda: on the GPU)
 Result: TODO
 Algorithm:
     [1] repeat: T more steps of each of N worlds with pi_theta: tau
     [2]     tau is also what came of the last update: J' = mean (G_eta' - V(s; eta')) log pi_theta(a|s) on it,
             with returns of the fixed eta' = (gamma', lambda')
     [3]     eta <- eta + a step of Adam on (dJ'/dtheta) z
-    [4]     lambda-returns G_eta of tau: G = r + gamma ((1 - lambda) V(s'; eta) + lambda G'), and likewise G_eta'
+    [4]     lambda-returns of tau, G_eta and G_eta': G = r + gamma ((1 - lambda) V(s'; eta) + lambda G')
     [5]     L = -mean (G_eta - V(s; eta)) log pi_theta(a|s) - c_H entropy
                 + c ((V_theta(s; eta) - G_eta)^2 + (V_theta(s; eta') - G_eta')^2) / 2
     [6]     theta' = theta + f(tau, theta, eta), f a step of Adam on L
@@ -18,8 +18,8 @@ Symbols: eta = (gamma, lambda), as logits; alpha = lr of f, beta = meta_lr of et
     c_H = entropy_coef; eta' = (reference_gamma, reference_lambda). theta holds pi and V, which is told eta.
 Shapes: a suffix names a tensor's axes (obs_NTO): N worlds, T steps, O observation, A action (choices, or
     dimensions), P task vector, F features, W all of theta, K the meta-parameters, gamma and lambda.
-Differs from the paper: small networks and Adam in place of IMPALA with RMSProp; the policy is not told eta; V also
-    learns the returns of eta', so that J' has a baseline; its gradient in eta leaves out V's dependence on eta.
+Differs from the paper: small networks, N worlds in step and Adam in place of IMPALA; the policy is not told
+    eta; V also learns the returns of eta', so that J' has a baseline of its own.
 """
 
 import math
@@ -47,34 +47,34 @@ class Args:
     """a task environment of envs/ or your own (module:id, file.py:class); of its tasks one is drawn"""
     seed: int = 1
     """seed of everything but the test set: parameters, task, start states, noise"""
-    iterations: int = 1500
+    iterations: int = 250
     """updates, of num_worlds x rollout_steps steps each"""
     num_worlds: int = 16
     """worlds that play side by side (N)"""
     rollout_steps: int = 20
-    """steps of each world between two updates (T); 20 in the paper"""
+    """steps of each world between two updates (T)"""
     horizon: int = 40
     """steps of an episode at most"""
-    gamma: float = 0.9
-    """the first discount; 0.995 in the paper"""
-    gae_lambda: float = 0.9
-    """the first lambda of the returns; 1 in the paper, which a logit cannot be"""
+    gamma: float = 0.8
+    """the first discount"""
+    gae_lambda: float = 0.95
+    """the first lambda of the returns"""
     learn: Literal["both", "gamma", "gae_lambda"] = "both"
     """which of them is learned; the other one stays"""
-    meta_lr: float = 3e-3
-    """Adam's step size for the logits of gamma and lambda (beta); 0 leaves A2C; 1e-3 in the paper"""
+    meta_lr: float = 0.03
+    """Adam's step size for the logits of gamma and lambda (beta); 0: both stay, which is A2C"""
     trace: float = 0.0
-    """how much of the earlier updates' dependence on eta is kept (mu); 0 in the paper's experiments"""
+    """how much of the earlier updates' dependence on eta is kept (mu); 0: the last one's alone"""
     reference_gamma: float = 0.995
-    """the discount by which eta is judged (gamma'); 0.995 in the paper"""
+    """the discount by which eta is judged (gamma')"""
     reference_lambda: float = 1.0
-    """the lambda by which eta is judged (lambda'); 1 in the paper"""
-    lr: float = 3e-3
+    """the lambda by which eta is judged (lambda'); 1: by sums of rewards"""
+    lr: float = 1e-3
     """Adam's step size for the policy and V (alpha)"""
     value_coef: float = 0.5
-    """weight of V's squared errors (c); 0.5 in the paper"""
-    entropy_coef: float = 0.01
-    """weight of the entropy (c_H); 0.01 in the paper; keeps choices from certainty"""
+    """weight of V's squared errors (c)"""
+    entropy_coef: float = 0.03
+    """weight of the entropy (c_H); keeps choices from certainty"""
     normalize: bool = False
     """observations by their running moments; no good for one-hot observations"""
     eval_every: int = 50
@@ -93,9 +93,9 @@ class Args:
     """offline needs neither account nor network"""
 
     def __post_init__(self):
-        ranges = dict.fromkeys(("trace", "reference_gamma", "reference_lambda"), (0, 1)) | {"seed": (0, 2**31)}
+        ranges = dict.fromkeys(("trace", "reference_gamma", "reference_lambda"), (0, 1))
         ranges |= dict.fromkeys(("gamma", "gae_lambda"), (0.0001, 0.9999))  # their logits stay small
-        ranges |= dict.fromkeys(("meta_lr", "entropy_coef", "value_coef"), (0, 1e6))
+        ranges |= dict.fromkeys(("meta_lr", "entropy_coef", "value_coef"), (0, 1e6)) | {"seed": (0, 2**31)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, 10**9) if isinstance(value, int) else (1e-12, 1e6))
             if not isinstance(value, bool | str) and not low <= value <= high:
@@ -117,9 +117,9 @@ class Stream(NamedTuple):
 
 
 class Returns(NamedTuple):
-    """What an update by the returns of one pair (gamma, lambda) learns from; the pair itself as V is told it."""
+    """What an update by the returns of one pair (gamma, lambda) learns from."""
 
-    pair: Tensor  # [K] gamma and lambda
+    pair: Tensor  # [K] gamma and lambda, as V is told them
     value: Tensor  # [N, T] V(s; pair)
     returns: Tensor  # [N, T] G
 
@@ -258,11 +258,11 @@ def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
 def lambda_returns(theta: Params, stream: Stream, pair_K: Tensor) -> Returns:
     """G = r + gamma ((1 - lambda) V(s') + lambda G'), as a function of the pair (gamma, lambda).
 
-    G' is the next step's; V(s') takes its place where an episode or the steps end, and is 0 after a fall. G - V is
-    the sum of the TD errors from the step on, weighted by powers of gamma lambda. V is told the pair as constants.
+    G' is the next step's; V(s') takes its place where an episode or the steps end, and is 0 after a fall.
+    G - V is the sum of the TD errors from the step on, weighted by powers of gamma lambda.
     """
     gamma, gae_lambda = pair_K
-    told_K = pair_K.detach()
+    told_K = pair_K.detach()  # so that eta acts through the returns alone, as in the paper
     value_NT = value_told(theta, stream.obs, told_K)
     next_value_NT = value_told(theta, stream.next_obs, told_K) * ~stream.fell
     delta_NT = stream.reward + gamma * next_value_NT - value_NT
@@ -271,17 +271,19 @@ def lambda_returns(theta: Params, stream: Stream, pair_K: Tensor) -> Returns:
     return Returns(pair=told_K, value=value_NT, returns=return_NT)
 
 
-def policy_loss(theta: Params, stream: Stream, by: Returns) -> Tensor:
+def policy_gradient_loss(theta: Params, stream: Stream, by: Returns) -> Tensor:
     """-J: what the steps say about the policy that played them, by some pair's returns."""
     return -((by.returns - by.value) * policy_of(theta, stream.obs).log_prob(stream.action)).mean()
 
 
-def actor_critic_loss(theta: Params, stream: Stream, by_eta: Returns, by_reference: Returns, args: Args) -> Tensor:
-    """L, on returns that are constants in theta."""
-    value_loss = sum((value_told(theta, stream.obs, by.pair) - by.returns).square() for by in (by_eta, by_reference))
-    entropy = policy_of(theta, stream.obs).entropy()
-    rest = 0.5 * args.value_coef * value_loss - args.entropy_coef * entropy
-    return policy_loss(theta, stream, by_eta) + rest.mean()  # [5]
+def actor_critic_loss(theta: Params, stream: Stream, by: tuple[Returns, Returns], args: Args) -> Tensor:
+    """L, by the returns of eta and of eta', which are constants in theta; only V learns from the latter."""
+    entropy = policy_of(theta, stream.obs).entropy().mean()
+    loss = policy_gradient_loss(theta, stream, by[0]) - args.entropy_coef * entropy
+    for pair, _, return_NT in by:
+        error_NT = value_told(theta, stream.obs, pair) - return_NT
+        loss = loss + 0.5 * args.value_coef * error_NT.square().mean()
+    return loss  # [5]
 
 
 def adam_step(params: Params, gradient: tuple, adam: Params, lr: float) -> tuple[Params, Params]:
@@ -306,19 +308,20 @@ def updated(logits_K: Tensor, stream: Stream, by_reference: Returns, state: dict
     """theta' [W] as a function of eta; and beside it theta' by names, and its Adam's moments."""
     theta = state["theta"]
     by_eta = lambda_returns(theta, stream, logits_K.sigmoid())
-    gradient = grad(actor_critic_loss)(theta, stream, by_eta, by_reference, args)
+    gradient = grad(actor_critic_loss)(theta, stream, (by_eta, by_reference), args)
     new_theta, new_adam = adam_step(theta, tuple(gradient.values()), state["theta_adam"], args.lr)  # [6]
     return torch.cat([x.flatten() for x in new_theta.values()]), (new_theta, new_adam)
 
 
 def learn_eta(stream: Stream, by_reference: Returns, state: dict, args: Args) -> None:
     """A step of gamma and lambda, or of one of them, by what the last update has led to."""
-    gradient = grad(policy_loss)(state["theta"], stream, by_reference)  # [2]
+    gradient = grad(policy_gradient_loss)(state["theta"], stream, by_reference)  # [2]
     gradient_W = torch.cat([x.flatten() for x in gradient.values()])
     learned = args.learn != "gae_lambda", args.learn != "gamma"
     slopes = zip(gradient_W @ state["trace"]["z"], learned, strict=True)
     gradient_K = torch.stack([slope * is_learned for slope, is_learned in slopes])
-    state["eta"], state["eta_adam"] = adam_step(state["eta"], (gradient_K,), state["eta_adam"], args.meta_lr)  # [3]
+    eta, eta_adam = state["eta"], state["eta_adam"]
+    state["eta"], state["eta_adam"] = adam_step(eta, (gradient_K,), eta_adam, args.meta_lr)  # [3]
 
 
 def learn_theta(stream: Stream, by_reference: Returns, state: dict, args: Args) -> None:

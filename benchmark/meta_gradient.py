@@ -40,7 +40,7 @@ class Options:
     """task of `runs`"""
     seeds: tuple[int, ...] = (1,)
     """of `runs`"""
-    meta_lr: float = 0.1
+    meta_lr: float = 0.03
     """of the learned gammas of `runs`"""
 
 
