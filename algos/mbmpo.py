@@ -460,6 +460,19 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 
 
+@torch.no_grad()
+def tailoring(imagined, tasks_NP: Tensor, params: Params, support: Episodes, args: Args) -> dict:
+    """KL(pi_theta || pi_theta'_k) [N], estimated on the support; and what pi_theta'_k earns in model k more
+    than the next model's policy does there [N, E], from equal start states and with equal noise."""
+    change_NET = (support.log_prob - batch_log_prob(params, support)) * support.mask
+    returns = []
+    for played in (params, {name: x.roll(-1, 0) for name, x in params.items()}):
+        episodes = rollout(imagined, tasks_NP, played, args, Generator().manual_seed(0))
+        returns.append(episodes["reward"].sum(-1))
+    kl_N = change_NET.sum((1, 2)) / support.mask.sum((1, 2))
+    return {"train/inner_kl": kl_N, "train/own_minus_other": returns[0] - returns[1]}
+
+
 def evaluate(envs, imagined, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise.
     A run logs these tensors' means; of names that end in ci95, half the width of a 95 % interval."""
@@ -512,6 +525,7 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
             query = collect(imagined, tasks_NP, params, args, generator)  # [5]
             theta, last_step = trpo_step(theta, imagined_surrogate, [support], query, args)
         stats |= last_step | {"train/diverged": imagined.diverged_share}  # share of the last query's episodes
+        stats |= tailoring(imagined, tasks_NP, params, support, args)
         stats["train/imagined_pre"] = support.reward.sum(-1)
         stats["train/imagined_post"] = query.reward.sum(-1)
         stats["train/return_post"] = played["reward"].sum(-1)

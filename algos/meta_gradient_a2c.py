@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there: its id
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.func import grad, jacfwd
+from torch.func import grad, vjp
 from torch.nn.functional import linear
 
 Params = dict[str, Tensor]
@@ -326,12 +327,16 @@ def learn_eta(stream: Stream, by_reference: Returns, state: dict, args: Args) ->
 
 def learn_theta(stream: Stream, by_reference: Returns, state: dict, args: Args) -> None:
     """An update of pi and V; and how it depends on gamma and lambda."""
-    inputs = state["eta"]["logits"], stream, by_reference, state, args
+    logits_K = state["eta"]["logits"]
+    update = partial(updated, stream=stream, by_reference=by_reference, state=state, args=args)
     if args.meta_lr:
-        df_WK, (theta, theta_adam) = jacfwd(updated, has_aux=True)(*inputs)
+        # vjp gives u -> Jac^T u, which is linear in u: its own vjp is v -> Jac v, here of v = (1, 0), (0, 1).
+        theta_W, jac_transposed, (theta, theta_adam) = vjp(update, logits_K, has_aux=True)
+        _, jac = vjp(lambda u: jac_transposed(u)[0], theta_W)
+        df_WK = torch.stack([jac(v_K)[0] for v_K in torch.ones_like(logits_K).diag()], 1)
         state["trace"] = {"z": args.trace * state["trace"]["z"] + df_WK}  # [7]
     else:
-        _, (theta, theta_adam) = updated(*inputs)
+        _, (theta, theta_adam) = update(logits_K)
     state["theta"], state["theta_adam"] = theta, theta_adam
 
 

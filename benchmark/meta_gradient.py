@@ -28,7 +28,7 @@ TASKS = {
     "Corridor-v0": (["--lr", "0.001", "--entropy-coef", "0.03"], (0.8, 0.99)),
     "NoisyLights-v0": (["--lr", "0.003", "--entropy-coef", "0.01"], (0.8, 0.99)),
 }
-FIXED = (0.01, 0.5, 0.8, 0.9, 0.95, 0.99)
+FIXED = (0.01, 0.5, 0.8, 0.95, 0.99)
 PARTS = 25  # points of a kept curve
 
 
@@ -44,12 +44,10 @@ class Options:
     """of the learned gammas of `runs`"""
 
 
-def path_of(env_id: str) -> Path:
-    return RESULTS / f"{env_id}.json"
-
-
-def kept(env_id: str) -> list[dict]:
-    return json.loads(path_of(env_id).read_text()) if path_of(env_id).exists() else []
+def kept(env_id: str, seed: int | str = "*") -> list[dict]:
+    """The runs that are kept, of one seed or of all."""
+    paths = sorted(RESULTS.glob(f"{env_id}_seed{seed}.json"))
+    return [run for path in paths for run in json.loads(path.read_text())]
 
 
 def in_parts(values: list[float | None], parts: int = PARTS) -> list[float | None]:
@@ -79,11 +77,11 @@ def runs(options: Options) -> None:
     wanted = [(gamma, options.meta_lr) for gamma in TASKS[options.env_id][1]] + [(gamma, 0.0) for gamma in FIXED]
     for seed in options.seeds:
         for gamma, meta_lr in wanted:
-            found = kept(options.env_id)
-            if not any((x["seed"], x["first_gamma"], x["meta_lr"]) == (seed, gamma, meta_lr) for x in found):
+            found = kept(options.env_id, seed)
+            if not any((x["first_gamma"], x["meta_lr"]) == (gamma, meta_lr) for x in found):
                 found.append(play(options.env_id, seed, gamma, meta_lr))
                 lines = ",\n".join(json.dumps(x) for x in found)
-                path_of(options.env_id).write_text(f"[\n{lines}\n]\n")
+                (RESULTS / f"{options.env_id}_seed{seed}.json").write_text(f"[\n{lines}\n]\n")
 
 
 def grouped(env_id: str) -> dict[tuple[float, float], list[dict]]:

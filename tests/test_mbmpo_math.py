@@ -759,6 +759,22 @@ def begin_with_models(args):
     return envs, imagined, make_theta(args)
 
 
+def tailored(imagined, tasks, adapted, support, args):
+    """Model by model: the mean of log pi_theta - log pi_theta'_k on the support, and the returns in model k of its own
+    policy and of the next model's, with the start states and noise that the first seed gives."""
+    kl, returns = [], []
+    for own in range(K):
+        params = {name: x[own] for name, x in adapted.items()}
+        mean, std = ours.policy(params, support.obs[own].flatten(0, 1))
+        new = torch.distributions.Normal(mean, std).log_prob(support.action[own].flatten(0, 1)).sum(-1)
+        runs = support.mask[own].flatten() > 0
+        kl.append((support.log_prob[own].flatten() - new)[runs].mean())
+    for shift in (0, 1):
+        others = {name: torch.stack([x[(k + shift) % K] for k in range(K)]) for name, x in adapted.items()}
+        returns.append(ours.rollout(imagined, tasks, others, args, seeded(0))["reward"].sum(-1))
+    return {"train/inner_kl": torch.stack(kl), "train/own_minus_other": returns[0] - returns[1]}
+
+
 def test_training_against_iterations_by_hand():
     """Two of them: theta plays first, then what it becomes in each model; the latest transitions are kept, all models
     are fitted to them, and each meta-step imagines anew, first with theta, then with the policies adapted to it."""
@@ -783,7 +799,8 @@ def test_training_against_iterations_by_hand():
         models, expected = ours.fit_models(ALONE, models, data, args, generator)
         for _ in range(args.meta_steps):
             support = imagine(theta)
-            query = imagine(slow_adapted(theta, support, args))
+            adapted = slow_adapted(theta, support, args)
+            query = imagine(adapted)
             diverged = imagined.diverged_share
             theta, step = ours.trpo_step(theta, ours.imagined_surrogate, [support], query, args)
             assert step["train/step"] > 0
@@ -791,6 +808,7 @@ def test_training_against_iterations_by_hand():
         assert env_steps == steps
         totals = {"imagined_pre": support.reward.sum(-1), "imagined_post": query.reward.sum(-1), "return_post": returns}
         expected |= step | {f"train/{name}": float(x.mean()) for name, x in totals.items()}
+        expected |= tailored(imagined, tasks, adapted, support, args)
         expected |= {"train/diverged": diverged} | ours.evaluate(envs, imagined, theta, args)
         assert stats == pytest.approx(summarise(expected), rel=1e-9)
     assert len(run.logged) == 2
