@@ -122,7 +122,8 @@ def noise_data(M, seed=0):
     g = seeded(seed)
     obs, action = 2 * torch.randn(M, 3, generator=g) + 5, torch.rand(M, 2, generator=g)
     change = torch.randn(M, 3, generator=g) * torch.tensor([0.1, 1.0, 3.0]) + torch.tensor([0.5, 0.0, -4.0])
-    return {"obs": obs, "action": action, "next_obs": obs + change + 0.2 * obs.roll(1, 1)}
+    data = {"obs": obs, "action": action, "next_obs": obs + change + 0.2 * obs.roll(1, 1)}
+    return data | {"place": torch.rand(M, K, generator=g)}
 
 
 def make_models(args, seed=0, obs_size=3, action_size=2):
@@ -156,7 +157,7 @@ def slow_fit(models, data, args, generator):
     x, y, (x_mean, x_std), (y_mean, y_std) = slow_stats(data)
     x, y = torch.tensor((x - x_mean) / x_std), torch.tensor((y - y_mean) / y_std)
     cut, mse = 4 * len(x) // 5, torch.nn.functional.mse_loss
-    orders = torch.rand(args.num_models, len(x), generator=generator).argsort(1)
+    orders = [torch.tensor(sorted(range(len(x)), key=data["place"][:, k].tolist().__getitem__)) for k in range(K)]
     minibatches = [torch.randperm(cut, generator=generator) for _ in range(args.model_epochs)]
     fitted, stops, curves = [], [], []
     for k, order in enumerate(orders):
@@ -318,6 +319,28 @@ def test_fit_is_that_of_models_trained_one_by_one(case):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_rows_stay_on_their_side_while_data_grow():
+    """Of each batch of new rows every model takes 80 % to learn from, and the same ones in all later fits."""
+    args, taken, held = make_args(), [set() for _ in range(K)], [set() for _ in range(K)]
+    envs, _ = make_envs(args, Navigation2DEndless)
+    theta, generator = make_theta(args), seeded(0)
+    data = None
+    for batch in range(4):
+        new, _, _ = play(envs, make_tasks(envs, args), theta, args, generator)
+        M = len(new["obs"])
+        for k in range(K):
+            ranks = (new["place"][:, k] * M).round().long()
+            assert sorted(ranks.tolist()) == list(range(M))
+        data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+        for k in range(K):
+            order = data["place"][:, k].argsort(stable=True)
+            cut = 4 * len(order) // 5
+            assert len(taken[k] & set(order[cut:].tolist())) <= batch  # those that rounding moves
+            assert len(held[k] & set(order[:cut].tolist())) <= batch
+            taken[k], held[k] = set(order[:cut].tolist()), set(order[cut:].tolist())
+    assert len({frozenset(rows) for rows in held}) == K
+
+
 def test_a_second_fit_goes_on_from_the_first():
     """From its weights, whatever the statistics then were; with fresh moments."""
     args = make_args(model_epochs=2)
@@ -409,7 +432,8 @@ def linear_data(M, seed):
     obs, action = torch.randn(M, 3, generator=g), 2 * torch.rand(M, 2, generator=g) - 1
     A = torch.tensor([[-0.1, 0.05, 0.0], [0.2, -0.05, 0.1], [0.0, -0.3, 0.0]])
     B = torch.tensor([[0.2, 0.0], [0.0, -0.4], [1.0, 0.3]])
-    return {"obs": obs, "action": action, "next_obs": obs + obs @ A.T + action @ B.T}
+    data = {"obs": obs, "action": action, "next_obs": obs + obs @ A.T + action @ B.T}
+    return data | {"place": torch.rand(M, K, generator=g)}
 
 
 def test_models_recover_a_linear_system():
@@ -454,7 +478,7 @@ class Recording(ScaleActions):
 def play(envs, tasks, params, args, generator):
     """Real episodes as in training: their transitions, returns [N, E], number of steps."""
     played = ours.rollout(envs, tasks, params, real(args), generator)
-    return ours.transitions(envs, played), played["reward"].sum(-1), int(played["mask"].sum())
+    return ours.transitions(envs, played, args, generator), played["reward"].sum(-1), int(played["mask"].sum())
 
 
 def hopper():
