@@ -285,7 +285,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
     scales = measure(data)
     x_MI = (torch.cat([data["obs"], data["action"]], -1) - scales["x_mean"]) / scales["x_std"]
     y_MO = (data["next_obs"] - data["obs"] - scales["y_mean"]) / scales["y_std"]
-    order_NM = envs.unwrapped.share(data["place"], 1).argsort(0, stable=True).T
+    order_NM = envs.unwrapped.share(data["place"], 1).argsort(dim=0, stable=True).T
     train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items()}
     optimizer = torch.optim.Adam(weights.values(), args.model_lr)
