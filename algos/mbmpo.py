@@ -285,7 +285,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
     scales = measure(data)
     x_MI = (torch.cat([data["obs"], data["action"]], -1) - scales["x_mean"]) / scales["x_std"]
     y_MO = (data["next_obs"] - data["obs"] - scales["y_mean"]) / scales["y_std"]
-    order_NM = envs.unwrapped.share(data["place"], 1).argsort(dim=0, stable=True).T
+    order_NM = data["place"].argsort(dim=0, stable=True).T
     train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items()}
     optimizer = torch.optim.Adam(weights.values(), args.model_lr)
@@ -303,8 +303,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
             for name, x in weights.items():
                 x.grad = gradient[name]
             optimizer.step()  # moves also a model that is done, whose weights are safe in `fitted`
-        is_fitting_N11 = is_fitting_N[:, None, None]
-        fitted = {name: torch.where(is_fitting_N11, x, fitted[name]).detach() for name, x in weights.items()}
+        fitted = {k: torch.where(is_fitting_N[:, None, None], x, fitted[k]).detach() for k, x in weights.items()}
         before_N = smoothed_N
         smoothed_N = 0.9 * before_N + 0.1 * vmap(error)(weights, valid_NV).detach()
         is_fitting_N = is_fitting_N & (smoothed_N < before_N)
@@ -516,7 +515,8 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
         joined = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
         data = {name: x[-args.data_size :] for name, x in joined.items()}
         run.doing("fitting models")
-        models, stats = fit_models(envs, models, data, args, generator)  # [2]
+        own = data | {"place": envs.unwrapped.share(data["place"], 1)}  # of this process's models
+        models, stats = fit_models(envs, models, own, args, generator)  # [2]
         follow_models(imagined, models, data)
         for step in range(args.meta_steps):
             run.doing("updating in imagination", step, args.meta_steps)

@@ -25,10 +25,11 @@ IMAGES, RESULTS = ROOT / "docs/images", ROOT / "benchmark/results/meta_gradient"
 USUAL = ["--gae-lambda", "0.95", "--iterations", "250", "--eval-every", "250"]
 # Of each task: its own flags, and the gammas at which learned ones begin.
 TASKS = {
-    "Corridor-v0": (["--lr", "0.001", "--entropy-coef", "0.03"], (0.8, 0.99)),
+    "Corridor-v0": (["--lr", "0.001", "--entropy-coef", "0.03"], (0.5, 0.8, 0.99)),
     "NoisyLights-v0": (["--lr", "0.003", "--entropy-coef", "0.01"], (0.8, 0.99)),
 }
 FIXED = (0.01, 0.5, 0.8, 0.95, 0.99)
+COLOURS = {0.5: "C2", 0.8: "C1", 0.99: "C0"}  # of learned gammas, by their first value
 PARTS = 25  # points of a kept curve
 
 
@@ -120,7 +121,7 @@ def picture(options: Options) -> None:
         for i, ((gamma, meta_lr), found) in enumerate(grouped(env_id).items()):
             returns = np.array([[np.nan if y is None else y for y in x["return"]] for x in found], float)
             steps = (np.arange(PARTS) + 0.5) / PARTS * 250 * 16 * 20 / 1000
-            colour = str(0.85 - 0.14 * i) if not meta_lr else ("C1" if gamma < 0.9 else "C0")
+            colour = COLOURS[gamma] if meta_lr else str(0.85 - 0.14 * i)
             label = f"learned, from {gamma:g}" if meta_lr else f"fixed at {gamma:g}"
             style = {"color": colour, "linewidth": 2.5 if meta_lr else 1.2, "label": label}
             paths = np.array([x["gamma"] for x in found])
