@@ -131,7 +131,7 @@ def picture(options: Options) -> None:
             axes[1, column].plot(steps, np.nanmean(returns, 0), **style)
         axes[0, column].set(title=env_id.removesuffix("-v0"), ylabel="discount gamma", ylim=(0, 1.02))
         axes[1, column].set(ylabel="return of training episodes", xlabel="thousand environment steps")
-        axes[1, column].legend(fontsize=8)
+        axes[1, column].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "meta_gradient.png", dpi=100)
     print(IMAGES / "meta_gradient.png")
