@@ -303,7 +303,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
             for name, x in weights.items():
                 x.grad = gradient[name]
             optimizer.step()  # moves also a model that is done, whose weights are safe in `fitted`
-        fitted = {k: torch.where(is_fitting_N[:, None, None], x, fitted[k]).detach() for k, x in weights.items()}
+        fitted = {k: x.where(is_fitting_N[:, None, None], fitted[k]).detach() for k, x in weights.items()}
         before_N = smoothed_N
         smoothed_N = 0.9 * before_N + 0.1 * vmap(error)(weights, valid_NV).detach()
         is_fitting_N = is_fitting_N & (smoothed_N < before_N)
