@@ -461,12 +461,12 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
 
 
 @torch.no_grad()
-def tailoring(imagined, tasks_NP: Tensor, params: Params, support: Episodes, args: Args) -> dict:
+def tailoring(imagined, tasks_NP: Tensor, params: Params, others: Params, support: Episodes, args: Args):
     """KL(pi_theta || pi_theta'_k) [N], estimated on the support; and what pi_theta'_k earns in model k more
-    than the next model's policy does there [N, E], from equal start states and with equal noise."""
+    than the next model's policy (`others`) does there [N, E], from equal starts and with equal noise."""
     change_NET = (support.log_prob - batch_log_prob(params, support)) * support.mask
     returns = []
-    for used in (params, {name: x.roll(-1, 0) for name, x in params.items()}):
+    for used in (params, others):
         returns.append(rollout(imagined, tasks_NP, used, args, Generator().manual_seed(0))["reward"].sum(-1))
     kl_N = change_NET.sum((1, 2)) / support.mask.sum((1, 2))
     return {"train/inner_kl": kl_N, "train/own_minus_other": returns[0] - returns[1]}
@@ -525,9 +525,9 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
             query = collect(imagined, tasks_NP, params, args, generator)  # [5]
             theta, last_step = trpo_step(theta, imagined_surrogate, [support], query, args)
         stats |= last_step | {"train/diverged": imagined.diverged_share}  # share of the last query's episodes
-        stats |= tailoring(imagined, tasks_NP, params, support, args)
-        stats["train/imagined_pre"] = support.reward.sum(-1)
-        stats["train/imagined_post"] = query.reward.sum(-1)
+        others = {k: envs.unwrapped.share(envs.unwrapped.gather(x).roll(-1, 0)) for k, x in params.items()}
+        stats |= tailoring(imagined, tasks_NP, params, others, support, args)
+        stats |= {"train/imagined_pre": support.reward.sum(-1), "train/imagined_post": query.reward.sum(-1)}
         stats["train/return_post"] = played["reward"].sum(-1)
         state["env_steps"] += envs.unwrapped.total(played["mask"])
         state.update(theta=theta, data=data, generator=generator.get_state())
