@@ -117,7 +117,7 @@ class Stream(NamedTuple):
     obs: Tensor  # [N, T, O] normalised: what the policy saw
     action: Tensor  # [N, T] numbers of choices, or [N, T, A] as the policy drew it, unclipped
     log_prob: Tensor  # [N, T] log pi_old(a|s)
-    reward: Tensor  # [N, T] the environment's, not yet delayed
+    reward: Tensor  # [N, T] as the environment pays it, without a delay
     next_obs: Tensor  # [N, T, O] normalised, after the step; of the same episode even where that ended
     fell: Tensor  # [N, T] the episode ended, and not by its time limit
     done: Tensor  # [N, T] the episode ended

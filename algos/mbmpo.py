@@ -255,12 +255,14 @@ def collect(envs, tasks_NP: Tensor, params: Params, args: Args, generator: Gener
     )
 
 
-def transitions(envs, played: dict[str, Tensor]) -> dict[str, Tensor]:
-    """obs [M, O], action [M, A] as the environment executed it, and next_obs [M, O] of real episodes."""
+def transitions(envs, played: dict[str, Tensor], args: Args, generator: Generator) -> dict[str, Tensor]:
+    """obs [M, O], action [M, A] as the environment executed it, and next_obs [M, O] of real episodes; and the
+    place [M, N] of a row in each model's random order, from 0 to 1, for good: above 0.8 is for validation."""
     is_running = played["mask"][:, :, :-1] > 0  # not the last step: rollout ends before its next_obs
     obs = played["obs"][:, :, :-1][is_running]
     action = envs.executed(played["action"])[:, :, :-1][is_running]
-    return {"obs": obs, "action": action, "next_obs": played["obs"][:, :, 1:][is_running]}
+    place_MN = torch.rand(len(obs), args.num_models, generator=generator).argsort(0).to(obs) / len(obs)
+    return {"obs": obs, "action": action, "next_obs": played["obs"][:, :, 1:][is_running], "place": place_MN}
 
 
 def measure(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -275,7 +277,7 @@ def measure(data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, generator: Generator) -> tuple:
-    """Go on fitting all models at once, each to its own random 80 % of the data: new models, and statistics.
+    """Go on fitting all models at once, each to its own 80 % of the data: new models, and statistics.
 
     A model is done when its error on the other 20 % rises. That error is noisy, so what counts is its moving
     average. This begins at 1.5 times the first error: it falls at first even where the error does not.
@@ -283,8 +285,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
     scales = measure(data)
     x_MI = (torch.cat([data["obs"], data["action"]], -1) - scales["x_mean"]) / scales["x_std"]
     y_MO = (data["next_obs"] - data["obs"] - scales["y_mean"]) / scales["y_std"]
-    # A random order of the rows for each model: by it the models differ, beside their first weights.
-    order_NM = envs.unwrapped.noise(generator, args.num_models, len(x_MI), dim=0, uniform=True).argsort(1)
+    order_NM = data["place"].argsort(dim=0, stable=True).T
     train_NR, valid_NV = order_NM.tensor_split([4 * len(x_MI) // 5], 1)
     weights = {name: x.clone().requires_grad_() for name, x in models.items()}
     optimizer = torch.optim.Adam(weights.values(), args.model_lr)
@@ -302,8 +303,7 @@ def fit_models(envs, models: Params, data: dict[str, Tensor], args: Args, genera
             for name, x in weights.items():
                 x.grad = gradient[name]
             optimizer.step()  # moves also a model that is done, whose weights are safe in `fitted`
-        is_fitting_N11 = is_fitting_N[:, None, None]
-        fitted = {name: torch.where(is_fitting_N11, x, fitted[name]).detach() for name, x in weights.items()}
+        fitted = {k: x.where(is_fitting_N[:, None, None], fitted[k]).detach() for k, x in weights.items()}
         before_N = smoothed_N
         smoothed_N = 0.9 * before_N + 0.1 * vmap(error)(weights, valid_NV).detach()
         is_fitting_N = is_fitting_N & (smoothed_N < before_N)
@@ -460,6 +460,18 @@ def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episod
     return theta, {f"train/{name}": float(x) for name, x in stats.items()}
 
 
+@torch.no_grad()
+def tailoring(imagined, tasks_NP: Tensor, params: Params, others: Params, support: Episodes, args: Args):
+    """KL(pi_theta || pi_theta'_k) [N], estimated on the support; and what pi_theta'_k earns in model k more
+    than the next model's policy (`others`) does there [N, E], from equal starts and with equal noise."""
+    change_NET = (support.log_prob - batch_log_prob(params, support)) * support.mask
+    returns = []
+    for used in (params, others):
+        returns.append(rollout(imagined, tasks_NP, used, args, Generator().manual_seed(0))["reward"].sum(-1))
+    kl_N = change_NET.sum((1, 2)) / support.mask.sum((1, 2))
+    return {"train/inner_kl": kl_N, "train/own_minus_other": returns[0] - returns[1]}
+
+
 def evaluate(envs, imagined, theta: Params, args: Args) -> dict:
     """Real returns of pi_theta and of the adapted policies, from equal start states and with equal noise.
     A run logs these tensors' means; of names that end in ci95, half the width of a 95 % interval."""
@@ -499,11 +511,12 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
             params = lvc_step(theta, collect(imagined, tasks_NP, theta, args, generator), args)
         run.doing("collecting")
         played = rollout(envs, tasks_NP, params, real, generator)  # [1]
-        new = transitions(envs, {name: envs.unwrapped.gather(x) for name, x in played.items()})
+        new = transitions(envs, {key: envs.unwrapped.gather(x) for key, x in played.items()}, args, generator)
         joined = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
         data = {name: x[-args.data_size :] for name, x in joined.items()}
         run.doing("fitting models")
-        models, stats = fit_models(envs, models, data, args, generator)  # [2]
+        own = data | {"place": envs.unwrapped.share(data["place"], 1)}  # of this process's models
+        models, stats = fit_models(envs, models, own, args, generator)  # [2]
         follow_models(imagined, models, data)
         for step in range(args.meta_steps):
             run.doing("updating in imagination", step, args.meta_steps)
@@ -512,8 +525,9 @@ def train(envs, imagined, args: Args, run, state: dict) -> None:
             query = collect(imagined, tasks_NP, params, args, generator)  # [5]
             theta, last_step = trpo_step(theta, imagined_surrogate, [support], query, args)
         stats |= last_step | {"train/diverged": imagined.diverged_share}  # share of the last query's episodes
-        stats["train/imagined_pre"] = support.reward.sum(-1)
-        stats["train/imagined_post"] = query.reward.sum(-1)
+        others = {k: envs.unwrapped.share(envs.unwrapped.gather(x).roll(-1, 0)) for k, x in params.items()}
+        stats |= tailoring(imagined, tasks_NP, params, others, support, args)
+        stats |= {"train/imagined_pre": support.reward.sum(-1), "train/imagined_post": query.reward.sum(-1)}
         stats["train/return_post"] = played["reward"].sum(-1)
         state["env_steps"] += envs.unwrapped.total(played["mask"])
         state.update(theta=theta, data=data, generator=generator.get_state())

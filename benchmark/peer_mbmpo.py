@@ -158,14 +158,16 @@ def imagine(envs, task: Tensor, model: Model, params: Params, args) -> Episodes:
     env, task = envs.unwrapped, task.expand(envs.num_envs, -1)
     obs, std, steps = start(envs, task), deviation(params), []
     over = torch.zeros(len(obs), dtype=torch.bool, device=obs.device)
-    for _ in range(args.horizon):
+    for left in reversed(range(args.horizon)):
         mean = mean_action(params, obs)
         action = mean + std * noise(mean)
         executed = envs.executed(action)
         next_obs = model(obs, executed)
         diverged = ~((next_obs >= model.low) & (next_obs <= model.high)).all(-1)
         next_obs = torch.where((diverged | over)[:, None], obs, next_obs)
-        reward = torch.where(over, 0.0, env.reward(obs, executed, next_obs, task))
+        reward = env.reward(obs, executed, next_obs, task)
+        reward = reward + diverged * left * reward.clamp(max=0)  # where rewards are negative, fleeing does not pay
+        reward = torch.where(over, 0.0, reward)
         steps.append((obs, action, ~over, reward))
         over, obs = over | diverged | env.ended(next_obs), next_obs
     obs, action, mask, reward = (torch.stack(x, 1) for x in zip(*steps, strict=True))

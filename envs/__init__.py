@@ -25,6 +25,7 @@ from .core import (
     held_out_uniform,
     one_thread,
 )
+from .corridor import Corridor, NoisyLights
 from .experiments import Harlow, TwoStep
 from .fewshot import Glyphs, Omniglot
 from .forward import AntForward, HalfCheetahForward, HopperForward, SwimmerForward, Walker2dForward
@@ -102,6 +103,8 @@ HORIZONS = {
     DarkRoomSmall: 20,
     CartPoleLength: 200,
     CartPoleFixed: 200,
+    Corridor: 40,
+    NoisyLights: 40,
     EmptyRooms: 100,
     RandomABC: 10,
     RandomABCReversed: 10,

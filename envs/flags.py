@@ -51,10 +51,15 @@ ACCEPTED = {  # for an algorithm that is not named here all kinds are listed, wh
     **dict.fromkeys(("dpt", "ad"), (TABULAR,)),
     "protonet": (IMAGES,),
     "learned_optimizer": (FUNCTIONS,),
-    "lirpg": (CONTINUOUS, CHOICES, METAWORLD),
+    **dict.fromkeys(("lirpg", "meta_gradient_a2c"), (CONTINUOUS, CHOICES, METAWORLD)),
     "mbmpo": (CONTINUOUS,),  # Meta-World's rewards are no function of what is observed
 }
-SINGLE_STARTS = {"lifetime_rewards", "meta_critic", "lirpg"}  # their worlds begin episodes one by one
+SINGLE_STARTS = {
+    "lifetime_rewards",
+    "meta_critic",
+    "lirpg",
+    "meta_gradient_a2c",
+}  # their worlds begin episodes one by one
 COLUMN = 33  # where the text beside a flag begins
 GLUE = "\N{NO-BREAK SPACE}"
 

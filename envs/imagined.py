@@ -1,7 +1,6 @@
 """Imagined: worlds of a family that move as a learned model says, for algorithms that practise in their models."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ class Imagined(ScaleActions):
 
     An imagined world whose prediction leaves [low, high], or is not finite, has diverged: as in the physics, it ends
     there, stays at the last good observation, and `info["diverged"]` [B] (bool) stays true for it until the reset.
+    Where rewards are negative an early end would be worth having, so the step in which a world diverges is charged for
+    the steps that are left: with its own reward for each of them, if that is negative. A positive one ends with it.
 
     Args:
         envs: a `TaskVectorEnv` in a `ScaleActions`; it is not changed. TypeError for another, or if its reward is not a
@@ -35,7 +36,7 @@ class Imagined(ScaleActions):
         self.unwrapped.can_terminate, self.unwrapped.shard = True, family.shard
         self.unwrapped.source = f"a model of {family.source}"
         self.unwrapped._advance = self._predict  # all else is the family's own
-        self.unwrapped._transition_reward = partial(TaskVectorEnv._transition_reward, self.unwrapped)
+        self.unwrapped._transition_reward = self._charged_reward
 
     def follow(self, dynamics: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> None:
         """Move by `dynamics` from now on, within [low, high] ([O] each); actions are within the family's bounds."""
@@ -59,6 +60,13 @@ class Imagined(ScaleActions):
         next_obs = self.dynamics(family._obs, action)
         is_inside = (next_obs >= self.lowest) & (next_obs <= self.highest) & (next_obs.abs() < torch.inf)
         wild = ~is_inside.all(-1)
-        self.diverged = self.diverged | (wild & ~family._over)
+        self._diverges = wild & ~family._over  # in this step
+        self.diverged = self.diverged | self._diverges
         next_obs = torch.where(wild[:, None], family._obs, next_obs)
         return next_obs, family.ended(next_obs) | wild, {"diverged": self.diverged.clone()}
+
+    def _charged_reward(self, action: Tensor, next_obs: Tensor) -> Tensor:
+        family = self.unwrapped
+        reward = TaskVectorEnv._transition_reward(family, action, next_obs)
+        charge = (family.horizon - family._steps - 1) * reward.clamp(max=0)  # _steps: before this one
+        return reward + charge * self._diverges

@@ -24,7 +24,7 @@ READERS = ("protonet", "in_context")  # supervised, too; no weight changes in th
 LONGEST = dict.fromkeys((*SUPERVISED, *READERS), 340)  # lines of a file at most; 455 for those that are not named here
 LONGEST |= {"in_context": 410}  # three encoders
 LONGEST |= {"maml_trpo": 515}  # five inner estimators, TRPO
-LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 566}  # two encoders, each with a cache; models beside TRPO
+LONGEST |= {"rl2_transformer_ppo": 495, "mbmpo": 580}  # two encoders, each with a cache; models beside TRPO
 LONGEST |= {"pearl_sac": 515, "lirpg": 495}  # three networks and their losses; an update that is differentiated
 LONGEST |= {"varibad_ppo": 494, "meta_critic": 490}  # an auto-encoder beside PPO; a baseline of critics of their own
 COLUMNS = 110  # of a line in algos/
@@ -515,6 +515,9 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
     elif hasattr(traced.Args, "reward_lr"):
         wanted |= {"num_worlds": 5, "rollout_steps": 7, "minibatches": 3, "epochs": 1}
         envs, sizes, init = PrimeStreams(), {k: SIZES[k] for k in "NTOAP1"}, "first_state"
+    elif hasattr(traced.Args, "meta_lr"):
+        wanted |= {"num_worlds": 5, "rollout_steps": 7}
+        envs, sizes, init = PrimeStreams(), {k: SIZES[k] for k in "NTOAP1"} | {"K": 2}, "init_actor_critic"
     elif hasattr(traced.Args, "num_models"):
         wanted |= {"num_models": 5, "real_episodes": 3, "model_size": 19, "meta_steps": 1, "model_epochs": 2}
         envs, sizes, init = PrimeModels(), SIZES | {"I": 13 + 2}, None
@@ -567,13 +570,14 @@ def wrong_suffixes(text: str, tmp_path: Path) -> tuple[set[str], set[str]]:
             theta = traced.init_learners(envs, phi, args, generator) | {"worlds": {}}
         else:
             theta = getattr(traced, init)(envs, args, generator)
-        is_state = init in ("init_learner", "init_state", "first_state", "init_learners", "init_lifetimes")
+        streams = ("first_state", "init_lifetimes", "init_actor_critic")
+        is_state = init in ("init_learner", "init_state", "init_learners", *streams)
         known = sizes | ({} if is_state else {"W": sum(value.numel() for value in theta.values())})
         state = {"iteration": 0, "env_steps": 0, "seconds": 0.0, "generator": generator.get_state()}
         state |= theta if is_state else {"theta": theta}
         if hasattr(traced, "no_moments"):
             state["moments"] = traced.no_moments(theta)._asdict()
-        worlds = [envs, envs] if init in ("first_state", "init_lifetimes") else [envs]
+        worlds = [envs, envs] if init in streams else [envs]
         if hasattr(args, "learners"):
             worlds += [PrimeTables(args.learners)]
         if init == "init_learners":
@@ -611,6 +615,9 @@ def test_every_suffix_is_true(path, tmp_path):
         assert {"x_NI", "known_NS", "noise_TNA", "mask_N", "advantage_NS", "norm_N", "tasks_NP", "died_N"} <= checked
     elif path.stem == "lirpg":
         assert {"obs_NO", "gae_weight_NTT", "advantage_B", "gradient_W", "return_NT", "noise_NA", "x_SF"} <= checked
+    elif path.stem == "meta_gradient_a2c":
+        assert {"obs_NO", "weight_NTT", "value_NT", "return_NT", "pair_K", "logits_K", "noise_NA"} <= checked
+        assert {"next_value_NT", "delta_NT", "gradient_W", "df_WK", "same_NTT"} <= checked
     elif path.stem == "varibad_ppo":
         assert {"x_NSI", "mean_NKZ", "m_NDZ", "log_prob_NDS", "error_NDSO", "kl_ND", "noise_BDZ"} <= checked
         assert {"told_NF", "latest_NI", "h_1NH", "noise_SNA", "ratio_NS", "return_NE", "place_N", "rows_UB"} <= checked
@@ -641,6 +648,7 @@ FALSE += [("lifetime_rewards", "noise_TNA", "noise_NTA"), ("lifetime_rewards", "
 FALSE += [("lirpg", "same_NTT", "same_NTO"), ("lirpg", "reward_NT", "reward_TN"), ("lirpg", "square_W", "square_A")]
 FALSE += [("varibad_ppo", "m_NDZ", "m_DNZ"), ("varibad_ppo", "told_NF", "told_FN"), ("varibad_ppo", "kl_ND", "kl_DN")]
 FALSE += [("dpt", "optimal_NTO", "optimal_NOT"), ("dpt", "before_NSJ", "before_NSI"), ("ad", "Q_NOA", "Q_NAO")]
+FALSE += [("meta_gradient_a2c", "df_WK", "df_KW"), ("meta_gradient_a2c", "value_NT", "value_TN")]
 FALSE += [("meta_critic", "z_NZ", "z_NI"), ("meta_critic", "action_NTCA", "action_NCTA")]
 
 

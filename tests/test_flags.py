@@ -137,6 +137,7 @@ def test_the_groups_are_those_of_the_headings(name, capsys, monkeypatch):
         ("maml", "evaluation", "eval_every eval_tasks eval_split eval_steps"),
         ("protonet", "task", "env_id data ways train_ways shots queries"),
         ("lirpg", "task", "env_id horizon delay"),
+        ("meta_gradient_a2c", "task", "env_id horizon"),
         ("multitask_ppo", "task", "env_id task_given horizon action_scale"),
         ("pearl_sac", "task", "env_id train_tasks horizon dense_training"),
         ("pearl_sac", "device", "cuda physics low_precision compile"),

@@ -47,6 +47,7 @@ CONTEXT = "--train-tasks 5 --tasks-per-iteration 3 --meta-batch-size 3 --initial
 CONTEXT += "--batch-size 4 --context-size 6 --hidden-size 8 --replay-size 60 "
 MODELS = "--num-models 3 --real-episodes 2 --episodes-per-task 4 --hidden-size 8 --model-size 8 --model-epochs 3 "
 MODELS += "--model-batch-size 10 --meta-steps 2 "
+META = "--num-worlds 3 --rollout-steps 7 --horizon 5 "
 STREAMS = "--num-worlds 3 --rollout-steps 7 --horizon 5 --delay 3 --epochs 2 --minibatches 2 "
 BELIEFS = "--meta-batch-size 3 --episodes-per-trial 3 --hidden-size 8 --decoder-size 7 --policy-size 9 --buffer-size 4 "
 BELIEFS += "--vae-updates 2 --vae-batch-size 4 --minibatches 2 "
@@ -128,6 +129,11 @@ RUNS = {
         f"{POLES}--td-lambda 1",
         f"{POLES}--least-trace 3 --max-norm 0.5 --eval-greedy",
         f"{POLES}--latent-size 0",
+    ],
+    "meta_gradient_a2c": [
+        f"--env-id Navigation2D-v0 {META}--normalize --trace 0.5",
+        f"--env-id CartPoleFixed-v0 {META}--learn gamma",
+        f"--env-id NoisyLights-v0 {META}--meta-lr 0",
     ],
     "dpt": [
         f"--env-id Bandit5-v0 {CONTEXTS}",

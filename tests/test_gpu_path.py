@@ -42,6 +42,7 @@ from tests.test_golden import (
     HISTORIES,
     IMAGES,
     LIVES,
+    META,
     MODELS,
     POINT,
     POLES,
@@ -89,6 +90,7 @@ RUNS = {
             "epoch of models": ("--model-epochs", 2, 3),
         }
     },
+    "meta_gradient_a2c": {f"--env-id Navigation2D-v0 {META}": {"step": ("--rollout-steps", 7, 9)}},
     "meta_critic": {POLES: {"step": ("--window-size", 7, 9)}},
     "multitask_ppo": {
         f"{POINT}--episodes-per-task 2": {"step": ("--horizon", 5, 8), "epoch": ("--epochs", 2, 3)},

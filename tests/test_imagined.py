@@ -298,9 +298,39 @@ def test_a_world_that_diverges_ends_at_its_last_good_observation(bad, coordinate
                     assert reward[world] == healthy[1][step, world]
                     continue
                 assert torch.equal(obs[world], before[world])
-                # The step that ends an episode is paid, for where the world has stayed; later ones are not.
-                paid = -np.linalg.norm(before[world] - tasks[world]) if step == wild_at[world] else 0
+                # The step that ends an episode is paid for where the world has stayed, and for all steps that are left.
+                paid = -np.linalg.norm(before[world] - tasks[world]) * (6 - step) if step == wild_at[world] else 0
                 assert float(reward[world]) == pytest.approx(paid, abs=1e-12)
+
+
+class Welcome(Navigation2DEndless):
+    """The distance from the goal, as a reward."""
+
+    @staticmethod
+    def reward(obs, action, next_obs, task):
+        return (next_obs - task).norm(dim=-1)
+
+
+@pytest.mark.parametrize("family", [Navigation2DEndless, Welcome])
+def test_fleeing_from_what_the_model_knows_does_not_pay(family):
+    """By the true dynamics, in a range that is left in the third of 20 steps. Where each step costs, to have left costs
+    more than to stay or to walk to the goal; where each step pays, to have left pays for no step after."""
+    imagined = Imagined(make(family, 3, horizon=20, scale=0.1), 3)
+    imagined.follow(walk, torch.full((2,), -0.25), torch.full((2,), 0.25))
+    tasks = torch.tensor([[0.2, 0.0]] * 3)
+    actions = torch.zeros(20, 3, 2, dtype=torch.float64)
+    actions[:, 1, 0] = -0.1  # flees
+    actions[:2, 2, 0] = 0.1  # walks to the goal
+    _, reward, *_ = play(imagined, actions, tasks)
+    assert imagined.diverged_share == pytest.approx(1 / 3)
+    stays, flees, arrives = reward.sum(0).tolist()
+    if family is Welcome:
+        assert flees == pytest.approx(0.3 + 0.4 + 0.4)  # the third step is paid for where the world has stayed
+        assert arrives == pytest.approx(0.1)
+    else:
+        assert stays == pytest.approx(-20 * 0.2)
+        assert flees == pytest.approx(-0.3 - 19 * 0.4)
+        assert flees < stays < arrives
 
 
 def test_predictions_on_the_bounds_are_good():

@@ -122,7 +122,8 @@ def noise_data(M, seed=0):
     g = seeded(seed)
     obs, action = 2 * torch.randn(M, 3, generator=g) + 5, torch.rand(M, 2, generator=g)
     change = torch.randn(M, 3, generator=g) * torch.tensor([0.1, 1.0, 3.0]) + torch.tensor([0.5, 0.0, -4.0])
-    return {"obs": obs, "action": action, "next_obs": obs + change + 0.2 * obs.roll(1, 1)}
+    data = {"obs": obs, "action": action, "next_obs": obs + change + 0.2 * obs.roll(1, 1)}
+    return data | {"place": torch.rand(M, K, generator=g)}
 
 
 def make_models(args, seed=0, obs_size=3, action_size=2):
@@ -156,7 +157,7 @@ def slow_fit(models, data, args, generator):
     x, y, (x_mean, x_std), (y_mean, y_std) = slow_stats(data)
     x, y = torch.tensor((x - x_mean) / x_std), torch.tensor((y - y_mean) / y_std)
     cut, mse = 4 * len(x) // 5, torch.nn.functional.mse_loss
-    orders = torch.rand(args.num_models, len(x), generator=generator).argsort(1)
+    orders = [torch.tensor(sorted(range(len(x)), key=data["place"][:, k].tolist().__getitem__)) for k in range(K)]
     minibatches = [torch.randperm(cut, generator=generator) for _ in range(args.model_epochs)]
     fitted, stops, curves = [], [], []
     for k, order in enumerate(orders):
@@ -318,6 +319,28 @@ def test_fit_is_that_of_models_trained_one_by_one(case):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_rows_stay_on_their_side_while_data_grow():
+    """Of each batch of new rows every model takes 80 % to learn from, and the same ones in all later fits."""
+    args, taken, held = make_args(), [set() for _ in range(K)], [set() for _ in range(K)]
+    envs, _ = make_envs(args, Navigation2DEndless)
+    theta, generator = make_theta(args), seeded(0)
+    data = None
+    for batch in range(4):
+        new, _, _ = play(envs, make_tasks(envs, args), theta, args, generator)
+        M = len(new["obs"])
+        for k in range(K):
+            ranks = (new["place"][:, k] * M).round().long()
+            assert sorted(ranks.tolist()) == list(range(M))
+        data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+        for k in range(K):
+            order = data["place"][:, k].argsort(stable=True)
+            cut = 4 * len(order) // 5
+            assert len(taken[k] & set(order[cut:].tolist())) <= batch  # those that rounding moves
+            assert len(held[k] & set(order[:cut].tolist())) <= batch
+            taken[k], held[k] = set(order[:cut].tolist()), set(order[cut:].tolist())
+    assert len({frozenset(rows) for rows in held}) == K
+
+
 def test_a_second_fit_goes_on_from_the_first():
     """From its weights, whatever the statistics then were; with fresh moments."""
     args = make_args(model_epochs=2)
@@ -409,7 +432,8 @@ def linear_data(M, seed):
     obs, action = torch.randn(M, 3, generator=g), 2 * torch.rand(M, 2, generator=g) - 1
     A = torch.tensor([[-0.1, 0.05, 0.0], [0.2, -0.05, 0.1], [0.0, -0.3, 0.0]])
     B = torch.tensor([[0.2, 0.0], [0.0, -0.4], [1.0, 0.3]])
-    return {"obs": obs, "action": action, "next_obs": obs + obs @ A.T + action @ B.T}
+    data = {"obs": obs, "action": action, "next_obs": obs + obs @ A.T + action @ B.T}
+    return data | {"place": torch.rand(M, K, generator=g)}
 
 
 def test_models_recover_a_linear_system():
@@ -454,7 +478,7 @@ class Recording(ScaleActions):
 def play(envs, tasks, params, args, generator):
     """Real episodes as in training: their transitions, returns [N, E], number of steps."""
     played = ours.rollout(envs, tasks, params, real(args), generator)
-    return ours.transitions(envs, played), played["reward"].sum(-1), int(played["mask"].sum())
+    return ours.transitions(envs, played, args, generator), played["reward"].sum(-1), int(played["mask"].sum())
 
 
 def hopper():
@@ -759,6 +783,22 @@ def begin_with_models(args):
     return envs, imagined, make_theta(args)
 
 
+def tailored(imagined, tasks, adapted, support, args):
+    """Model by model: the mean of log pi_theta - log pi_theta'_k on the support, and the returns in model k of its own
+    policy and of the next model's, with the start states and noise that the first seed gives."""
+    kl, returns = [], []
+    for own in range(K):
+        params = {name: x[own] for name, x in adapted.items()}
+        mean, std = ours.policy(params, support.obs[own].flatten(0, 1))
+        new = torch.distributions.Normal(mean, std).log_prob(support.action[own].flatten(0, 1)).sum(-1)
+        runs = support.mask[own].flatten() > 0
+        kl.append((support.log_prob[own].flatten() - new)[runs].mean())
+    for shift in (0, 1):
+        others = {name: torch.stack([x[(k + shift) % K] for k in range(K)]) for name, x in adapted.items()}
+        returns.append(ours.rollout(imagined, tasks, others, args, seeded(0))["reward"].sum(-1))
+    return {"train/inner_kl": torch.stack(kl), "train/own_minus_other": returns[0] - returns[1]}
+
+
 def test_training_against_iterations_by_hand():
     """Two of them: theta plays first, then what it becomes in each model; the latest transitions are kept, all models
     are fitted to them, and each meta-step imagines anew, first with theta, then with the policies adapted to it."""
@@ -783,7 +823,8 @@ def test_training_against_iterations_by_hand():
         models, expected = ours.fit_models(ALONE, models, data, args, generator)
         for _ in range(args.meta_steps):
             support = imagine(theta)
-            query = imagine(slow_adapted(theta, support, args))
+            adapted = slow_adapted(theta, support, args)
+            query = imagine(adapted)
             diverged = imagined.diverged_share
             theta, step = ours.trpo_step(theta, ours.imagined_surrogate, [support], query, args)
             assert step["train/step"] > 0
@@ -791,6 +832,7 @@ def test_training_against_iterations_by_hand():
         assert env_steps == steps
         totals = {"imagined_pre": support.reward.sum(-1), "imagined_post": query.reward.sum(-1), "return_post": returns}
         expected |= step | {f"train/{name}": float(x.mean()) for name, x in totals.items()}
+        expected |= tailored(imagined, tasks, adapted, support, args)
         expected |= {"train/diverged": diverged} | ours.evaluate(envs, imagined, theta, args)
         assert stats == pytest.approx(summarise(expected), rel=1e-9)
     assert len(run.logged) == 2

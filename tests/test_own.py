@@ -334,6 +334,7 @@ RUNS = {
     "mbmpo": "Known --num-models 2 --real-episodes 2 --episodes-per-task 2 --horizon 8 --model-epochs 1 --meta-steps 1 "
     "--model-size 8",
     "lirpg": "Buttons --num-worlds 2 --rollout-steps 8 --minibatches 1",
+    "meta_gradient_a2c": "Push --num-worlds 2 --rollout-steps 8",
     "lifetime_rewards": "Buttons --meta-batch-size 2 --episodes-per-lifetime 2",
     "meta_critic": "Buttons --meta-batch-size 2 --lifetime 3 --eval-episodes 1 --eval-windows 1",
 }

@@ -253,6 +253,7 @@ def test_a_refusal_is_said_though_the_leader_is_late(tmp_path):
         ("mbmpo", "--num-models 5", "--num-models 5: must be a multiple of 2"),
         ("reptile_ppo", "", "torchrun: this algorithm runs in one process"),
         ("varibad_ppo", "", "torchrun: this algorithm runs in one process"),
+        ("meta_gradient_a2c", "", "torchrun: this algorithm runs in one process"),
         ("lirpg", "", "torchrun: this algorithm runs in one process"),
         ("maml", "", "torchrun: this algorithm runs in one process"),
     ],

@@ -59,6 +59,8 @@ IMAGINED += ["--episodes-per-task", "4", "--horizon", "6", "--hidden-size", "8",
 IMAGINED += ["--model-epochs", "3", "--model-batch-size", "10", "--meta-steps", "2"]
 STREAMS = ["--env-id", "Navigation2D-v0", "--num-worlds", "3", "--rollout-steps", "7", "--horizon", "5"]
 STREAMS += ["--delay", "3", "--epochs", "2", "--minibatches", "2", "--eval-every", "2"]
+META = ["--env-id", "Navigation2D-v0", "--num-worlds", "3", "--rollout-steps", "7", "--horizon", "5"]
+META += ["--eval-every", "2"]
 POLES = ["--meta-batch-size", "3", "--window-size", "7", "--horizon", "5", "--lifetime", "2", "--hidden-size", "8"]
 POLES += ["--critic-size", "9", "--eval-every", "2", "--eval-steps", "2", "--eval-windows", "2", "--eval-episodes", "3"]
 LIVES = ["--env-id", "SymABC-v0", "--meta-batch-size", "3", "--episodes-per-lifetime", "4", "--horizon", "5"]
@@ -87,11 +89,13 @@ FLAGS = {  # of a run of a second; and what one iteration adds to env_steps wher
     "pearl_sac": (EPISODES, 30),  # 3 tasks x 2 episodes x 5 steps
     "mbmpo": (IMAGINED, 36),  # 3 models x 2 real episodes x 6 steps
     "lirpg": (STREAMS, 21),  # 3 worlds x 7 steps
+    "meta_gradient_a2c": (META, 21),
     "lifetime_rewards": (LIVES, 18),  # 3 lifetimes x 2 trajectories x 3 steps
     "meta_critic": (POLES, 21),  # likewise
     "dpt": (CONTEXTS, 30),  # 3 tasks x 2 episodes x 5 steps
     "ad": ([*CONTEXTS, "--learners", "4", "--source-episodes", "6", "--keep-every", "2"], 0),  # all before the first
 }
+ONE_TASK = ("lirpg", "meta_gradient_a2c")  # and one policy
 BEFORE = {"ad": 120}  # env_steps before the first iteration: 4 learners x 6 episodes x 5 steps
 BEFORE |= {"pearl_sac": 30}  # env_steps before the first iteration: 2 x 3 episodes, for each of 5 tasks at least one
 each = pytest.mark.parametrize("name", FLAGS)
@@ -152,14 +156,14 @@ def script(*flags: str, **kwargs) -> subprocess.CompletedProcess:
 def test_folder_and_metrics(name):
     folder = run("--iterations", "3", *(ENDLESS if "Navigation2D-v0" in FLAGS[name][0] else []), name=name)
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "curve.png"}
-    width = {"mbmpo": "num_models", "lirpg": "num_worlds"}.get(name, "meta_batch_size")
+    width = {"mbmpo": "num_models", **dict.fromkeys(ONE_TASK, "num_worlds")}.get(name, "meta_batch_size")
     (start,) = json.loads((folder / "args.json").read_text())
     assert start["flags"][width] == 3
     assert start["iteration"] == 0
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
     assert [row["env_steps"] for row in rows(folder)] == [BEFORE.get(name, 0) + FLAGS[name][1] * k for k in (1, 2, 3)]
     (what,) = {key[5:-3] for key in rows(folder)[-1] if re.fullmatch(r"test/\w+_k\d", key)}
-    assert {f"test/{what}_k{k}" for k in range(2 if name in ("mbmpo", "lirpg") else 3)} | {
+    assert {f"test/{what}_k{k}" for k in range(2 if name in ("mbmpo", *ONE_TASK) else 3)} | {
         f"train/{what}_post",
         "test/gain_ci95",
     } <= set(rows(folder)[-1])
@@ -554,6 +558,11 @@ WRONG = {
         ("--minibatches", "22"), ("--gae-lambda", "1.1"), ("--num-worlds", "0"), ("--live-bonus", "-1"),
         ("--clip", "0"),
     ],
+    "meta_gradient_a2c": [
+        ("--gamma", "1"), ("--gamma", "0"), ("--gae-lambda", "1"), ("--reference-gamma", "1.1"), ("--trace", "-0.1"),
+        ("--meta-lr", "-1"), ("--meta-lr", "nan"), ("--lr", "0"), ("--value-coef", "-1"), ("--entropy-coef", "inf"),
+        ("--num-worlds", "0"), ("--rollout-steps", "0"), ("--reference-lambda", "2"), ("--seed", "-1"),
+    ],
     "meta_critic": [
         ("--td-lambda", "1.1"), ("--gamma", "-1"), ("--critic-lr", "0"), ("--own-critic-lr", "nan"),
         ("--lifetime", "0"), ("--window-size", "0"), ("--latent-size", "-1"), ("--eval-windows", "0"),
@@ -775,6 +784,18 @@ def test_lirpg_learns_from_the_learned_reward_alone():
     assert last["test/return_k1"] > max(last["test/return_k0"] + 3, -4)
 
 
+def test_meta_gradients_raise_gamma_until_the_far_end_is_worth_the_way():
+    """The corridor, gamma from 0.8, where the near end is worth more: two seeds of 250 iterations ended at gamma 0.979
+    and 0.987 and at a return of 1, the far end's; the near one's is 0.25."""
+    importlib.import_module("algos.meta_gradient_a2c").main(["--iterations", "300", "--eval-every", "300"])
+    (folder,) = Path().glob("runs/*")
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert first["train/gamma"] == pytest.approx(0.8)
+    assert last["train/gamma"] > 0.9
+    assert last["test/return_k0"] < 0.4
+    assert last["test/return_k1"] > 0.6
+
+
 def test_lirpg_resumes_only_what_fits_and_goes_on_in_the_midst_of_episodes():
     flags = ["--env-id", "HopperForward-v0", "--horizon", "30", "--delay", "7", "--iterations", "4"]
     whole, part = run(*flags, name="lirpg"), run(*flags, name="lirpg", stop_at=2)
@@ -822,12 +843,12 @@ def test_lifetimes_resume_in_their_midst():
     assert not torch.equal(middle["worlds"]["births"], saved[0]["worlds"]["births"])  # some ended on the way
 
 
-@pytest.mark.parametrize("name", ["lifetime_rewards", "meta_critic", "lirpg"])
+@pytest.mark.parametrize("name", ["lifetime_rewards", "meta_critic", *ONE_TASK])
 def test_lifetimes_need_worlds_that_start_one_by_one_and_some_of_them_choices(name):
     main = importlib.import_module(f"algos.{name}").main
     with pytest.raises(SystemExit, match="--env-id MouseCheese-v0: its worlds can only start together"):
         main([*FLAGS[name][0], "--env-id", "MouseCheese-v0"])
-    if name != "lirpg":
+    if name not in ONE_TASK:
         with pytest.raises(SystemExit, match=r"--env-id HalfCheetahDir-v0: its actions are continuous.* choices"):
             main([*FLAGS[name][0], "--env-id", "HalfCheetahDir-v0"])
     assert not Path("runs").exists()
