@@ -33,6 +33,7 @@ GROUPS = {
     "Bodies that MuJoCo moves": ("envs.locomotion", "envs.random_params", "envs.forward"),
     "Bandits, experiments, small decision processes": ("envs.bandit", "envs.experiments", "envs.tabular_mdp"),
     "Grids": ("envs.mouse_cheese", "envs.hidden_goals", "envs.gridworlds"),
+    "One task, where the right discount matters": ("envs.corridor",),
     "A pole": ("envs.cartpole",),
     "Supervised tasks": ("envs.regression", "envs.fewshot"),
     "Functions to minimise": ("envs.optimisees",),
