@@ -17,7 +17,8 @@ Algorithm:
 Symbols: eta = (gamma, lambda), as logits; alpha = lr of f, beta = meta_lr of eta; mu = trace; c = value_coef,
     c_H = entropy_coef; eta' = (reference_gamma, reference_lambda). theta holds pi and V, which is told eta.
 Shapes: a suffix names a tensor's axes (obs_NTO): N worlds, T steps, O observation, A action (choices, or
-    dimensions), P task vector, F features, W all of theta, K the meta-parameters, gamma and lambda.
+    dimensions), P task vector, F features, W all of theta, K the meta-parameters, gamma and lambda; B returns
+    of episodes that ended, S rows of all worlds and steps.
 Differs from the paper: small networks, N worlds in step and Adam in place of IMPALA; the policy is not told
     eta; V also learns the returns of eta', so that J' has a baseline of its own.
 """

@@ -69,4 +69,4 @@ class Imagined(ScaleActions):
         family = self.unwrapped
         reward = TaskVectorEnv._transition_reward(family, action, next_obs)
         charge = (family.horizon - family._steps - 1) * reward.clamp(max=0)  # _steps: before this one
-        return reward + charge * self._diverges
+        return torch.where(self._diverges, reward + charge, reward)

@@ -27,9 +27,10 @@ MUJOCO = [name for name, family in FAMILIES.items() if issubclass(family, locomo
 SAME_TASKS = {"HalfCheetahDir", "AntDir", "NonstationaryABC", "TwoStep"}  # train and test are the same two tasks
 FORWARD = ["HalfCheetahForward", "AntForward", "SwimmerForward", "HopperForward", "Walker2dForward"]
 ONE_TASK = {**{name: [1.0] for name in FORWARD}, "CartPoleFixed": [0.5], "FixedABC": [1.0, -0.5, 0.5]}
+ONE_TASK |= {"Corridor": [0.25, 1.0], "NoisyLights": [3.0]}
 # Chance decides rewards and states; tests/test_envs_discrete.py has the oracles.
 RANDOM = ["Bandit5", "Bandit10", "Bandit50", "GaussianBandit5", "UniformGaussianBandit5", "DependentBandit"]
-RANDOM += ["TabularMDP", "TwoStep", "Harlow"]
+RANDOM += ["TabularMDP", "TwoStep", "Harlow", "NoisyLights"]
 POLES = ["CartPoleLength", "CartPoleFixed"]  # tests/test_gridworlds.py has the oracles of these and of the grid worlds
 SWAPPED = ["RandomABCReversed", "RandomABCDiagonal", "SymABCReversed", "SymABCDiagonal"]
 ABC = ["RandomABC", "SymABC", *SWAPPED, "FixedABC", "NonstationaryABC", "KeyBox"]
@@ -39,10 +40,17 @@ HIDDEN_GOALS |= {
     "DarkRoom": (80, 20, 100),
     "DarkRoomSmall": (64, 17, 81),
 }
-DISCRETE = [*RANDOM, *HIDDEN_GOALS, "MouseCheese", *POLES, "EmptyRooms", *ABC]
+DISCRETE = [*RANDOM, *HIDDEN_GOALS, "MouseCheese", *POLES, "EmptyRooms", *ABC, "Corridor"]
 FALLING = ["AntDir", "AntDir2D", "AntVel", "HumanoidDir", "HopperRandParams", "WalkerRandParams"]
 FALLING += ["AntForward", "HopperForward", "Walker2dForward"]
-ENDING = [*FALLING, "MouseCheese", *POLES, "EmptyRooms", *ABC]  # by random actions: none leads Navigation2D to its goal
+ENDING = [
+    *FALLING,
+    "MouseCheese",
+    *POLES,
+    "EmptyRooms",
+    *ABC,
+    "Corridor",
+]  # by random actions: none leads Navigation2D to its goal
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_discrete = pytest.mark.parametrize("name", DISCRETE)
 every_box = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISCRETE])

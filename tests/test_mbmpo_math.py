@@ -889,7 +889,7 @@ def test_the_share_of_diverged_worlds_is_that_of_the_last_query(monkeypatch):
         batch = collect(imagined, *rest)
         ended = batch.mask[..., -1] == 0  # or in the very last step
         shares.append(imagined.diverged_share)
-        assert float(ended.double().mean()) <= shares[-1] <= 1
+        assert float(ended.float().mean()) <= shares[-1] <= 1
         return batch
 
     monkeypatch.setattr(ours, "collect", spy)

@@ -19,8 +19,10 @@ import pytest
 import torch
 
 from algos import maml_trpo
-from envs import records, summarise
-from tests.test_runs import FLAGS, ROOT, SCRIPT, TINY, _in_a_folder_of_its_own, each, rows, run, theta  # noqa: F401
+from envs import fewshot, records, summarise
+from tests.test_gpu_path import images
+from tests.test_runs import FLAGS, ROOT, SCRIPT, TINY, each, rows, run, theta
+from tests.test_runs import _in_a_folder_of_its_own as _in_a_folder_of_its_own  # a fixture
 
 LONG = [*TINY, "--iterations", "100000", "--eval-every", "100000"]
 
@@ -367,20 +369,24 @@ def test_every_key_that_a_checkpoint_lacks_is_named(name):
 def test_kill_9_loses_nothing_but_the_iterations_since_the_last_checkpoint(name):
     """Killed again and again and resumed, a run is in the end the run that nobody killed."""
     flags = ["--iterations", "150", "--eval-every", "1"]
-    expected = run(*flags, name=name)
+    script = ROOT / f"algos/{name}.py"  # in processes of their own: earlier tests must not tell in the last digit
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    Path("whole").mkdir()
+    assert begin(*FLAGS[name][0], *flags, script=script, cwd="whole", **quiet).wait() == 0
+    (expected,) = Path("whole/runs").iterdir()
     chance = random.Random(name)
     checkpoint = None
     for _ in range(3):
         words = [*FLAGS[name][0], *flags] if checkpoint is None else ["--resume", str(checkpoint.parent)]
         before = None if checkpoint is None else checkpoint.stat().st_mtime_ns
-        process = begin(*words, script=ROOT / f"algos/{name}.py", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = begin(*words, script=script, **quiet)
         while process.poll() is None and (checkpoint is None or checkpoint.stat().st_mtime_ns == before):
             checkpoint = next(Path().glob("runs/*/checkpoint.pt"), None)
         time.sleep(0.2 * chance.random())
         process.kill()
         process.wait()
     folder = checkpoint.parent
-    importlib.import_module(f"algos.{name}").main(["--resume", str(folder)])
+    assert begin("--resume", str(folder), script=script, **quiet).wait() == 0
     assert rows(folder) == rows(expected)
     assert all(torch.equal(x, theta(expected)[key]) for key, x in theta(folder).items())
 
@@ -389,7 +395,8 @@ def test_kill_9_loses_nothing_but_the_iterations_since_the_last_checkpoint(name)
 
 
 @each
-def test_a_run_can_be_evaluated_again(name, capsys):
+def test_a_run_can_be_evaluated_again(name, monkeypatch, capsys):
+    monkeypatch.setattr(fewshot, "draw_glyphs", images)  # drawing takes seconds
     folder = run("--iterations", "3", name=name)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     module = importlib.import_module(f"algos.{name}")

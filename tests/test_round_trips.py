@@ -202,6 +202,7 @@ def test_no_minibatch_of_a_models_fit_waits(monkeypatch):
     models = mbmpo.init_models(envs, args, seeded(0))
     data = {k: torch.randn(50, n, generator=seeded(n)) for k, n in (("obs", O), ("action", A), ("next_obs", O + 1))}
     data["next_obs"] = data["next_obs"][:, :O]
+    data["place"] = torch.rand(50, 3, generator=seeded(4))
     assert waits(partial(mbmpo.fit_models, envs, models, data, args, seeded(1))) == 1  # an epoch's end
 
 

@@ -26,6 +26,7 @@ from envs.render import steps_of  # noqa: E402
 CHECKPOINTS = ROOT / "checkpoints"
 # What an evaluation needs, beside counts and flags: what each file names to `records.first_state`.
 PARTS = {"lifetime_rewards": ("eta",), "meta_critic": ("phi",), "varibad_ppo": ("phi", "theta")}
+PARTS |= {"reptile": ("theta", "moments"), "meta_gradient_a2c": ("theta", "obs_moments")}
 PARTS |= {"lirpg": ("theta", "obs_moments"), "mbmpo": ("theta", "models", "data")}
 COUNTS = ("algorithm", "iteration", "env_steps", "seconds")
 
