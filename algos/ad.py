@@ -2,22 +2,25 @@
 
 Paper: Laskin et al. 2022, arXiv:2210.14215: In-context Reinforcement Learning with Algorithm Distillation
 Run: python algos/ad.py --env-id DarkRoomSmall-v0                (--help explains every flag; --cuda: the GPU)
-Result: 9 x 9 room, held-out goals: return 0.4 in episode 1, 8.8 in episode 20 (source: 0.3; goal known: 16.1)
+Result: 9 x 9 room, held-out goals: return 0.4 in episode 1, 8.8 in episode 20 (Q-learning there: 0.3;
+    goal known: 16.1)
 Algorithm:
     [1] draw many training tasks; a source algorithm learns each from scratch, by tabular Q-learning
     [2]     of its history (s, a, r, s'), every k-th episode is kept, so that few episodes span real progress
-    [3] repeat: draw N windows of C + 1 episodes in a row from these histories
+    [3] repeat: draw N windows of C + 1 consecutive kept episodes from these histories
     [4]     L = -mean log M(a_t | s_t, h_t), h_t = what is in the window before step t
     [5]     theta <- one step of Adam on L, the gradient's norm clipped
     [6]     now and then, test tasks: h is empty. In each step the action is drawn from M(. | state, h),
     [7]         and h grows by the step; the latest C episodes are kept. No weight changes.
 Symbols: theta = the weights of M, h = history or context, k = keep_every; of the source: alpha, gamma =
     source_lr, source_gamma, Q = its table, epsilon falls from 1 to 0 over a history.
-Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
-    observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (the
+    places of the 1 in observations), I inputs of the network, F features of a state, Q of a query, J of a
     transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
-    other features, G heads of width D; M learners, L as many steps or episodes as the line says.
-Differs from the paper: the source (A3C, DQN). In a grid a state is its column and row, both one-hot.
+    other features, G heads of width D; M source learners (M(..) is the network), L as many steps or
+    episodes as the line says.
+Differs from the paper (there in brackets): the source (A3C, DQN). One token for a step (three), which also
+    tells how much of the episode has passed. In a grid a state is its column and row, both one-hot.
 """
 
 import math
@@ -355,7 +358,8 @@ def train(envs, source_envs, args: Args, run, state: dict) -> None:
     generator = Generator()
     generator.set_state(state["generator"])
     run.doing("learning")
-    own = Generator().manual_seed(args.seed)  # a resumed run has the same histories
+    # With the same flags of the source a resumed run has the same histories.
+    own = Generator().manual_seed(args.seed)
     tasks_MP = source_envs.unwrapped.sample_tasks(args.learners, own, "train")  # [1]
     histories = learning_histories(source_envs, tasks_MP, args, own)
     state["env_steps"] = args.learners * args.source_episodes * args.horizon

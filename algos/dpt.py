@@ -5,21 +5,23 @@ Run: python algos/dpt.py --env-id Bandit5-v0                     (--help explain
 Result: bandits of 5 arms, 100 pulls: drawn 73.7 (Thompson sampling 74.7), greedy 77.2 (Gittins index 78.4)
 Algorithm:
     [1] repeat: draw N tasks, and let a behaviour policy play C episodes of each: context D = (s, a, s', r)
-    [2]     it mixes random actions and those that are optimal in another task (a bandit: one arm)
+    [2]     it mixes random actions and those that are optimal in another task (in a bandit, always one arm)
     [3]     draw a query state at each position j of D; its label is the optimal action a* of the task there
     [4]     L = -mean log M(a* | query, D_:j) over all tasks and all beginnings D_:j of D
     [5]     theta <- one step of Adam on L, the gradient's norm clipped
     [6]     now and then, test tasks: D is empty. In each episode the actions are drawn from M(. | state, D);
-    [7]         at its end D grows by the episode. No weight changes.
-Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, C = context.
-Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (where an
-    observation is largest), I inputs of the network, F features of a state, Q of a query, J of a
+    [7]         at its end D grows by the episode; the latest C are kept. No weight changes.
+Symbols: theta = the weights of M, D = context, D_:j = its first j transitions, C = --context,
+    episodes in D at most.
+Shapes: a suffix names a tensor's axes (x_NSI): N tasks, S positions of a context, O states (the
+    places of the 1 in observations), I inputs of the network, F features of a state, Q of a query, J of a
     transition, H features in layers, A actions, E episodes, T steps, P task vector; C columns of a cache, U
     other features, G heads of width D; L some of the S positions, or of the episodes.
 Differs from the authors' code (theirs in brackets): fresh tasks and contexts in each iteration (a fixed set,
     shuffled). M reads at each position a query beside the latest transition, so that a cache of D serves all
     queries (the query is the first token). It is told how much of the query's episode has passed. MDPs:
-    contexts are episodes from the start, by policies as in [2] (single transitions from random states). In
+    contexts are episodes from the start, by policies as in [2] (single transitions from random states), and
+    M attends to earlier queries, too, at random states here and at visited ones when it acts. In
     a grid a state is its column and row, both one-hot (two numbers).
 """
 
@@ -243,7 +245,7 @@ def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> E
     steps = []
     for episode in range(C):  # [1]
         obs_NO, _ = envs.reset(seed=None if steps else seed, options={"tasks": tasks_NP})
-        if episode * args.policies % C < args.policies:  # begins another one; C episodes have so many
+        if episode * args.policies % C < args.policies:  # true in `policies` of the C episodes, evenly spaced
             # With probability w what is optimal in another task, else a draw from probabilities that are
             # Dirichlet(1, .., 1), that is, exponential numbers, normalised; w is one of 0, 0.1, .. 1.
             others_NP = family.sample_tasks(N, generator, "train")
@@ -255,14 +257,14 @@ def play_contexts(envs, tasks_NP: Tensor, args: Args, generator: Generator) -> E
             drawn_N = (weight_NA.log() + noise_SNA[len(steps)]).argmax(1)
             other_N = optimal_NTO[worlds_N, step, state_N]
             action_N = torch.where(uniform_SN[len(steps)] < w_N, other_N, drawn_N)  # [2]
-            obs_NO, reward_N, *_ = envs.step(action_N)
+            obs_NO, reward_N, *_ = envs.step(action_N)  # unlike Trials, it does not begin an episode itself
             next_N = obs_NO.argmax(1)
             steps.append({"state": state_N, "action": action_N, "reward": reward_N, "next_state": next_N})
     return Experience(**{name: torch.stack([x[name] for x in steps], 1) for name in steps[0]})
 
 
 def optimal_examples(envs, tasks_NP: Tensor, contexts: Experience, generator: Generator) -> Examples:
-    """At each position of the contexts, also behind the last transition, a query and its optimal action."""
+    """At each position of the contexts, also after the last transition, a query and its optimal action."""
     N, S = len(tasks_NP), contexts.state.shape[1] + 1
     optimal_NTO = envs.unwrapped.optimal_actions(tasks_NP)
     _, num_steps, num_states = optimal_NTO.shape

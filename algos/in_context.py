@@ -10,17 +10,18 @@ Result: sinusoids, ten points: MSE 0.050 after 2,000 meta-updates, 55 CPU second
     after 1 and 10 gradient steps). Omniglot, 5-way 1-shot: 90.6 % after 1,200 meta-updates, 48 CPU seconds
 Algorithm:
     [1] repeat: draw N tasks; the classes of an image task come in random order, so that labels mean nothing
-    [2]     per task: a support set D_i and a query set D'_i of `shots` examples each, disjoint;
+    [2]     per task: a support set D_i and a query set D'_i of `shots` examples (of each class), disjoint;
             --sequential: one set in random order, D'_i = D_i
-    [3]     a token of each example, from (x, y), and of each query, from x; images go through an embedding
+    [3]     a token of each example, from (x, y), and of each query, from x; images go through an embedding,
+            whose features count less their mean over the images that the token sees, and its own
     [4]     the network reads them: a query sees itself and all of D_i, --sequential: the examples before it
     [5]     L(theta) = mean over tasks i and queries (x, y) in D'_i of the loss of the output for x
     [6]     theta <- Adam(theta, grad L(theta)), its step size falling linearly to 0
-    [7]     now and then: result on the test tasks with 0, 1, .. examples, for classes of each class
+    [7]     now and then: result on the test tasks with 0, 1, .. examples (of each class, for images)
 Symbols: loss: mean squared error or cross-entropy.
 Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B examples, Q queries, S = B + Q tokens, X inputs,
     Y outputs, F features of an input or of a layer, H units, U other units, G heads, D their width, C = B + 1
-    states of a GRU, L = Y + 1 numbers that tell an example's y, K counts of examples, from 0.
+    states of a GRU, L = Y + 1: an example's y, and 1 where it is known, K counts of examples, from 0.
 Differs from the papers: an image's embedding normalises each layer over that image alone, so that queries
     tell nothing of each other. --sequential: the network reads the pair (x_t, y_t) after its answer to x_t
     (Santoro et al.: x_t beside y_(t-1)); its memory is that of the encoder, not an external one.
@@ -65,7 +66,7 @@ class Args:
     shots: int | None = None
     """examples, of each class, and as many queries; default 10 for curves and --sequential, 1 for images"""
     sequential: bool = False
-    """one example after the other, each first as a query; results by the number of examples seen before"""
+    """one example after the other, each first as a query; results by how many of its class came before"""
     encoder: Literal["transformer", "gru", "snail"] = "transformer"
     """what reads: attention to the set of examples; a recurrent net; dilated convolutions and attention"""
     hidden_size: int = 64
@@ -132,7 +133,7 @@ def init_embedding(tasks, args: Args, generator: Generator) -> Params:
 
 
 def embed_alone(theta: Params, x_NBX: Tensor, args: Args) -> Tensor:
-    """Features [N, B, F] of images, each by itself: ReLU layers with layer norm; of curves x as it is."""
+    """Features [N, B, F] of images, each by itself: layers with layer norm, ReLU between; of curves x."""
     if "w0" not in theta:
         return x_NBX
     hidden = x_NBX.flatten(0, 1)
@@ -147,7 +148,10 @@ def embed_alone(theta: Params, x_NBX: Tensor, args: Args) -> Tensor:
 
 
 def centred(feature_NSF: Tensor, seen_S: Tensor, B: int) -> Tensor:
-    """Less their mean over the examples that a token sees and itself: what all images share says nothing."""
+    """Features less their mean over the examples that a token sees, and itself once more.
+
+    What all images share says nothing about which class is which.
+    """
     sum_NCF = functional.pad(feature_NSF[:, :B].cumsum(1), (0, 0, 1, 0))  # over the first 0, 1, .. examples
     return feature_NSF - (sum_NCF[:, seen_S] + feature_NSF) / (seen_S + 1)[:, None]
 
@@ -336,12 +340,12 @@ def learn_tasks(theta: Params, support: Examples, query: Examples, args: Args) -
     if not args.sequential:
         results = []
         for k in range(args.shots + 1):
-            first = x_NBX[:, : k * ways], y_NBY[:, : k * ways]  # they are ordered by example, then class
+            first = x_NBX[:, : k * ways], y_NBY[:, : k * ways]  # one of every class, then the next
             results.append(score(predict_queries(theta, first, x_NQX, args), y_NQY).mean(1))
         return torch.stack(results, 1)
     score_NB = score(predict_queries(theta, support, x_NQX, args), y_NQY)
     class_NBY = y_NBY if y_NBY.dtype == torch.bool else torch.ones_like(y_NBY[..., :1])
-    before_NB = (class_NBY.cumsum(1) * class_NBY).sum(2)  # how many of its class there were, itself included
+    before_NB = (class_NBY.cumsum(1) * class_NBY).sum(2)  # its number in its class, from 1
     order_NB = before_NB.argsort(dim=1, stable=True)
     return score_NB.take_along_dim(order_NB, 1).unflatten(1, (args.shots, ways)).mean(2)
 

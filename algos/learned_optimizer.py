@@ -9,11 +9,11 @@ Result: unseen quadratics, from a mean loss of 106 in 100 steps: 0.245, trained 
 Algorithm:
     [1] repeat: draw N functions f and where to start, theta_0; the net's state is h_0 = 0
     [2]     for t = 0, 1, .. T - 1: nabla_t = grad f(theta_t), taken as data: no gradient goes through it
-    [3]         its preprocessing: (log|g| / p, sgn g) where |g| >= e^-p, else (-1, e^p g); p = 10
+    [3]         each number n of it becomes (log|n| / p, sgn n) where |n| >= e^-p, else (-1, e^p n); p = 10
     [4]         (g_t, h_(t+1)) = m(nabla_t, h_t, phi), the same LSTM for each coordinate by itself
     [5]         theta_(t+1) = theta_t + g_t
     [6]     after every `unroll` steps: L(phi) = the sum of f(theta_t) over these steps, phi <- Adam(phi,
-            grad L(phi)); the gradient ends where they began
+            grad L(phi)), backwards through these steps only; its step size falls to 0
     [7]     now and then: f on the test tasks after 0, 1, .. steps
 Symbols: phi = theta, theta_t = params, f = optimisees.loss, m = update, T = steps.
 Shapes: a suffix names a tensor's axes (params_NC): N functions, C coordinates of each, R = N C coordinates, I

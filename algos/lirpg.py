@@ -290,7 +290,7 @@ def receive(stream: Stream, state: dict, args: Args) -> tuple[Tensor, dict]:
     return paid_NT, stats
 
 
-def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
+def gae_weights(done_NT: Tensor, decay: float | Tensor) -> Tensor:
     """[N, T, T], GAE as a matrix: decay^(j - i) for steps j from i to the end of its episode, else 0."""
     episode_NT = done_NT.cumsum(1) - done_NT.long()  # how many episodes of the world ended before the step
     t_T = torch.arange(done_NT.shape[1], device=done_NT.device)

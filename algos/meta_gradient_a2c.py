@@ -2,7 +2,8 @@
 
 Paper: Xu, van Hasselt, Silver 2018, arXiv:1805.09801, Algorithm 1, with an advantage actor-critic (A2C).
 Run: python algos/meta_gradient_a2c.py --env-id Corridor-v0   (--help explains every flag; --cuda: on the GPU)
-Result: a corridor, gamma from 0.8: 0.98, 0.99; return 1.00, 0.91 (A2C at 0.8: 0.25, 0.25); two seeds
+Result: a corridor, gamma, learned from 0.8, ends at 0.98 and 0.99, return 1.00 and 0.91 (seeds 1,
+    2; A2C with 0.8: 0.25, 0.25)
 Algorithm:
     [1] repeat: T more steps of each of N worlds with pi_theta: tau
     [2]     tau is also what came of the last update: J' = mean (G_eta' - V(s; eta')) log pi_theta(a|s) on it,
@@ -11,7 +12,7 @@ Algorithm:
     [4]     lambda-returns of tau, G_eta and G_eta': G = r + gamma ((1 - lambda) V(s'; eta) + lambda G')
     [5]     L = -mean (G_eta - V(s; eta)) log pi_theta(a|s) - c_H entropy
                 + c ((V_theta(s; eta) - G_eta)^2 + (V_theta(s; eta') - G_eta')^2) / 2
-    [6]     theta' = theta + f(tau, theta, eta), f a step of Adam on L
+    [6]     theta' = theta + f(tau, theta, eta), f a step of Adam on L, its gradient clipped to a norm of 0.5
     [7]     z <- mu z + df/deta, through G_eta and all of f but Adam's second moment; then theta <- theta'
     [8]     now and then: returns of the first policy (k0) and of the present one (k1)
 Symbols: eta = (gamma, lambda), as logits; alpha = lr of f, beta = meta_lr of eta; mu = trace; c = value_coef,
@@ -64,7 +65,7 @@ class Args:
     learn: Literal["both", "gamma", "gae_lambda"] = "both"
     """which of them is learned; the other one stays"""
     meta_lr: float = 0.03
-    """Adam's step size for the logits of gamma and lambda (beta); 0: both stay, which is A2C"""
+    """Adam's step size for gamma's and lambda's logits (beta); 0: A2C, whose V also learns G_eta'"""
     trace: float = 0.0
     """how much of the earlier updates' dependence on eta is kept (mu); 0: the last one's alone"""
     reference_gamma: float = 0.995
@@ -248,7 +249,7 @@ def ended_returns(stream: Stream, sums: Params) -> tuple[Tensor, Params]:
     return torch.stack(returns, 1)[stream.done], sums
 
 
-def gae_weights(done_NT: Tensor, decay: float) -> Tensor:
+def gae_weights(done_NT: Tensor, decay: float | Tensor) -> Tensor:
     """[N, T, T], GAE as a matrix: decay^(j - i) for steps j from i to the end of its episode, else 0."""
     episode_NT = done_NT.cumsum(1) - done_NT.long()  # how many episodes of the world ended before the step
     t_T = torch.arange(done_NT.shape[1], device=done_NT.device)

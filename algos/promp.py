@@ -2,7 +2,7 @@
 
 Paper: Rothfuss, Lee, Clavera, Asfour, Abbeel 2019, arXiv:1810.06784, Algorithm 1. PPO: 1707.06347.
 Run: python algos/promp.py --env-id HalfCheetahDir-v0     (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -11, 657, 658
+Result: HalfCheetahDir, `--horizon 200 --iterations 100`, after 0, 1, 3 inner steps: -9, 665, 673
     (MAML-TRPO in as many steps: -3, 669, 664; the paper has curves only)
 Algorithm:
     [1] repeat: draw N tasks

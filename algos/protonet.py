@@ -21,8 +21,8 @@ Shapes: a suffix names a tensor's axes (x_NBX): N tasks, B support examples, Q q
     features, K counts of examples from 0. Inside vmap functions see one task, no N.
 Differs from the paper: 4 layers of stride 2 keep 2 x 2 pixels of 64 filters (its: max pooling, 1 pixel);
     batch norm with a task's statistics, in tests, too (its code: running ones); 20 classes in training (its:
-    60); fewer updates. --matching: an example is
-    embedded by itself, with no second network that reads the whole support set.
+    60); fewer updates. --matching: an example is embedded by itself, but for batch norm, with no second
+    network that reads the whole support set.
 """
 
 import math
@@ -60,7 +60,7 @@ class Args:
     ways: int = 5
     """classes of a test task (paper: 5 and 20)"""
     train_ways: int = 20
-    """classes of a training task (N_C); more than a test has make training harder than the test; paper: 60"""
+    """classes of a training task (N_C); more of them than in a test are a harder training; paper: 60"""
     shots: int = 1
     """support examples of each class (N_S); 1 and 5 in the paper"""
     queries: int = 5
@@ -68,7 +68,7 @@ class Args:
     mlp: bool = False
     """fully connected layers in place of 3x3 filters with stride 2"""
     hidden_sizes: tuple[int, ...] = ()
-    """filters or units of layers; default 64 64 64 64, with --mlp 256 128 64 64; the last: features"""
+    """filters or units of layers; default 64 64 64 64, --mlp 256 128 64 64; F: the last, times pixels left"""
     matching: bool = False
     """attention to the support examples by cosine, as in matching networks, in place of prototypes"""
     lr: float = 1e-3
@@ -212,7 +212,7 @@ def train(tasks, args: Args, run, state: dict) -> None:
     generator = Generator()
     generator.set_state(state["generator"])
     train_tasks = copy(tasks)  # of the same images
-    train_tasks.num_outputs = args.train_ways
+    train_tasks.num_outputs = args.train_ways  # classes of the tasks that it draws
     for iteration in range(state["iteration"] + 1, args.iterations + 1):
         state["iteration"] = iteration
         batch = train_tasks.sample_tasks(args.meta_batch_size, generator, "train")  # [1]

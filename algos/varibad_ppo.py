@@ -2,17 +2,18 @@
 
 Paper: Zintgraf et al. 2020, arXiv:1910.08348. PPO: 1707.06347, GAE: 1506.02438.
 Run: python algos/varibad_ppo.py                     (--help explains every flag; --cuda: on the GPU)
-Result: GridNavi, episodes 1 to 4: 3.96, 9.75, 10.36, 10.40, one seed; Bayes-optimal: 4.00, then 11.07
+Result: GridNavi, episodes 1 to 4: 3.96, 9.75, 10.36, 10.40, one seed; Bayes-optimal: 4.00, then 11.07 each
 Algorithm:
     [1] repeat: draw N tasks, and play a trial of each: E episodes in a row, each of up to T steps
     [2]     the encoder, a GRU whose memory is empty at first, reads x_0 = (o_0; 0, 0), and after each step
             x_(t+1) = (o_(t+1); a_t, r_(t+1)), through the ends of episodes
     [3]     after x_0 .. x_t it gives the belief q(m|tau_:t) = N(mu_t, sigma_t^2) about the task's latent m
-    [4]     the policy pi(a | o_t, mu_t, log sigma_t^2) acts, with a value V of the trial's remaining steps
+    [4]     the policy pi(a | o_t, mu_t, log sigma_t^2) acts, with a value V of the trial's remaining steps;
+            its advantages A by GAE over the trial
     [5]     keep the trials in a buffer of past ones
     [6]     PPO, some epochs over minibatches of trials: L = mean[c_V (V - target)^2
-            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old, A by GAE over the
-            trial; beliefs are mere numbers there, so that no gradient reaches the encoder
+            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old;
+            beliefs are mere numbers there, so that no gradient reaches the encoder
     [7]     some updates of encoder and decoder: draw trials from the buffer, for each t one m ~ q(m|tau_:t)
     [8]         ELBO_t = sum over all steps i of the trial, past and future, of log p(r_(i+1) | o_(i+1), m)
                 - w KL(q(m|tau_:t) || q(m|tau_:t-1)), where q(m|tau_:-1) = N(0, 1)
@@ -54,14 +55,14 @@ class Args:
     """a task environment registered by envs/__init__.py"""
     seed: int = 1
     """seed of everything but the test set: parameters, tasks, start states, noise"""
-    iterations: int = 1500
+    iterations: int = 3000
     """of collecting, then updates of policy and belief"""
     meta_batch_size: int = 64
     """tasks per iteration and per evaluation, a trial of each (N); 16 in the authors' code"""
     episodes_per_trial: int = 4
     """episodes of a trial (E); 4 in the paper for GridNavi, 2 in the authors' code for cheetahs"""
     horizon: int | None = None
-    """steps of an episode (T); default: the family's own"""
+    """steps of an episode (T); default: the family's own, which `records.parse` fills in"""
     action_scale: float = 1.0
     """worlds divide continuous actions by it, then clip them to their bounds"""
     reward_decoder: Literal["cells", "gaussian"] | None = None
@@ -139,7 +140,7 @@ class Seen(NamedTuple):
     """What N trials have shown, S steps each: all that beliefs are learned from."""
 
     obs: Tensor  # [N, S, O] before the step
-    x: Tensor  # [N, S, I] behind the step: the observation that it led to, its action, its reward
+    x: Tensor  # [N, S, I] after the step: the observation that it led to, its action, its reward
     mask: Tensor  # [N, S] 1 for the trial's steps; a shorter trial is filled up with steps of mask 0
 
 
@@ -212,7 +213,10 @@ def decode(phi: Params, part: str, x: Tensor, step_NSF: Tensor | None = None) ->
 
 
 def log_prob_of_steps(phi: Params, m_NDZ: Tensor, seen: Seen, args: Args) -> Tensor:
-    """log p(r | o', m) [N, D, S] of a trial's steps, by each of its latents; --decode-obs: and o'."""
+    """log p(r | o', m) [N, D, S] of a trial's steps, by each of its latents, up to a constant.
+
+    The gaussian decoder also reads the action; with --decode-obs log p(o' | o, a, m) is added.
+    """
     O = seen.obs.shape[-1]  # noqa: E741
     reward_N1S = seen.x[:, None, :, -1]
     if args.reward_decoder == "cells":
@@ -233,8 +237,8 @@ def successive_kl(mean_NKZ: Tensor, log_variance_NKZ: Tensor) -> Tensor:
     """KL(q_t || q_(t-1)) [N, K] of a trial's beliefs; the one before the first is N(0, 1)."""
     shift_NKZ = mean_NKZ - functional.pad(mean_NKZ[:, :-1], (0, 0, 1, 0))
     before_NKZ = functional.pad(log_variance_NKZ[:, :-1], (0, 0, 1, 0))
-    narrower_NKZ = log_variance_NKZ - before_NKZ
-    return 0.5 * (narrower_NKZ.exp() + shift_NKZ.square() / before_NKZ.exp() - 1 - narrower_NKZ).sum(-1)
+    change_NKZ = log_variance_NKZ - before_NKZ
+    return 0.5 * (change_NKZ.exp() + shift_NKZ.square() / before_NKZ.exp() - 1 - change_NKZ).sum(-1)
 
 
 def elbo(phi: Params, seen: Seen, index_D: Tensor, noise_NDZ: Tensor, args: Args) -> tuple[Tensor, dict]:
@@ -255,7 +259,7 @@ def elbo(phi: Params, seen: Seen, index_D: Tensor, noise_NDZ: Tensor, args: Args
 
 def learn_beliefs(phi: Params, optimizer, state: dict, args: Args, remaining: float, generator) -> dict:
     """Updates of encoder and decoder on trials from the buffer, phi in place; the last one's statistics."""
-    # As slow in the end as the policy, which could not follow if beliefs went on to change what they mean.
+    # Falls as the policy's does, which could not follow beliefs that go on to change what they mean.
     optimizer.param_groups[0]["lr"] = remaining * args.vae_lr
     buffer = state["buffer"]
     R, S = buffer["mask"].shape
@@ -306,7 +310,11 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator: Generator) -> tuple:
-    """A trial of each task, all at once: what it shows, what the policy chooses, episodes' returns [N, E]."""
+    """A trial of each task, all at once: what it shows, what the policy chooses, episodes' returns [N, E].
+
+    `envs` (Trials) begins the next episode by itself. A world whose episode ends early waits (info["waits"],
+    reward 0) until all have ended; info["episode"] is the number, from 0, of the episode of the step.
+    """
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -323,7 +331,7 @@ def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator:
     with envs.unwrapped.one_thread():  # more threads would only take the cores from the physics
         for noise_NA in noise_SNA:
             mean_N1Z, log_variance_N1Z, new_1NH = beliefs(phi, x_NI[:, None], h_1NH)
-            # A world that waits keeps its memory, which reads its last step when the next episode begins.
+            # A world that waits keeps its memory: its last x is read once, when it plays again.
             h_1NH = new_1NH if h_1NH is None else torch.where(playing_N[:, None] > 0, new_1NH, h_1NH)
             told_NF = torch.cat([obs_NO, mean_N1Z.squeeze(1), log_variance_N1Z.squeeze(1)], 1)
             output_NA, value_N = policy_and_value(theta, told_NF)
@@ -432,7 +440,10 @@ def learn_choices(envs, theta, optimizer, choices: Choices, args: Args, remainin
 
 
 def evaluate(envs, phi: Params, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks, the same tasks and noise in every run: see rl2_ppo.py."""
+    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
+
+    A name that ends in ci95 is logged as half the width of a 95 % interval over the different tasks.
+    """
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     *_, return_NE = play_with_beliefs(envs, tasks_NP, phi, theta, args, generator)
     stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
@@ -441,7 +452,7 @@ def evaluate(envs, phi: Params, theta: Params, args: Args) -> dict[str, Tensor]:
 
 
 def train(envs, args: Args, run, state: dict) -> None:
-    """The algorithm's loop, from `state` on, whose buffer it changes in place."""
+    """The algorithm's loop, from `state` on, whose buffer, phi and theta it changes in place."""
     phi, theta = state["phi"], state["theta"]
     vae_optimizer = torch.optim.Adam(phi.values(), args.vae_lr, fused=True)
     optimizer = torch.optim.Adam(theta.values(), args.lr, eps=1e-5, fused=True)
