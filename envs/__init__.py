@@ -1,6 +1,7 @@
 """Task environments, registered with Gymnasium: `gym.make_vec(id, ...)` for batches, `gym.make(id)` for one world."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 from . import installed  # noqa: F401, first: it says in one line which package is missing
@@ -201,8 +202,11 @@ def _make_metaworld(env_id: str, num_envs: int, options: dict) -> TaskVectorEnv:
 
 def _make_batch(env_id: str, found: str | Callable, num_envs: int, options: dict) -> VectorEnv:
     """A batch of what an id names; single environments by the adapter. Errors of a user's own keep their trace."""
-    known = ", ".join(f"{family.__name__}-v0" for family in HORIZONS)
-    reason = f"--env-id {env_id} is no batched task environment; allowed: {known}, Meta-World/NAME, {own.FORMS}"
+    known = [f"{family.__name__}-v0" for family in HORIZONS]
+    near = get_close_matches(env_id, known, n=1)
+    hint = f"; perhaps you meant {near[0]}" if near else ""
+    reason = f"--env-id {env_id} is no batched task environment; allowed: {', '.join(known)}, "
+    reason += f"Meta-World/NAME, {own.FORMS}{hint}"
     if isinstance(found, str):
         worlds = _make_registered(env_id, found, num_envs, options, reason)
     elif _is_batched(found):
@@ -302,7 +306,8 @@ def make_supervised(
     if env_id not in families:
         raise refusal(f"--env-id {env_id} is no supervised task family; allowed: {', '.join(families)}")
     if (env_id == "Omniglot-v0") != bool(data):
-        raise refusal(f"--env-id {env_id} --data {data!r}: Omniglot-v0, and only that, reads a folder")
+        hint = "reads its pictures from --data DIR" if not data else "reads no --data; Omniglot-v0 does"
+        raise refusal(f"--env-id {env_id} --data {data!r}: {env_id} {hint}")
     shard()  # refuses torchrun's processes, which no supervised algorithm joins
     family, device = families[env_id], _device(cuda)
     if not family.is_classification:

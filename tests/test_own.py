@@ -221,6 +221,7 @@ def test_what_is_lacking_is_named_with_ten_lines_that_would_do(here):
     assert "\n".join(example[1:]) == EXAMPLE
     assert "needs a method sample_tasks" in said("gymnasium.envs.classic_control:PendulumEnv")
     assert "is no batched task environment" in said("Pendulum-v1")  # of no module: a slip rather than one's own
+    assert said("HalfCheetahDirr-v0").endswith("; perhaps you meant HalfCheetahDir-v0")
 
 
 def test_the_ten_lines_do(here):

@@ -700,7 +700,8 @@ def test_an_unknown_family_is_refused(env_id):
 @pytest.mark.parametrize(("env_id", "data"), [("Glyphs-v0", "/tmp"), ("Sinusoid-v0", "/tmp"), ("Omniglot-v0", "")])
 def test_a_folder_goes_with_omniglot_only(env_id, data):
     message = refusal(env_id, 5, 2, data)
-    assert message == f"--env-id {env_id} --data '{data}': Omniglot-v0, and only that, reads a folder"
+    told = "reads no --data; Omniglot-v0 does" if data else "reads its pictures from --data DIR"
+    assert message == f"--env-id {env_id} --data '{data}': {env_id} {told}"
 
 
 @pytest.mark.usefixtures("blank_glyphs")
