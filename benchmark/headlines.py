@@ -47,8 +47,8 @@ from envs.processes import half_width  # noqa: E402
 HEADLINES, RUNS, PAGES = ROOT / "benchmark/headlines.toml", ROOT / "runs/reproduce", ROOT
 NEEDED = 3  # seeds, for an interval
 ABOUT = [  # above a table
-    "Means over seeds on the test tasks, after 0, 1, .. steps of adaptation; in brackets, from three seeds on, where a",
-    "new seed is to be expected in 95 of 100 cases; minutes of one seed on one core. `make reproduce` runs a row again.",
+    "Means over seeds on the test tasks, after 0, 1, .. steps of adaptation; in brackets, from three seeds on, where",
+    "a new seed is to be expected in 95 of 100 cases; minutes of one seed on one core; `make reproduce` runs it again.",
 ]
 BESIDE = {"resume", "evaluate", "capture_video", "track", "wandb_mode"}  # flags that change no figure
 INSIDE, OUTSIDE, WRONG, UNFINISHED = 0, 1, 2, 3  # exit codes
