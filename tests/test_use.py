@@ -75,7 +75,7 @@ def test_the_block_loads_adapts_and_plays(block, tmp_path, monkeypatch, capsys):
 
 def test_the_command_for_several_runs_is_one_that_the_tool_takes(tmp_path, monkeypatch, capsys):
     (command,) = (text for kind, text in BLOCKS if kind == "bash" and "tools/" in text)
-    assert command == "python tools/compare.py runs/*\n"
+    assert command == "python tools/compare.py runs/Sinusoid-v0__*\n"
     run = tmp_path / "runs/Bandit5-v0__rl2_ppo__1"
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps([{"flags": {"env_id": "Bandit5-v0", "seed": 1}}]))
