@@ -12,8 +12,7 @@ Algorithm:
     [1] repeat: draw N tasks; the classes of an image task come in random order, so that labels mean nothing
     [2]     per task: a support set D_i and a query set D'_i of `shots` examples (of each class), disjoint;
             --sequential: one set in random order, D'_i = D_i
-    [3]     a token of each example, from (x, y), and of each query, from x; images go through an embedding,
-            whose features count less their mean over the images that the token sees, and its own
+    [3]     a token of each example, from (x, y), and of each query, from x; images by an embedding, centred
     [4]     the network reads them: a query sees itself and all of D_i, --sequential: the examples before it
     [5]     L(theta) = mean over tasks i and queries (x, y) in D'_i of the loss of the output for x
     [6]     theta <- Adam(theta, grad L(theta)), its step size falling linearly to 0
@@ -148,10 +147,7 @@ def embed_alone(theta: Params, x_NBX: Tensor, args: Args) -> Tensor:
 
 
 def centred(feature_NSF: Tensor, seen_S: Tensor, B: int) -> Tensor:
-    """Features less their mean over the examples that a token sees, and itself once more.
-
-    What all images share says nothing about which class is which.
-    """
+    """Features less their mean over the examples a token sees, and itself: what all share tells nothing."""
     sum_NCF = functional.pad(feature_NSF[:, :B].cumsum(1), (0, 0, 1, 0))  # over the first 0, 1, .. examples
     return feature_NSF - (sum_NCF[:, seen_S] + feature_NSF) / (seen_S + 1)[:, None]
 
@@ -244,7 +240,7 @@ def init_snail_reader(args: Args, num_examples: int, generator: Generator) -> Pa
 
 
 def snail_reader(theta: Params, token_NSH: Tensor, seen_S: Tensor, B: int, args: Args) -> Tensor:
-    """Features [N, S, H]; a token that sees s examples is number s of the sequence: it comes behind them."""
+    """Features [N, S, H]; a token that sees s examples is number s of the sequence, right after them."""
     hidden_NSF = token_NSH
     for i in range(args.layers):
         for j in range(sum(name.startswith("w_conv0_") for name in theta)):

@@ -8,24 +8,21 @@ Algorithm:
     [2]     the encoder, a GRU whose memory is empty at first, reads x_0 = (o_0; 0, 0), and after each step
             x_(t+1) = (o_(t+1); a_t, r_(t+1)), through the ends of episodes
     [3]     after x_0 .. x_t it gives the belief q(m|tau_:t) = N(mu_t, sigma_t^2) about the task's latent m
-    [4]     the policy pi(a | o_t, mu_t, log sigma_t^2) acts, with a value V of the trial's remaining steps;
-            its advantages A by GAE over the trial
+    [4]     the policy pi(a | o_t, mu_t, log sigma_t^2) acts; V: the value of what follows, A by GAE
     [5]     keep the trials in a buffer of past ones
     [6]     PPO, some epochs over minibatches of trials: L = mean[c_V (V - target)^2
-            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old;
-            beliefs are mere numbers there, so that no gradient reaches the encoder
+            - min(rho A, clip(rho, 1 - c, 1 + c) A) - c_H entropy], rho = pi / pi_old; beliefs are mere
+            numbers there, so that no gradient reaches the encoder
     [7]     some updates of encoder and decoder: draw trials from the buffer, for each t one m ~ q(m|tau_:t)
     [8]         ELBO_t = sum over all steps i of the trial, past and future, of log p(r_(i+1) | o_(i+1), m)
                 - w KL(q(m|tau_:t) || q(m|tau_:t-1)), where q(m|tau_:-1) = N(0, 1)
     [9]         phi <- one step of Adam that raises the mean of ELBO_t
     [10]    now and then: returns of episodes 1, 2, .. E of trials with the test tasks; nothing is updated
 Symbols: phi = encoder and decoder (the paper's phi and theta), theta = policy and V (the paper's psi), m =
-    latent, w = kl_weight, c = clip, c_V = value_coef, c_H = entropy_coef. o_(t+1) of [2] and [8] is what the
-    step led to, also where the next episode then starts elsewhere.
-Shapes: a suffix names a tensor's axes (x_NKI): N tasks with a trial each, or trials from the buffer, S steps,
-    K = S + 1 beliefs, D of them that are decoded, O observation, A actions (choices, or dimensions), I = O +
-    A + 1 inputs of the encoder, H features, Z latent, F inputs of the policy or of a decoder, E episodes, P
-    task vector, U updates, B trials of an update.
+    latent, w, c, c_V, c_H = kl_weight, clip, value_coef, entropy_coef; o_(t+1): before any restart.
+Shapes: a suffix names a tensor's axes (x_NKI): N tasks, or trials from the buffer, S steps, K = S + 1
+    beliefs, D of them decoded, O observation, A actions, I = O + A + 1 inputs of the encoder, H features, Z
+    latent, F inputs of the policy or a decoder, E episodes, P task vector, U updates, B trials of an update.
 Differs from the paper: policy and V share a layer; the encoder has no layers before the GRU; rewards scaled,
     advantages normalised; learning rates and the entropy bonus fall to 0. From its code: the first belief
     has read o_0; the policy's inputs are not normalised. All worlds begin an episode together (rl2_ppo.py).
@@ -213,10 +210,7 @@ def decode(phi: Params, part: str, x: Tensor, step_NSF: Tensor | None = None) ->
 
 
 def log_prob_of_steps(phi: Params, m_NDZ: Tensor, seen: Seen, args: Args) -> Tensor:
-    """log p(r | o', m) [N, D, S] of a trial's steps, by each of its latents, up to a constant.
-
-    The gaussian decoder also reads the action; with --decode-obs log p(o' | o, a, m) is added.
-    """
+    """log p(r | o', m) [N, D, S] of a trial's steps by each latent, plus a constant; --decode-obs: and o'."""
     O = seen.obs.shape[-1]  # noqa: E741
     reward_N1S = seen.x[:, None, :, -1]
     if args.reward_decoder == "cells":
@@ -312,9 +306,7 @@ def gumbel_noise(*size: int, generator: Generator) -> Tensor:
 def play_with_beliefs(envs, tasks_NP: Tensor, phi, theta, args: Args, generator: Generator) -> tuple:
     """A trial of each task, all at once: what it shows, what the policy chooses, episodes' returns [N, E].
 
-    `envs` (Trials) begins the next episode by itself. A world whose episode ends early waits (info["waits"],
-    reward 0) until all have ended; info["episode"] is the number, from 0, of the episode of the step.
-    """
+    A world whose episode ends early waits (info["waits"], reward 0); `envs` (Trials) restarts all at once."""
     is_choice = "log_std" not in theta
     std_A = None if is_choice else theta["log_std"].exp()
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -440,10 +432,7 @@ def learn_choices(envs, theta, optimizer, choices: Choices, args: Args, remainin
 
 
 def evaluate(envs, phi: Params, theta: Params, args: Args) -> dict[str, Tensor]:
-    """Returns [N] of trials with the test tasks, the same tasks and noise in every run.
-
-    A name that ends in ci95 is logged as half the width of a 95 % interval over the different tasks.
-    """
+    """Returns [N] of trials with the test tasks, the same in every run; for a ci95 half an interval."""
     tasks_NP, generator = envs.unwrapped.test_set(args.meta_batch_size)
     *_, return_NE = play_with_beliefs(envs, tasks_NP, phi, theta, args, generator)
     stats = {"test/return_trial": return_NE.sum(1), "test/trial_ci95": (return_NE.sum(1), tasks_NP)}
