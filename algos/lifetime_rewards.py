@@ -13,7 +13,7 @@ Algorithm: a lifetime is many episodes of one task; its policy pi_theta is born 
     [5]     where a lifetime has ended: a new task, a newborn policy, an empty history
     [6]     A_life = GAE of r over V_phi(history), through the ends of episodes to the lifetime's;
             phi descends (A_life + V - V_phi)^2, where A_life + V is given
-    [7]     eta ascends the gradient of mean log pi_theta(a|s) A_life, exact through the updates [4] of theta
+    [7]     eta ascends the gradient of mean log pi_theta(a|s) A_life, exact through the U updates [4]
     [8]     now and then: whole lifetimes of the test tasks, by r_eta and, to compare, by r in its place
 Symbols: gamma (A_life) = gamma, gamma bar (G) = inner_gamma, U = unroll (the paper's N), T = steps;
     alpha = inner_lr, c_H = entropy_coef.
@@ -23,7 +23,7 @@ Shapes: a suffix names a tensor's axes (obs_NTO): N lifetimes, T steps, S = U T 
 In SymABC a policy may touch one of three objects in an episode, A, B or C, each worth -1 to 1 in this task:
     a lifetime pays if the first episodes try all. In the paper's RandomABC, C is always worth something.
 Differs from the paper: r_eta = r + tanh(LSTM), near r at first (without "r +" it only learns to touch C
-    there); r_eta sees no actions, so that it suits other sets of actions; GAE, the paper's lambda is 1; no
+    in RandomABC); r_eta sees no actions, so that it suits other action sets; GAE, the paper's lambda is 1; no
     convolutions; one tanh layer, gradients of norm 1 at most; A_life is divided by its standard deviation.
 """
 

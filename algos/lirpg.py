@@ -2,16 +2,16 @@
 
 Paper: Zheng, Oh, Singh 2018, arXiv:1804.06459, Algorithm 1, with PPO (1707.06347) as on MuJoCo.
 Run: python algos/lirpg.py --env-id HalfCheetahForward-v0   (--help explains every flag; --cuda uses the GPU)
-Result: delay 20, 3 seeds: HalfCheetah 1114 (PPO 764), Hopper 810 (1381); a pole 184 of 200; docs/lirpg.md
+Result: delay 20, 3 seeds: HalfCheetah 1114 (PPO 764), Hopper 810 (PPO 1381: worse); docs/lirpg.md
 Algorithm:
     [1] repeat: T more steps of each of N worlds with pi_theta; their rewards r_ex are summed up and paid late
     [2]     advantages A_ex of r_ex by GAE over V_ex
-    [3]     some epochs over minibatches: r_mix = c_ex r_ex + lambda r_in, r_in = tanh(net_eta(s, a))
+    [3]     some epochs over minibatches: r_mix = c_ex r_ex + lambda r_in + bonus, r_in = tanh(net_eta(s, a))
     [4]         advantages A_mix of r_mix by GAE over V_mix, linear in r_in: functions of eta
     [5]         L_mix = -mean min(r A_mix, clip(r, 1 - c, 1 + c) A_mix) + (V_mix - target)^2 / 2 - c_H entropy
-    [6]         theta' = theta + a step of Adam on L_mix, a function of eta through A_mix and target
+    [6]         theta' = theta + a step of Adam down L_mix, a function of eta through A_mix and target
     [7]         L_ex = the same loss of A_ex and V_ex at theta', on the same minibatch, without the entropy
-    [8]         eta <- eta + a step of Adam on grad_eta L_ex(theta'(eta)), through all of [6] but Adam's
+    [8]         eta <- eta + a step of Adam down L_ex(theta'(eta)) in eta, through all of [6] but Adam's
                 second moment; then theta <- theta'
     [9]     now and then: undelayed returns of the first policy (k0) and of the present one (k1)
 One epoch of one minibatch makes r = 1 and [5] an actor-critic's loss (A2C); lambda = 0, c_ex = 1 leave PPO.
@@ -59,7 +59,7 @@ class Args:
     delay: int = 20
     """rewards of so many steps are paid in one sum, the rest at an episode's end; 10, 20, 40 in the paper"""
     intrinsic_coef: float = 1.0
-    """weight of the learned reward (lambda); 1 for the paper's MuJoCo; 0 leaves PPO"""
+    """weight of the learned reward (lambda); 1 for the paper's MuJoCo; 0, with --extrinsic-coef 1: PPO"""
     extrinsic_coef: float = 0.0
     """weight of the environment's reward in what the policy maximises (c_ex); 0 for the paper's MuJoCo"""
     live_bonus: float = 0.0

@@ -376,7 +376,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 
 def longest_allowed(is_allowed) -> float:
-    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
+    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 after 15 tries."""
     fraction = 0.92  # of the step predicted: KL is not quadratic, and F is known by a share of the data
     if is_allowed(fraction):
         return fraction
@@ -388,7 +388,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if it refuses
+        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if KL refused
             break
     return allowed
 
@@ -396,7 +396,7 @@ def longest_allowed(is_allowed) -> float:
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives`, `surrogate` or mbmpo.py's, gives J_i [N] and the adapted policies' outputs (step 6).
+    `objectives`, `surrogate` or `imagined_surrogate`, gives J_i [N] and adapted policies' outputs (step 6).
     """
     theta_W = parameters_to_vector(theta.values())
 

@@ -13,7 +13,7 @@ Algorithm:
     [6]         J(theta) = mean_k mean_query [ pi_theta'_k(a|s) / pi_old_k(a|s) A ], theta'_k depends on theta
     [7]         g = grad J(theta), through the inner step
     [8]         d = F^-1 g by conjugate gradient, F the Hessian of mean_k KL(pi_old_k || pi_theta'_k)
-    [9]         theta <- theta + the longest step along d found with mean KL <= delta and a better J
+    [9]         theta <- theta + the longest step tried along d with mean KL <= delta and a better J
     [10]    real return of pi_theta, and of the policies adapted to the models
 Symbols: theta'_k = params, alpha = inner_lr, f_k = predict, D = data, delta = max_kl, lambda = gae_lambda;
     pi_old, pi_old_k are the policies that played: pi_theta, pi_theta'_k at the theta before the update.
@@ -272,7 +272,7 @@ def measure(data: dict[str, Tensor]) -> dict[str, Tensor]:
     scales = {"x_mean": x_MI.mean(0), "x_std": x_MI.std(0) + 1e-6}
     scales |= {"y_mean": y_MO.mean(0), "y_std": y_MO.std(0) + 1e-6}
     low, high = torch.cat([data["obs"], data["next_obs"]]).aminmax(dim=0)
-    # Beyond what was seen as far again, low - (high - low); 1e-3 for a coordinate that never changed.
+    # One width of the seen range beyond it, low - (high - low); 1e-3 for a coordinate that never changed.
     return scales | {"low": 2 * low - high - 1e-3, "high": 2 * high - low + 1e-3}
 
 
@@ -321,7 +321,7 @@ def predict(models: Params, scales: dict[str, Tensor], obs: Tensor, action: Tens
 
 def follow_models(imagined, models: Params, data: dict[str, Tensor]) -> None:
     """Let imagined worlds move as the models predict. Start states, rewards and early ends are not learned:
-    they are the real family's, as functions of (s, a, s'). An episode that leaves the trusted range ends."""
+    they are the environment's, as functions of (s, a, s'). An episode that leaves the trusted range ends."""
     scales = measure(data)
     imagined.follow(partial(predict, models, scales), scales["low"], scales["high"])
 
@@ -408,7 +408,7 @@ def fisher_product(theta: Params, objectives, supports: list[Episodes], query: E
 
 
 def longest_allowed(is_allowed) -> float:
-    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 where nothing is."""
+    """0.92 of a step where that is allowed; else by backtracking, then by bisection; 0 after 15 tries."""
     fraction = 0.92  # of the step predicted: KL is not quadratic, and F is known by a share of the data
     if is_allowed(fraction):
         return fraction
@@ -420,7 +420,7 @@ def longest_allowed(is_allowed) -> float:
             allowed = fraction
         else:
             refused = fraction
-        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if it refuses
+        if refused < 1.06 * allowed:  # the KL, about fraction^2, is then within 12 % of delta, if KL refused
             break
     return allowed
 
@@ -428,7 +428,7 @@ def longest_allowed(is_allowed) -> float:
 def trpo_step(theta: Params, objectives, supports: list[Episodes], query: Episodes, args: Args) -> tuple:
     """One step of theta within the trust region, or none, and its statistics.
 
-    `objectives`, `surrogate` or mbmpo.py's, gives J_i [N] and the adapted policies' outputs (step 6).
+    `objectives`, `surrogate` or `imagined_surrogate`, gives J_i [N] and adapted policies' outputs (step 6).
     """
     theta_W = parameters_to_vector(theta.values())
 

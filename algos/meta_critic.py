@@ -2,20 +2,20 @@
 
 Paper: Sung, Zhang, Xiang, Hospedales, Yang 2017, arXiv:1706.09529; code: floodsung/meta-critic-networks
 Run: python algos/meta_critic.py     (--help explains every flag; --cuda: on the GPU)
-Result: poles of unseen length: return 150 after 26 episodes; with a critic of its own, 195 or more episodes
+Result: poles of unseen length: return 150 takes 26 episodes, with a critic of its own 195 or more
 Algorithm:
     [1] repeat: each of N worlds has a task and an actor theta_i of its own, which plays a window of T steps
     [2]     z_i = C_omega(trace_i), an LSTM; the trace: all (s, a, r) of the actor's window before, 0 at birth
     [3]     V(s, z) = sum_a pi_theta_i(a|s) Q_phi(s, a, z); where an action is an answer and no choice (only
             in benchmark/meta_critic.py, for regression): V(s, z) = Q_phi(s, pi_theta_i(s), z)
     [4]     theta_i <- a step of Adam up mean_t V(s_t, z_i), with phi and z_i held fixed
-    [5]     y_t = r_t + gamma [(1 - lambda) V(s_t+1, z_i) + lambda y_t+1], but lambda is 0 in the last step of
-            a window or of an episode, and gamma is 0 where the episode ended early
+    [5]     y_t = r_t + gamma [(1 - lambda) V(s_t+1, z_i) + lambda y_t+1], V of the theta_i that played;
+            lambda is 0 in the last step of a window or an episode, gamma is 0 where the episode ended early
     [6]     phi, omega <- a step of Adam down the mean of (Q_phi(s_t, a_t, z_i) - y_t)^2, with y_t held fixed
     [7]     where a lifetime of some episodes is over, the world has a new task, and gets a newborn actor
     [8]     now and then, meta-testing: newborn actors on the test tasks learn by [1] to [4], phi and omega
             stay as they are; beside them, the same actors by [1] and [3] to [6], each with a new critic, no z
-Symbols: theta = theta, all actors; phi and omega = phi; lambda = td_lambda.
+Symbols: theta = theta, all actors; the dict phi holds phi and omega; lambda = td_lambda.
 Shapes: a suffix names a tensor's axes (obs_NTO): N worlds with an actor each, B worlds of which several may
     have the same actor, T steps, O observation, A action (choices are one-hot), P task vector, C actions to
     judge, I = O + A + 1 what the encoder sees of a step (O + A in regression), H its features, Z dimensions
@@ -67,7 +67,7 @@ class Args:
     latent_size: int = 3
     """dimensions of z; 3 in the authors' code; 0: a shared critic without encoder"""
     least_trace: int = 0
-    """the encoder reads the last steps of a trace, in training a number drawn from here to T; 0: always T"""
+    """in training the encoder reads the last n steps of a trace, n drawn from this to T; 0: always all"""
     actor_lr: float = 1e-2
     """Adam's step size for actors taught by the meta-critic; 1e-2 in the authors' code, 1e-3 for bandits"""
     critic_lr: float = 1e-3
@@ -269,7 +269,7 @@ def state_values(theta: Params, phi: Params, obs_NTO: Tensor, z_NZ: Tensor, *, i
 
 
 def actor_loss(theta: Params, phi: Params, window: Window, z_NZ: Tensor, *, is_choice: bool) -> Tensor:
-    """-V, mean over a window's steps. Summed over the actors: each gets the gradient of its own mean."""
+    """-V, summed over a window's steps, by T. Summed over the actors: each gets the gradient of its own."""
     value_NT = state_values(theta, phi, window.obs, z_NZ, is_choice=is_choice)
     return -(value_NT * window.mask).mean(1).sum()
 
@@ -329,10 +329,10 @@ def adam(params: Params, gradient: Params, moments: Params, lr: float) -> tuple[
 
 
 def shortened(gradient: Params, max_norm: float) -> Params:
-    """Gradients of networks, each shortened to this norm, an encoder's as a part of its critic's; 0: not."""
+    """Gradients of networks, each shortened to this norm, an encoder's with its critic's; 0: as it is."""
     if not max_norm:
         return gradient
-    square_N = sum(g.square().view(len(gradient["w0"]), -1).sum(1) for g in gradient.values())
+    square_N = sum(g.square().reshape(len(gradient["w0"]), -1).sum(1) for g in gradient.values())
     scale_N = (max_norm / (square_N.sqrt() + 1e-6)).clamp_max(1)
     return {name: g * per_network(scale_N, g) for name, g in gradient.items()}
 
@@ -414,7 +414,7 @@ def meta_test(envs, exam_envs, args: Args, phi: Params | None) -> tuple[list[Ten
     return returns, episodes
 
 
-def evaluate(envs, exam_envs, args: Args, phi: Params | None, name: str) -> dict[str, Tensor]:
+def evaluate(envs, exam_envs, args: Args, phi: Params | None, name: str) -> dict:
     """What newborn actors achieve on the test tasks, and in how many episodes, as metrics [N]."""
     tasks_NP, _ = envs.unwrapped.test_set(args.meta_batch_size)
     returns, episodes = meta_test(envs, exam_envs, args, phi)

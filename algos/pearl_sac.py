@@ -2,28 +2,28 @@
 
 Paper: Rakelly et al. 2019, arXiv:1903.08254, Algorithms 1 and 2. SAC: 1801.01290, 1812.05905.
 Run: python algos/pearl_sac.py --env-id HalfCheetahVel3-v0   (--help explains every flag; --cuda: on the GPU)
-Result: HalfCheetahVel3, held-out targets, after 0, 1, 2 episodes: -189, -95, -98 (78 k steps); contexts
-    by the means: -193, -55, -63 (294 k; paper's curve: about -50 at 1 M), SparseNavigation2D 1.8 to 8.6
+Result: HalfCheetahVel3, held-out targets, after 0, 1, 2 noisy episodes: -189, -95, -98 at 78 k steps; by an
+    earlier test, all by the means: -193, -55, -63 at 294 k (paper's curve: about -50 at 1 M)
 Algorithm:
     [1] draw M training tasks, with two buffers each, replay and context; play episodes into both, z ~ N(0, 1)
-    [2] repeat: empty the contexts of N tasks; play episodes of each, which go into replay and context, too,
+    [2] repeat: empty the contexts of N tasks; play episodes of each into its replay and its context,
     [3]         the first ones with z from the prior, the others with z ~ q(z|c), c drawn from the context
     [4]     many times: of N of the M tasks, draw a batch (s, a, r, s') from the replay, c from the context
     [5]         z ~ q(z|c), the product of a Gaussian for each transition of c
-    [6]         L_Q = (Q(s, a, z) - r - gamma (min Q'(s', a', z) - alpha log pi(a'|s', z)))^2, a' ~ pi
+    [6]         L_Q = (Q(s, a, z) - r - gamma (1 - d) (min Q'(s', a', z) - alpha log pi(a'|s', z)))^2, a' ~ pi
     [7]         L_pi = alpha log pi(a|s, z) - min Q(s, a, z), a ~ pi
     [8]         one step of Adam on L_Q + L_pi + beta (sum over the N tasks of KL(q(z|c) || N(0, 1)))
     [9]         the target critics Q' follow the critics Q slowly
     [10]    now and then: returns of the means in test tasks, z ~ q(z|0, 1, .. episodes played with noise)
     L_Q moves Q and, through the z of Q(s, a, z), the encoder; L_pi only the policy; the KL the encoder.
 Symbols: theta = encoder, policy, critics q1 and q2 (min: the smaller Q); Q' = target; the contexts = recent;
-    alpha = entropy_coef, or learned; beta = kl_weight; r of [6] = reward_scale * training_reward
+    alpha = entropy_coef, or learned; beta = kl_weight; d = ended; r = reward_scale * training_reward
 Shapes: a suffix names a tensor's axes (obs_NBO): N tasks at once (those played, or those of an update), M
     training tasks, R transitions stored of each, B those of a batch, S of a context, T steps, O observation,
     A action, P task vector, Z latent, I what the encoder sees of a transition, C the two critics.
 Differs from the paper: many tasks collect at once, an episode each. Differs from its code: SAC without a
     value network, one step on the sum of all losses, one size of layers, no penalty on the policy's outputs;
-    tests with contexts made as in training, by noise (its own protocol, by means only, is logged beside it).
+    tests with contexts made as in training, by noise (return_authors: as its code tests, by the means only).
 """
 
 import math
@@ -254,7 +254,7 @@ def posterior(theta: Params, context: Transitions, args: Args) -> tuple[Tensor, 
     x_NSI = torch.cat(seen if args.next_obs else seen[:3], -1)
     mean_NSZ, raw_NSZ = mlp(theta, "encoder", x_NSI).chunk(2, -1)
     precision_NSZ = context.mask[..., None] / functional.softplus(raw_NSZ).clamp_min(1e-7)  # 1 / variance
-    variance_NZ = 1 / (precision_NSZ.sum(1) + ~context.mask.any(1, keepdim=True))  # precisions add up ..
+    variance_NZ = 1 / (precision_NSZ.sum(1) + ~context.mask.any(1, keepdim=True))  # add up; 1 of none
     mean_NZ = variance_NZ * (precision_NSZ * mean_NSZ).sum(1)  # .. and weigh the means
     return mean_NZ, variance_NZ
 
@@ -351,9 +351,9 @@ def learn(envs, state: dict, optimizer, args: Args, generator: Generator, pause)
     take_gradient = loss_gradient
     if args.compile:
         take_gradient = torch.compile(torch.func.grad(pearl_loss, has_aux=True), mode="reduce-overhead")
-    for k in range(min(state["updates"], args.updates - 1), args.updates):  # one, also where --updates fell
+    for k in range(min(state["updates"], args.updates - 1), args.updates):  # at least one
         pause(k)
-        # N different tasks, below random numbers for them; under torchrun this process's part of both.
+        # `choose` and `numbers` give this process's share of N tasks, and of random numbers for them.
         index_N = envs.unwrapped.choose(args.train_tasks, N, generator)  # [4]
         batch = draw(state["replay"], index_N, numbers(generator, N, args.batch_size, uniform=True))
         context = draw(state["recent"], index_N, numbers(generator, N, args.context_size, uniform=True))
@@ -430,7 +430,7 @@ def collect_iteration(envs, state: dict, args: Args, generator: Generator, pause
     if not state["returns"]:
         index_N = torch.randperm(args.train_tasks, generator=generator)[: len(worlds_N)].to(worlds_N.device)
         state["index"] = index_N
-        state["recent"]["count"][index_N] = 0  # [2]
+        state["recent"]["count"][index_N] = state["recent"]["mask"][index_N] = 0  # [2]
     while len(state["returns"]) < args.prior_episodes + args.posterior_episodes:
         if state["returns"]:  # not before: a run that goes on from there would draw other tasks
             pause(len(state["returns"]), args.prior_episodes + args.posterior_episodes)

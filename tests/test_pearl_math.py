@@ -819,6 +819,26 @@ def test_the_step_in_which_a_world_diverges_is_no_transition():
     assert lab.state["env_steps"] == 10
 
 
+def test_an_emptied_context_shows_nothing_of_before(monkeypatch):
+    """Where a task's first episode has no transition to keep, its context is empty: the posterior is the prior."""
+    lab = make_lab()
+    lab.state |= {"iteration": 2, "returns": []}
+    for x in lab.state["recent"].values():
+        x.fill_(1)
+    drawn = []
+
+    def first_episode(envs, index_N, state, *_):
+        drawn.append(pearl_sac.draw(state["recent"], index_N, torch.rand(len(index_N), 4, dtype=torch.float64)))
+        return torch.zeros(len(index_N))
+
+    monkeypatch.setattr(pearl_sac, "collect_episodes", first_episode)
+    pearl_sac.collect_iteration(lab.envs, lab.state, lab.args, seeded(1), lambda *_: None)
+    assert not drawn[0].mask.any()
+    mean, variance = pearl_sac.posterior(lab.theta, drawn[0], lab.args)
+    assert torch.equal(mean, torch.zeros_like(mean))
+    assert torch.equal(variance, torch.ones_like(variance))
+
+
 def test_mujoco_tells_which_worlds_diverged():
     """A state that no physics can follow, beside a usual one."""
     from envs import make
